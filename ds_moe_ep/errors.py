@@ -1,0 +1,57 @@
+"""The errors a user can meet: one class per domain, each with the exit code of the command that shows it.
+
+A message is shown as `ClassName: message` without a traceback, so it names the field, the numbers and the way out.
+This module holds no text of its own and no error handling.
+"""
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "DistributedError",
+    "DsMoeEpError",
+    "HostfileError",
+    "InputError",
+    "ModelSpecError",
+    "PlanError",
+]
+
+
+class DsMoeEpError(Exception):
+    """Anything this package refuses; `exit_code` 2 says that the user's input or plan is to be changed."""
+
+    exit_code = 2
+
+
+class HostfileError(DsMoeEpError):
+    """A hostfile, or an include/exclude filter on it, that cannot be used."""
+
+
+class ModelSpecError(DsMoeEpError):
+    """A config.json that is missing, malformed or of a model that is not understood."""
+
+
+class PlanError(DsMoeEpError):
+    """Parallel sizes that do not fit the GPUs or the model."""
+
+
+class ConfigError(DsMoeEpError):
+    """A settings file or a command's settings that contradict each other."""
+
+
+class CheckpointError(DsMoeEpError):
+    """Weights that are missing, corrupt or not those the model needs."""
+
+
+class AdapterError(DsMoeEpError):
+    """A model whose blocks cannot be swapped."""
+
+
+class InputError(DsMoeEpError):
+    """Prompts that cannot be read or served."""
+
+
+class DistributedError(DsMoeEpError):
+    """A job that broke after it started."""
+
+    exit_code = 1
