@@ -1,0 +1,3 @@
+"""Process groups and the collectives that expert parallelism needs."""
+
+__all__: list[str] = []

@@ -1,0 +1,60 @@
+"""The all-to-all dispatcher: only routed rows travel, uneven splits, nothing is dropped or padded."""
+
+# Shapes: T tokens here, H hidden, K top_k, W ranks of the expert group, S rows sent, R rows received
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.moe.experts import NOT_HERE, run_local_experts
+
+__all__ = ["AllToAll"]
+
+
+class AllToAll:
+    """Sends each token once to every rank that owns one of its experts, and sums what comes back.
+
+    A row carries its expert ids and routing weights, so one message goes out and one comes back, and a token that chose
+    several experts of one rank is sent, and its weighted sum returned, once.
+
+    Args:
+        comm: Collectives of the expert group.
+        num_local_experts: Experts on each rank; expert i lives on rank ``i // num_local_experts``.
+    """
+
+    def __init__(self, comm: Communicator, num_local_experts: int) -> None:
+        self.comm = comm
+        self.num_local_experts = num_local_experts
+
+    def __call__(
+        self, experts: nn.Module, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Dispatcher``."""
+        token_S, local_ids_SK, send_counts_W = self._route(topk_ids_TK)
+        # Weights travel as float32: it holds every routing dtype exactly, and a rank without tokens need not know which.
+        sent = (x_TH[token_S], local_ids_SK, topk_weights_TK[token_S].float())
+        send_counts, recv_counts = self.comm.exchange_counts(send_counts_W)
+
+        x_RH, local_ids_RK, weights_RK = self.comm.exchange_rows(sent, send_counts, recv_counts)
+        y_RH, tokens_per_expert = run_local_experts(experts, x_RH, local_ids_RK, weights_RK)
+        (y_SH,) = self.comm.exchange_rows((y_RH,), recv_counts, send_counts)
+
+        sum_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+        return sum_TH.index_add(0, token_S, y_SH.float()).to(x_TH.dtype), tokens_per_expert
+
+    def _route(self, topk_ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Lists the rows to send, rank after rank.
+
+        Returns:
+            Token of each row ``[S]``, local expert ids of its slots int32 ``[S, K]``, rows for each rank ``[W]``.
+        """
+        owner_TK = topk_ids_TK // self.num_local_experts
+        wanted_TW = torch.zeros(
+            (topk_ids_TK.shape[0], self.comm.size), dtype=torch.bool, device=topk_ids_TK.device
+        ).scatter_(1, owner_TK, True)
+        rank_S, token_S = wanted_TW.t().nonzero(as_tuple=True)  # rank-major; a device-to-host sync on a GPU
+        local_ids_SK = topk_ids_TK[token_S] - rank_S[:, None] * self.num_local_experts
+        elsewhere_SK = owner_TK[token_S] != rank_S[:, None]
+        return token_S, local_ids_SK.masked_fill_(elsewhere_SK, NOT_HERE).int(), wanted_TW.sum(dim=0)
