@@ -1,0 +1,117 @@
+"""Reads JSON strictly: an unknown key is refused, with the file, its place and the nearest name.
+
+Which names are known is said by the sections in plan_file.py and run.py.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from ds_moe_ep.errors import ConfigError
+
+__all__ = ["Strict", "nearest", "parse", "read_json"]
+
+
+class Strict(BaseModel):
+    """A section of a file: exact types, known keys only, never changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
+
+
+Section = TypeVar("Section", bound=Strict)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        ConfigError: if the file cannot be read, is no JSON object, or says a key twice.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (RecursionError, _RepeatedKeyError) as error:
+        raise ConfigError(f"{path}: {error}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a JSON object ({{...}}) is needed, found {_shown(content)}.")
+    return content
+
+
+def parse(section: type[Section], content: dict[str, Any], source: Path) -> Section:
+    """Return the content of a file as the section it has to be.
+
+    Args:
+        section: what may stand in it.
+        content: what `read_json` returned.
+        source: the file, for messages.
+
+    Raises:
+        ConfigError: with every key or value at fault.
+    """
+    try:
+        return section.model_validate(content)
+    except ValidationError as error:
+        faults = [_fault(section, detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: {'; '.join(faults)}.") from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question that names the known name most like this one, or else all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+
+
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise _RepeatedKeyError(f"the key {key!r} is there twice; keep one")
+    return dict(pairs)
+
+
+def _fault(section: type[Strict], detail: ErrorDetails) -> str:
+    place = ".".join(str(step) for step in detail["loc"])
+    if detail["type"] == "missing":
+        return f"{place} is missing"
+    if detail["type"] != "extra_forbidden":
+        return f"{place}={_shown(detail['input'])}: {detail['msg']}"
+    key = str(detail["loc"][-1])
+    known = _names(_section_at(section, detail["loc"][:-1]))
+    if key in known:
+        return f"{place} is there under both of its names; keep one"
+    return f"unknown key {place!r} ({nearest(key, known)})"
+
+
+def _section_at(section: type[Strict], steps: tuple[int | str, ...]) -> type[Strict]:
+    for step in steps:
+        for name, field in section.model_fields.items():
+            if step in (name, field.alias) and isinstance(field.annotation, type):
+                section = field.annotation
+    return section
+
+
+def _names(section: type[Strict]) -> set[str]:
+    fields = section.model_fields
+    return set(fields) | {field.alias for field in fields.values() if field.alias}
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
