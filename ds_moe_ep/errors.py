@@ -1,7 +1,7 @@
-"""The errors a user can meet: one class per domain, each with the exit code of the command that shows it.
+"""The errors a user can meet: one class per domain, with the exit code of the command that shows it.
 
-A message is shown as `ClassName: message` without a traceback, so it names the field, the numbers and the way out.
-This module holds no text of its own and no error handling.
+A message is shown as `ClassName: message` without a traceback, so it names the field, the numbers
+and the way out. This module holds no text of its own and no error handling.
 """
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
 
 
 class DsMoeEpError(Exception):
-    """Anything this package refuses; `exit_code` 2 says that the user's input or plan is to be changed."""
+    """Anything this package refuses; `exit_code` 2 means that the user is to change something."""
 
     exit_code = 2
 

@@ -1,14 +1,18 @@
-"""Translates a Hugging Face config.json into a `ModelSpec`; the only place that knows Hugging Face's field names.
+"""Translates a Hugging Face config.json into a `ModelSpec`, so that no other code knows its field names.
 
-It reads no weights and imports neither torch nor transformers.
+What a family's blocks are made of is data, in model_families.py. No weights are read, and neither
+torch nor transformers is imported.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ds_moe_ep.errors import ModelSpecError
+from ds_moe_ep.hf_fields import HfFields
+from ds_moe_ep.param_counts import num_dense_params, num_params_per_expert
 
 __all__ = ["MLASpec", "ModelSpec", "model_spec_from_config", "read_model_spec"]
 
@@ -17,7 +21,7 @@ _BYTES_PER_PARAM = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class MLASpec:
-    """Sizes of multi-head latent attention; q_lora_rank is None where queries are projected directly."""
+    """Sizes of multi-head latent attention; no q_lora_rank: queries are projected directly."""
 
     q_lora_rank: int | None
     kv_lora_rank: int
@@ -30,8 +34,30 @@ class MLASpec:
 class ModelSpec:
     """What planning needs to know about a model, in this project's words.
 
-    `num_experts` and `top_k` are per MoE layer and 0 for a dense model. `num_dense_params` counts everything but the
-    routed experts (routers included), `num_params_per_expert` one routed expert of one layer.
+    Attributes:
+        name: folder or hub name, for display.
+        model_type: Hugging Face's name of the family.
+        architecture: Hugging Face's name of the model class; empty if the config has none.
+        num_layers: decoder layers; layers for multi-token prediction are not among them.
+        moe_layers: indices of the layers with routed experts, ascending.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of a dense MLP.
+        moe_intermediate_size: width of one routed expert; 0 for a dense model.
+        num_experts: routed experts of one MoE layer; 0 for a dense model.
+        top_k: routed experts a token is sent to; 0 for a dense model.
+        num_shared_experts: experts of one MoE layer that every token passes.
+        shared_expert_intermediate_size: total width of the shared experts; 0 if there are none.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads.
+        head_dim: width of one query or key head (with MLA: both its parts together).
+        mla: sizes of multi-head latent attention, if the model has it.
+        vocab_size: rows of the embedding.
+        max_position_embeddings: longest context in tokens.
+        tie_word_embeddings: whether embedding and output head are one matrix.
+        dtype: "bfloat16", "float16" or "float32".
+        num_dense_params: parameters of everything but the routed experts; routers are dense.
+        num_params_per_expert: parameters of one routed expert of one layer.
+        params_are_exact: False where the family is unknown, so that the counts are an estimate.
     """
 
     name: str
@@ -56,6 +82,7 @@ class ModelSpec:
     dtype: str
     num_dense_params: int
     num_params_per_expert: int
+    params_are_exact: bool = True
 
     @property
     def is_moe(self) -> bool:
@@ -81,10 +108,28 @@ class ModelSpec:
 def read_model_spec(path: str | Path) -> ModelSpec:
     """Read the spec of a model directory or of a bare config.json.
 
+    Args:
+        path: a directory with a config.json, or a JSON file.
+
     Raises:
         ModelSpecError: with the file and the field at fault.
     """
-    raise ModelSpecError(f"{path}: reading is not written yet")
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelSpecError(
+            f"{file}: no such file. Name a model directory or its config.json; of a model on the hub, "
+            "fetch the file first: hf download ORG/MODEL config.json --local-dir DIR"
+        ) from None
+    except OSError as error:
+        raise ModelSpecError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelSpecError(f"{file}: not a JSON file ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelSpecError(f"{file}: a JSON object is expected, not a {type(config).__name__}")
+    return model_spec_from_config(config, source=str(file), name=file.resolve().parent.name)
 
 
 def model_spec_from_config(config: Mapping[str, Any], *, source: str, name: str) -> ModelSpec:
@@ -98,4 +143,156 @@ def model_spec_from_config(config: Mapping[str, Any], *, source: str, name: str)
     Raises:
         ModelSpecError: with the field at fault and its value.
     """
-    raise ModelSpecError(f"{source}: reading is not written yet")
+    fields = HfFields(config, source)
+    spec = _sizes(fields, name)
+    return replace(
+        spec,
+        num_dense_params=num_dense_params(spec, fields),
+        num_params_per_expert=num_params_per_expert(spec, fields),
+    )
+
+
+def _sizes(fields: HfFields, name: str) -> ModelSpec:
+    """Return the spec without its parameter counts."""
+    hidden_size = fields.integer("hidden_size")
+    num_layers = fields.integer("num_layers")
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        heads_field = fields.name("num_attention_heads")
+        raise fields.refuse("num_key_value_heads", f"must divide {heads_field}={num_heads}")
+    mla = _mla(fields)
+    moe_layers = _moe_layers(fields, num_layers)
+    num_experts, top_k = _experts(fields) if moe_layers else (0, 0)
+    expert_width = _expert_width(fields) if moe_layers else 0
+    num_shared, shared_width = _shared_experts(fields, expert_width) if moe_layers else (0, 0)
+    return ModelSpec(
+        name=name,
+        model_type=fields.model_type,
+        architecture=next(iter(fields.items("architectures", str)), ""),
+        num_layers=num_layers,
+        moe_layers=moe_layers,
+        hidden_size=hidden_size,
+        intermediate_size=_intermediate_size(fields, hidden_size, expert_width),
+        moe_intermediate_size=expert_width,
+        num_experts=num_experts,
+        top_k=top_k,
+        num_shared_experts=num_shared,
+        shared_expert_intermediate_size=shared_width,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=_head_dim(fields, mla, hidden_size, num_heads),
+        mla=mla,
+        vocab_size=fields.integer("vocab_size"),
+        max_position_embeddings=fields.integer("max_position_embeddings"),
+        tie_word_embeddings=fields.switch(("tie_word_embeddings", fields.family.ties_embeddings)),
+        dtype=_dtype(fields),
+        num_dense_params=0,
+        num_params_per_expert=0,
+        params_are_exact=fields.is_known_family,
+    )
+
+
+def _mla(fields: HfFields) -> MLASpec | None:
+    has_mla = fields.family.has_mla
+    if has_mla is None:
+        has_mla = fields.has("kv_lora_rank")
+    if not has_mla:
+        return None
+    # Here null is a value of its own; absent would mean whatever the config class has.
+    without_q_lora = fields.is_null("q_lora_rank")
+    return MLASpec(
+        q_lora_rank=None if without_q_lora else fields.integer("q_lora_rank"),
+        kv_lora_rank=fields.integer("kv_lora_rank"),
+        qk_nope_head_dim=fields.integer("qk_nope_head_dim"),
+        qk_rope_head_dim=fields.integer("qk_rope_head_dim"),
+        v_head_dim=fields.integer("v_head_dim"),
+    )
+
+
+def _head_dim(fields: HfFields, mla: MLASpec | None, hidden_size: int, num_heads: int) -> int:
+    if mla is not None:
+        return mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    head_dim = fields.integer("head_dim", hidden_size // num_heads)
+    if head_dim == 0:
+        hidden_field = fields.name("hidden_size")
+        raise fields.refuse(
+            fields.name("num_attention_heads"), f"more than {hidden_field}={hidden_size}"
+        )
+    return head_dim
+
+
+def _moe_layers(fields: HfFields, num_layers: int) -> tuple[int, ...]:
+    """Return the layers with routed experts, by the rules the family has for it."""
+    family = fields.family
+    has_experts = family.has_experts
+    if has_experts is None:
+        has_experts = fields.integer("num_experts", 0, minimum=0) > 0
+    if not has_experts:
+        return ()
+
+    def setting(word: str, default: int, minimum: int = 0) -> int:
+        if word in family.moe_layer_fields:
+            return fields.integer(word, default, minimum=minimum)
+        return family.defaults.get(word, default)
+
+    if "mlp_layer_types" in family.moe_layer_fields:
+        kinds = fields.items("mlp_layer_types", str)
+        if kinds and len(kinds) != num_layers:
+            raise fields.refuse(
+                "mlp_layer_types", f"must have one item for each of {num_layers} layers"
+            )
+        if kinds:
+            return tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
+    dense = (
+        fields.items("mlp_only_layers", int) if "mlp_only_layers" in family.moe_layer_fields else []
+    )
+    first = setting("first_moe_layer", 0)
+    last = setting("last_moe_layer", -1, minimum=-1)  # -1: the last layer of all
+    interval = setting("moe_layer_interval", 1, minimum=1)
+    return tuple(
+        layer
+        for layer in range(first, num_layers if last == -1 else min(last + 1, num_layers))
+        if (layer + 1) % interval == 0 and layer not in dense
+    )
+
+
+def _experts(fields: HfFields) -> tuple[int, int]:
+    """Return the number of routed experts and how many of them a token is sent to."""
+    num_experts = fields.integer("num_experts")
+    top_k = fields.integer("top_k")
+    if top_k > num_experts:
+        experts_field = fields.name("num_experts")
+        raise fields.refuse(fields.name("top_k"), f"more than {experts_field}={num_experts}")
+    return num_experts, top_k
+
+
+def _expert_width(fields: HfFields) -> int:
+    width_field = fields.family.expert_width
+    if width_field is None:
+        has_own_field = fields.has("moe_intermediate_size")
+        width_field = "moe_intermediate_size" if has_own_field else "intermediate_size"
+    return fields.integer(width_field)
+
+
+def _shared_experts(fields: HfFields, expert_width: int) -> tuple[int, int]:
+    """Return number and total width of the shared experts."""
+    if fields.family.has_shared_expert_gate or fields.has("shared_expert_intermediate_size"):
+        return 1, fields.integer("shared_expert_intermediate_size")
+    num_shared = fields.integer("num_shared_experts", 0, minimum=0)
+    return num_shared, num_shared * expert_width
+
+
+def _intermediate_size(fields: HfFields, hidden_size: int, expert_width: int) -> int:
+    ratio = fields.family.intermediate_per_hidden
+    # A model whose MLPs are all experts may have no width of its own for dense ones.
+    default = ratio * hidden_size if ratio else expert_width
+    return fields.integer("intermediate_size", default or None)
+
+
+def _dtype(fields: HfFields) -> str:
+    dtype = fields.text("dtype", "torch_dtype") or "float32"
+    if dtype not in _BYTES_PER_PARAM:
+        name = "dtype" if fields.has("dtype") else "torch_dtype"
+        raise fields.refuse(name, f"one of {', '.join(_BYTES_PER_PARAM)} is needed")
+    return dtype
