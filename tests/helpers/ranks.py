@@ -66,7 +66,7 @@ def run_ranks(
     # environment before it imports the test's module.
     call = pickle.dumps((fn, args))
     context = multiprocessing.get_context("spawn")
-    ranks = [
+    ranks: list[BaseProcess] = [
         context.Process(
             target=_rank_main,
             args=(rank, world_size, run_dir, call, timeout_s),
