@@ -1,4 +1,4 @@
-"""The errors a user can meet: one class per domain, with the exit code of the command that shows it.
+"""The errors a user can meet: one class per domain, with the exit code of the command showing it.
 
 A message is shown as `ClassName: message` without a traceback, so it names the field, the numbers
 and the way out. This module holds no text of its own and no error handling.

@@ -1,6 +1,6 @@
 """Typed access to the fields of a Hugging Face config.json, refusing by name what is malformed.
 
-It knows how values are looked up, not what they mean; that is for model_spec.py and param_counts.py.
+It knows how values are looked up; what they mean is for model_spec.py and param_counts.py.
 """
 
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ class HfFields:
             minimum: smallest value accepted.
 
         Raises:
-            ModelSpecError: if it is missing, not a whole number, too small, or given with two values.
+            ModelSpecError: if it is missing, no whole number, too small, or given with two values.
         """
         names = [
             name for name in FIELD_NAMES.get(word, (word,)) if self._config.get(name) is not None

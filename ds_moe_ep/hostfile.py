@@ -1,4 +1,4 @@
-"""Reads DeepSpeed hostfiles and `--include`/`--exclude` filters into a `Cluster`, with DeepSpeed's own grammar.
+"""Reads DeepSpeed hostfiles and `--include`/`--exclude` filters, in DeepSpeed's grammar.
 
 It knows hosts and slots only; which rank does what is decided in plan.py and placement.py.
 """
@@ -40,10 +40,17 @@ class Cluster:
 
     @property
     def include_filter(self) -> str:
-        """The `--include` text that DeepSpeed needs next to `to_hostfile()`; empty if every slot takes part."""
+        """The `--include` text needed next to `to_hostfile()`; empty if all slots take part."""
         if all(host.slots == tuple(range(len(host.slots))) for host in self.hosts):
             return ""
         return "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in self.hosts)
+
+    def describe(self) -> str:
+        """Return hosts, slots and source for messages: "8 hosts x 8 slots, hostfile.8x8"."""
+        counts = {len(host.slots) for host in self.hosts}
+        hosts = "1 host" if len(self.hosts) == 1 else f"{len(self.hosts)} hosts"
+        slots = f" x {counts.pop()} slots" if len(counts) == 1 else f", {self.num_gpus} slots"
+        return f"{hosts}{slots}, {self.source}"
 
     def locate(self, rank: int) -> tuple[str, int]:
         """Return (host name, slot) of a rank; ranks follow the hosts' order, then the slots'.
@@ -63,7 +70,7 @@ class Cluster:
     def to_hostfile(self) -> str:
         """Return a DeepSpeed hostfile of these hosts.
 
-        A hostfile can only say "slots 0 to N-1"; where fewer take part, `include_filter` says which.
+        It can only say "slots 0 to N-1"; where fewer take part, `include_filter` says which.
         """
         return "".join(f"{host.name} slots={max(host.slots) + 1}\n" for host in self.hosts)
 
@@ -84,8 +91,8 @@ def read_hostfile(path: str | Path, *, include: str = "", exclude: str = "") -> 
 
     Args:
         path: the hostfile.
-        include: DeepSpeed's `--include` text, `host1@host2:0,2`: only these; a host alone means all of its slots.
-        exclude: DeepSpeed's `--exclude` text, same form: all but these.
+        include: DeepSpeed's `--include` text, `host1@host2:0,2`: only these slots, all of host1's.
+        exclude: DeepSpeed's `--exclude` text, in the same form: all but these slots.
 
     Raises:
         HostfileError: if the file cannot be read or used, or the filter names what is not in it.
@@ -97,7 +104,8 @@ def read_hostfile(path: str | Path, *, include: str = "", exclude: str = "") -> 
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise HostfileError(
-            f"{path}: cannot be read ({reason}). Name an existing hostfile, or none to plan for this machine."
+            f"{path}: cannot be read ({reason}). Name an existing hostfile, or none to plan for "
+            "this machine."
         ) from None
     return _filtered(parse_hostfile(text, str(path)), include, exclude)
 
@@ -105,7 +113,8 @@ def read_hostfile(path: str | Path, *, include: str = "", exclude: str = "") -> 
 def parse_hostfile(text: str, source: str) -> Cluster:
     """Parse the text of a hostfile: `name slots=N` a line, `#` comment lines and blank lines.
 
-    As in DeepSpeed's launcher, text after the slots is ignored. Unlike there, `slots=0` and `slots=8.5` are refused.
+    As in DeepSpeed's launcher, text after the slots is ignored. Unlike there, `slots=0` and
+    `slots=8.5` are refused.
 
     Args:
         text: content of the file.
@@ -124,7 +133,8 @@ def parse_hostfile(text: str, source: str) -> Cluster:
         name, num_slots = _parse_entry(line, where)
         if name in first_line:
             raise HostfileError(
-                f"{where}: host {name!r} is listed twice (first on line {first_line[name]}). Keep one line for it, with all of its slots."
+                f"{where}: host {name!r} is listed twice (first on line {first_line[name]}). Keep "
+                "one line for it, with all of its slots."
             )
         slots_by_host[name] = num_slots
         first_line[name] = number
@@ -140,7 +150,8 @@ def _parse_entry(line: str, where: str) -> tuple[str, int]:
     name, digits = match.groups()
     if not name.isprintable():
         raise HostfileError(
-            f"{where}: host name {_shown(name)} has invisible characters. Save the file as UTF-8 without a byte order mark."
+            f"{where}: host name {_shown(name)} has invisible characters. Save the file as UTF-8 "
+            "without a byte order mark."
         )
     num_slots = int(digits) if len(digits) < 10 else MAX_SLOTS_PER_HOST + 1
     if num_slots == 0:
@@ -149,7 +160,8 @@ def _parse_entry(line: str, where: str) -> tuple[str, int]:
         )
     if num_slots > MAX_SLOTS_PER_HOST:
         raise HostfileError(
-            f"{where}: {_shown(line)} has more than {MAX_SLOTS_PER_HOST} slots. Give the number of GPUs of that host."
+            f"{where}: {_shown(line)} has more than {MAX_SLOTS_PER_HOST} slots. Give the number of "
+            "GPUs of that host."
         )
     return name, num_slots
 
@@ -197,16 +209,18 @@ def _parse_filter(text: str, flag: str, cluster: Cluster) -> dict[str, set[int]]
         name, colon, slot_text = part.partition(":")
         if name not in known:
             raise HostfileError(
-                f"{flag} {text!r} names host {name!r}, which is not in {cluster.source} ({_listed(known)})."
+                f"{flag} {text!r} names host {name!r}, which is not in {cluster.source}. "
+                f"Its hosts are {_listed(known)}."
             )
         slots = named.setdefault(name, set())
         for word in slot_text.split(",") if colon else ():
             if not re.fullmatch(r"\s*\d{1,9}\s*", word) or int(word) not in known[name]:
                 raise HostfileError(
-                    f"{flag} {text!r} names slot {word!r} of host {name!r}, which has slots 0 to {known[name][-1]}."
+                    f"{flag} {text!r} names slot {word!r} of host {name!r}, which has slots 0 to "
+                    f"{known[name][-1]}."
                 )
             slots.add(int(word))
-    # A host named without slots means all of them, unless slots of it are named elsewhere in the text.
+    # A host without slots means all of them, unless slots of it are named elsewhere in the text.
     return {name: slots or set(known[name]) for name, slots in named.items()}
 
 

@@ -1,7 +1,7 @@
 """What the blocks of each Hugging Face model family are made of, as data and nothing else.
 
 A family here is what transformers builds for a `model_type`. Sizes are read from config.json; the
-defaults in this table are those of transformers' config classes for fields a config.json leaves out.
+defaults in this table are those of transformers' config classes for fields that are left out there.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "last_moe_layer": ("moe_layer_end_index",),
     "moe_layer_interval": ("decoder_sparse_step", "moe_layer_interval"),
 }
-"""This project's word for a size -> Hugging Face's names; a word not here has the same name there."""
+"""This project's word for a size -> Hugging Face's names; other words are the same in both."""
 
 
 @dataclass(frozen=True)

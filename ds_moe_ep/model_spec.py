@@ -1,4 +1,4 @@
-"""Translates a Hugging Face config.json into a `ModelSpec`, so that no other code knows its field names.
+"""Translates a Hugging Face config.json into a `ModelSpec`; no other layer knows its field names.
 
 What a family's blocks are made of is data, in model_families.py. No weights are read, and neither
 torch nor transformers is imported.
@@ -120,8 +120,8 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelSpecError(
-            f"{file}: no such file. Name a model directory or its config.json; of a model on the hub, "
-            "fetch the file first: hf download ORG/MODEL config.json --local-dir DIR"
+            f"{file}: no such file. Name a model directory or its config.json; of a model on the "
+            "hub, fetch the file first: hf download ORG/MODEL config.json --local-dir DIR"
         ) from None
     except OSError as error:
         raise ModelSpecError(f"{file}: cannot be read ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""Counts a model's parameters from its sizes and its family's parts, exactly as transformers builds them.
+"""Counts a model's parameters from its sizes and its family's parts, as transformers builds them.
 
 Buffers are not parameters: rotary tables and most score correction biases are left out.
 """

@@ -1,4 +1,4 @@
-"""Where every expert lives: pure integer functions from a plan and a model to experts, layers and bytes of each GPU.
+"""Where every expert lives: integer functions from a plan and a model to what each GPU holds.
 
 It moves no weights and makes no process groups.
 """
@@ -7,9 +7,17 @@ from dataclasses import dataclass
 
 from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.model_spec import ModelSpec
-from ds_moe_ep.plan import ParallelPlan
+from ds_moe_ep.plan import Coordinates, ParallelPlan
 
-__all__ = ["GpuAssignment", "Placement", "assignment_matrix", "make_placement", "stage_layers"]
+__all__ = [
+    "GpuAssignment",
+    "Placement",
+    "RankGroups",
+    "assignment_matrix",
+    "group_table",
+    "make_placement",
+    "stage_moe_layers",
+]
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,35 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class RankGroups:
+    """Where one rank stands and the global ranks of each of its groups."""
+
+    rank: int
+    coordinates: Coordinates
+    tp_group: tuple[int, ...]
+    ep_group: tuple[int, ...]
+    edp_group: tuple[int, ...]
+    dense_dp_group: tuple[int, ...]
+    pp_group: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class GpuAssignment:
     """What one GPU holds.
 
-    `expert_memory_share` is the part of one whole set of experts that lies here (over all GPUs it sums to dp_size);
-    `expected_load_share` the part of all expert work done here if every expert is chosen equally often (sums to 1).
+    Attributes:
+        rank: global rank.
+        host: name of its host.
+        slot: number of the GPU on that host.
+        ep_rank: rank within its expert group.
+        experts: ids of its experts, the same in each of its MoE layers.
+        num_layers: MoE layers it holds experts of.
+        num_expert_instances: experts over all its layers.
+        expert_memory_share: its part of one whole set of experts; over all GPUs that is dp_size.
+        expected_load_share: its part of all expert work if all experts are chosen equally often;
+            over all GPUs that is 1.
+        dense_bytes: weights that are not routed experts; the even share if tp_size or pp_size > 1.
+        expert_bytes: weights of its experts.
     """
 
     rank: int
@@ -74,28 +106,46 @@ def make_placement(plan: ParallelPlan, spec: ModelSpec) -> Placement:
     return Placement(num_experts=spec.num_experts, ep_size=plan.ep_size, moe_layers=spec.moe_layers)
 
 
-def stage_layers(plan: ParallelPlan, spec: ModelSpec, pp_rank: int) -> range:
-    """Return the layers of a pipeline stage; stages differ by at most one layer."""
-    return range(
-        pp_rank * spec.num_layers // plan.pp_size, (pp_rank + 1) * spec.num_layers // plan.pp_size
-    )
+def group_table(plan: ParallelPlan) -> list[RankGroups]:
+    """Return the groups of every rank, in rank order."""
+    return [
+        RankGroups(
+            rank=rank,
+            coordinates=plan.coordinates(rank),
+            tp_group=plan.tp_group(rank),
+            ep_group=plan.ep_group(rank),
+            edp_group=plan.edp_group(rank),
+            dense_dp_group=plan.dense_dp_group(rank),
+            pp_group=plan.pp_group(rank),
+        )
+        for rank in range(plan.world_size)
+    ]
+
+
+def stage_moe_layers(plan: ParallelPlan, spec: ModelSpec, pp_rank: int) -> tuple[int, ...]:
+    """Return the MoE layers of a pipeline stage.
+
+    Stages are runs of consecutive layers, whose lengths differ by one at most.
+    """
+    first = pp_rank * spec.num_layers // plan.pp_size
+    end = (pp_rank + 1) * spec.num_layers // plan.pp_size
+    return tuple(layer for layer in spec.moe_layers if first <= layer < end)
 
 
 def assignment_matrix(plan: ParallelPlan, spec: ModelSpec, cluster: Cluster) -> list[GpuAssignment]:
-    """Return one row per GPU, in rank order.
-
-    Dense bytes are exact for tp_size = pp_size = 1; otherwise they are the even share of the total.
-    """
+    """Return what each GPU holds, in rank order."""
     placement = make_placement(plan, spec)
+    num_instances_in_model = spec.num_experts * len(spec.moe_layers)
+    dense_bytes = spec.num_dense_params * spec.param_bytes // (plan.tp_size * plan.pp_size)
     rows = []
     for rank in range(plan.world_size):
         at = plan.coordinates(rank)
         host, slot = cluster.locate(rank)
         experts = tuple(placement.local_experts(at.ep_rank))
-        num_layers = sum(layer in spec.moe_layers for layer in stage_layers(plan, spec, at.pp_rank))
+        num_layers = len(stage_moe_layers(plan, spec, at.pp_rank))
         num_instances = num_layers * len(experts)
-        num_all_instances = len(spec.moe_layers) * spec.num_experts
-        share = num_instances / (num_all_instances * plan.tp_size) if num_all_instances else 0.0
+        expert_bytes = num_instances * spec.num_params_per_expert * spec.param_bytes
+        share = num_instances / (num_instances_in_model * plan.tp_size) if num_instances else 0.0
         rows.append(
             GpuAssignment(
                 rank=rank,
@@ -107,13 +157,8 @@ def assignment_matrix(plan: ParallelPlan, spec: ModelSpec, cluster: Cluster) -> 
                 num_expert_instances=num_instances,
                 expert_memory_share=share,
                 expected_load_share=share / plan.dp_size,
-                dense_bytes=spec.num_dense_params
-                * spec.param_bytes
-                // (plan.tp_size * plan.pp_size),
-                expert_bytes=num_instances
-                * spec.num_params_per_expert
-                * spec.param_bytes
-                // plan.tp_size,
+                dense_bytes=dense_bytes,
+                expert_bytes=expert_bytes // plan.tp_size,
             )
         )
     return rows

@@ -1,17 +1,33 @@
-"""The parallel plan: how many ranks hold parts of the experts, of the tensors, of the layers, and which rank is in which group.
+"""The parallel plan: its sizes, the identities that tie them to the GPUs, each rank's groups.
 
-It is arithmetic on integers. Which expert lives where is in placement.py; process groups are made in dist/.
+It is arithmetic on integers. Which expert lives where is in placement.py; process groups are made
+in dist/.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_moe_ep.errors import PlanError
 from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.model_spec import ModelSpec
 
-__all__ = ["Coordinates", "ParallelPlan", "check_plan", "make_plan", "valid_ep_sizes"]
+__all__ = [
+    "Coordinates",
+    "ParallelPlan",
+    "check_plan",
+    "make_plan",
+    "nearest_plans",
+    "valid_ep_sizes",
+]
+
+_SIZES_SPLIT_BY_TP = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +44,14 @@ class Coordinates:
 class ParallelPlan:
     """Sizes of the parallel dimensions.
 
-    Ranks are numbered tp first, then ep, dp, pp: with tp_size=1 an expert group is a run of consecutive ranks,
-    as DeepSpeed makes it. `dp_size` counts the copies of each expert.
+    Ranks are numbered tp first, then ep, dp, pp: with tp_size=1 an expert group is a run of
+    consecutive ranks, as DeepSpeed makes it.
+
+    Attributes:
+        ep_size: ranks that the experts of a layer are spread over.
+        tp_size: ranks that each tensor is spread over.
+        pp_size: ranks that the layers are spread over.
+        dp_size: copies of each expert.
     """
 
     ep_size: int
@@ -52,16 +74,13 @@ class ParallelPlan:
         return self.ep_size * self.dp_size
 
     def identities(self) -> tuple[str, str]:
-        """Return the two identities that tie the sizes to the number of GPUs, with numbers filled in."""
-        experts = (
-            f"experts: ep_size {self.ep_size} * tp_size {self.tp_size} * pp_size {self.pp_size} * "
-            f"dp_size {self.dp_size} = {self.world_size} GPUs"
+        """Return the two identities of sizes and number of GPUs, with numbers filled in."""
+        tp_and_pp = f"tp_size {self.tp_size} * pp_size {self.pp_size}"
+        gpus = _gpus(self.world_size)
+        return (
+            f"experts: ep_size {self.ep_size} * {tp_and_pp} * dp_size {self.dp_size} = {gpus}",
+            f"dense: dense_dp_size {self.dense_dp_size} * {tp_and_pp} = {gpus}",
         )
-        dense = (
-            f"dense: dense_dp_size {self.dense_dp_size} * tp_size {self.tp_size} * pp_size {self.pp_size} = "
-            f"{self.world_size} GPUs"
-        )
-        return experts, dense
 
     def coordinates(self, rank: int) -> Coordinates:
         """Return where a rank stands in each dimension.
@@ -118,8 +137,8 @@ class ParallelPlan:
 
 def valid_ep_sizes(num_experts: int, at_most: int | None = None) -> list[int]:
     """Return the divisors of num_experts up to `at_most`, ascending."""
-    limit = num_experts if at_most is None else min(num_experts, at_most)
-    return [size for size in range(1, limit + 1) if num_experts % size == 0]
+    limit = num_experts if at_most is None else at_most
+    return [size for size in _divisors(num_experts) if size <= limit]
 
 
 def make_plan(
@@ -136,29 +155,153 @@ def make_plan(
     Args:
         cluster: the GPUs to fill.
         spec: the model; without it only the number of GPUs is checked.
-        ep_size: ranks an expert layer is spread over; by default what fills the cluster.
-        tp_size: ranks each tensor is spread over.
-        pp_size: ranks the layers are spread over.
+        ep_size: ranks that the experts of a layer are spread over; by default what fills the GPUs.
+        tp_size: ranks that each tensor is spread over.
+        pp_size: ranks that the layers are spread over.
         dp_size: copies of each expert.
 
     Raises:
         PlanError: with the numbers and the nearest plans that fit.
     """
-    if ep_size is None:
-        others = max(1, tp_size * pp_size * dp_size)
-        ep_size = max(1, cluster.num_gpus // others)
-    plan = ParallelPlan(ep_size=ep_size, tp_size=tp_size, pp_size=pp_size, dp_size=dp_size)
-    check_plan(plan, cluster, spec)
+    others = ParallelPlan(ep_size=1, tp_size=tp_size, pp_size=pp_size, dp_size=dp_size)
+    if ep_size is not None:
+        plan = replace(others, ep_size=ep_size)
+        check_plan(plan, cluster, spec)
+        return plan
+    _check_sizes(others)
+    ep_size, rest = divmod(cluster.num_gpus, others.world_size)
+    plan = replace(others, ep_size=max(1, ep_size))
+    if rest:
+        misfit = (
+            f"tp_size={tp_size} * pp_size={pp_size} * dp_size={dp_size} = {others.world_size} does "
+            f"not divide {_gpus(cluster.num_gpus)} ({cluster.describe()}), so no ep_size fills them"
+        )
+        raise PlanError(f"{misfit}. {_way_out(plan, cluster.num_gpus, spec)}")
+    _check(plan, cluster, spec, ep_note=", the default that fills the GPUs,")
     return plan
 
 
 def check_plan(plan: ParallelPlan, cluster: Cluster, spec: ModelSpec | None = None) -> None:
-    """Refuse a plan that does not fill the cluster or does not fit the model.
+    """Refuse a plan that does not fill the cluster or does not suit the model.
 
     Raises:
         PlanError: with the numbers and the nearest plans that fit.
     """
-    if plan.world_size != cluster.num_gpus:
-        raise PlanError(
-            f"{plan} needs {plan.world_size:,} GPUs, but {cluster.num_gpus:,} are there ({cluster.source})."
+    _check_sizes(plan)
+    _check(plan, cluster, spec)
+
+
+def _check(plan: ParallelPlan, cluster: Cluster, spec: ModelSpec | None, ep_note: str = "") -> None:
+    misfit = None if spec is None else next(_misfits(plan, spec, ep_note), None)
+    if misfit is None and plan.world_size != cluster.num_gpus:
+        misfit = _gpu_mismatch(plan, cluster)
+    if misfit is not None:
+        raise PlanError(f"{misfit}. {_way_out(plan, cluster.num_gpus, spec)}")
+
+
+def nearest_plans(
+    wanted: ParallelPlan, num_gpus: int, spec: ModelSpec | None = None, at_most: int = 4
+) -> list[ParallelPlan]:
+    """Return the plans that fill `num_gpus` and suit the model, those most like `wanted` first.
+
+    Keeping ep_size counts most; splitting tensors or layers further than wanted comes last. There
+    is always one: copies of the whole model, ep_size = tp_size = pp_size = 1.
+    """
+
+    def order(plan: ParallelPlan) -> tuple[bool, float, int]:
+        splits_more = plan.tp_size > wanted.tp_size or plan.pp_size > wanted.pp_size
+        changes = (
+            3 * _doublings(plan.ep_size, wanted.ep_size)
+            + _doublings(plan.tp_size, wanted.tp_size)
+            + _doublings(plan.pp_size, wanted.pp_size)
+            + _doublings(plan.dp_size, wanted.dp_size)
         )
+        return splits_more, changes, -plan.ep_size
+
+    fitting = [
+        plan
+        for plan in _factorizations(num_gpus)
+        if spec is None or next(_misfits(plan, spec), None) is None
+    ]
+    return sorted(fitting, key=order)[:at_most]
+
+
+def _doublings(size: int, other: int) -> float:
+    return abs(math.log2(size / other))
+
+
+def _divisors(number: int) -> list[int]:
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return small + [number // size for size in reversed(small) if size * size != number]
+
+
+def _factorizations(num_gpus: int) -> Iterator[ParallelPlan]:
+    """Yield every plan of exactly this many GPUs."""
+    for ep_size in _divisors(num_gpus):
+        for tp_size in _divisors(num_gpus // ep_size):
+            for pp_size in _divisors(num_gpus // (ep_size * tp_size)):
+                dp_size = num_gpus // (ep_size * tp_size * pp_size)
+                yield ParallelPlan(ep_size, tp_size, pp_size, dp_size)
+
+
+def _check_sizes(plan: ParallelPlan) -> None:
+    for name, size in vars(plan).items():
+        if size < 1:
+            raise PlanError(f"{name}={size}: every size is at least 1.")
+
+
+def _misfits(plan: ParallelPlan, spec: ModelSpec, ep_note: str = "") -> Iterator[str]:
+    """Yield why a plan does not suit a model, whatever the number of GPUs."""
+    if not spec.is_moe:
+        if plan.ep_size > 1:
+            yield (
+                f"ep_size={plan.ep_size}{ep_note} but {spec.name} ({spec.model_type}) has no MoE "
+                "layer, so there are no experts to spread. Make some first: ds-moe-ep convert SRC "
+                f"DST --to hf --upcycle-experts {plan.ep_size} --top-k 2"
+            )
+    elif spec.num_experts % plan.ep_size:
+        yield (
+            f"ep_size={plan.ep_size}{ep_note} does not divide num_experts={spec.num_experts} (layer "
+            f"{spec.moe_layers[0]} of {spec.name}): every rank must own the same number of experts. "
+            f"Use ep_size in {valid_ep_sizes(spec.num_experts)}"
+        )
+    for name in _SIZES_SPLIT_BY_TP:
+        size = getattr(spec, name)
+        if size % plan.tp_size:
+            whole = math.gcd(*(getattr(spec, each) for each in _SIZES_SPLIT_BY_TP))
+            yield (
+                f"tp_size={plan.tp_size} does not divide {name}={size} of {spec.name}: every rank "
+                f"must hold an equal part. Use tp_size in {_divisors(whole)}"
+            )
+    if plan.pp_size > spec.num_layers:
+        yield (
+            f"pp_size={plan.pp_size} is more than num_layers={spec.num_layers} of {spec.name}: "
+            f"every stage needs a layer. Use pp_size up to {spec.num_layers}"
+        )
+
+
+def _way_out(wanted: ParallelPlan, num_gpus: int, spec: ModelSpec | None) -> str:
+    """Return the sentence with plans that fit, on all GPUs and, if that spreads wider, on fewer."""
+    plans = nearest_plans(wanted, num_gpus, spec)
+    text = f"Plans that fit {_gpus(num_gpus)}: {'; '.join(map(str, plans))}."
+    if spec is not None and spec.is_moe:
+        widest = max(valid_ep_sizes(spec.num_experts, num_gpus))
+        if num_gpus % widest:
+            text += f" On {widest} of them: {ParallelPlan(ep_size=widest)}."
+    return text
+
+
+def _gpu_mismatch(plan: ParallelPlan, cluster: Cluster) -> str:
+    needed, there = plan.world_size, cluster.num_gpus
+    comparison = (
+        f"{needed / there:.4g}x as many" if needed > there else f"{there - needed:,} would idle"
+    )
+    sizes = " * ".join(str(size) for size in vars(plan).values())
+    return (
+        f"{plan} needs {sizes} = {_gpus(needed)}, but {there:,} are there ({cluster.describe()}): "
+        f"{comparison}"
+    )
+
+
+def _gpus(number: int) -> str:
+    return f"{number:,} GPU" + ("" if number == 1 else "s")
