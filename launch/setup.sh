@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository's root and installs ds_moe_ep into it. Does nothing where that is done.
+#
+#   bash launch/setup.sh          what it takes to run
+#   bash launch/setup.sh test     and to test
+#
+#   TORCH    the torch to install, by itself and first, so that no other package chooses one
+#   PYTHON   the Python to use, 3.10 or newer
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+TORCH="${TORCH:-torch==2.13.0}"
+PYTHON="${PYTHON:-python3}"
+EXTRA="${1:-}"
+LIMIT_S=1800 # for one installation; a slow network needs a while for torch
+
+fail() {
+    printf 'set-up: %s\n' "$@" >&2
+    exit 1
+}
+
+check_python() {
+    command -v "$PYTHON" > /dev/null ||
+        fail "there is no $PYTHON here. Install it:" "  sudo apt-get install -y python3 python3-venv"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$("$PYTHON" --version) is too old; 3.10 or newer is needed. Name another:" \
+            "  PYTHON=python3.12 bash $0"
+    "$PYTHON" -c 'import ensurepip, venv' 2> /dev/null ||
+        fail "$PYTHON cannot make environments: python3-venv is missing. Install it:" \
+            "  sudo apt-get install -y python3-venv"
+}
+
+# An environment knows its own path and holds one torch, so it is made anew when these change.
+make_environment() {
+    local wanted clear=()
+    wanted="$PWD, $TORCH, $("$PYTHON" --version)"
+    if [ -e .venv/made-for ] && [ "$(< .venv/made-for)" != "$wanted" ]; then
+        clear=(--clear)
+    fi
+    if [ ${#clear[@]} -gt 0 ] || ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
+        "$PYTHON" -m venv "${clear[@]}" .venv
+    fi
+    printf '%s' "$wanted" > .venv/made-for
+}
+
+install() {
+    local start=$SECONDS
+    printf 'set-up: pip install %s\n' "$*"
+    timeout --foreground "$LIMIT_S" .venv/bin/python -m pip install \
+        --quiet --no-input --disable-pip-version-check "$@" ||
+        fail "pip could not install this (exit code $?; 124: not done in $LIMIT_S s)." \
+            "Once that is mended, run the same command again; it goes on from here."
+    printf 'set-up: done in %d s\n' $((SECONDS - start))
+}
+
+# One set-up at a time in this folder; the lock goes with the process.
+exec 9< .
+flock --wait "$LIMIT_S" 9 || fail "another set-up has been running here for $LIMIT_S s. End it first."
+
+check_python
+make_environment
+# What was installed, for which pyproject.toml. The test environment is also one to run in.
+wanted=$(sha256sum pyproject.toml)
+installed() { [ -e ".venv/installed$1" ] && [ "$(< ".venv/installed$1")" = "$wanted" ]; }
+if ! installed "$EXTRA"; then
+    install "$TORCH"
+    install --editable ".${EXTRA:+[$EXTRA]}"
+    for name in "" "$EXTRA"; do
+        printf '%s' "$wanted" > ".venv/installed$name"
+    done
+fi
