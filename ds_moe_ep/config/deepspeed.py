@@ -60,16 +60,16 @@ def require_pure_ep(plan: ParallelPlan, spec: ModelSpec) -> None:
     Raises:
         ConfigError: if tensors or layers are split, or the model has no experts.
     """
-    if plan.tp_size != 1 or plan.pp_size != 1:
-        raise ConfigError(
-            f"tp_size={plan.tp_size}, pp_size={plan.pp_size}: this package runs expert parallelism "
-            f"with tp_size=1 and pp_size=1; a plan that splits tensors or layers is for Megatron only. "
-            f"Use --tp 1 --pp 1."
-        )
     if not spec.is_moe:
         raise ConfigError(
             f"{spec.name} has no MoE layer, so ep_size={plan.ep_size} has no experts to spread. "
             f"Make some first: ds-moe-ep convert SRC DST --to hf --upcycle-experts {plan.ep_size}."
+        )
+    if plan.tp_size != 1 or plan.pp_size != 1:
+        raise ConfigError(
+            f"tp_size={plan.tp_size}, pp_size={plan.pp_size}: this package runs expert parallelism "
+            f"with tp_size=1 and pp_size=1; a plan that splits tensors or layers is for Megatron "
+            f"only. Use --tp 1 --pp 1."
         )
 
 

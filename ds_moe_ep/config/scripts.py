@@ -1,0 +1,158 @@
+"""run.sh and run.sbatch: the two ways to start launch/infer.py on all hosts of a plan.
+
+Both read the configuration beside them at run time, so a folder can be moved. Every word that comes
+from a hostfile or a path is quoted for the shell.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.hostfile import Cluster
+
+__all__ = ["RUN_SBATCH", "RUN_SH", "run_sbatch", "run_sh"]
+
+RUN_SH = "run.sh"
+RUN_SBATCH = "run.sbatch"
+
+_RUN_SH = r"""#!/usr/bin/env bash
+# Runs launch/infer.py on @GPUS@ of the hostfile beside this script. Written by `ds-moe-ep config`.
+#   run.sh --input IN.jsonl --output OUT.jsonl [other options of launch/infer.py]
+# Start it from the folder that holds launch/infer.py. All hosts must see that folder, this one and
+# the model under the same paths. MODEL and INFER name another model folder or another infer.py.
+set -euo pipefail
+here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+infer="${INFER:-launch/infer.py}"
+@MODEL@
+if [ ! -f "$infer" ]; then
+  echo "run.sh: no $infer in $PWD. Start it from the folder that holds it, or set INFER." >&2
+  exit 2
+fi
+@CHECK@exec deepspeed --hostfile "$here/hostfile" @LAUNCHER@ \
+  "$infer" --model "$model" --config "$here" "$@"
+"""
+
+_PDSH_CHECK = r"""# DeepSpeed hands these words to a shell on every host without quoting them.
+for word in "$PWD" "$here" "$infer" "$model" "$@"; do
+  case $word in
+    '' | *[![:alnum:]_@+=:,./-]*)
+      echo "run.sh: '$word' would not reach the other hosts unchanged: DeepSpeed's pdsh launcher" \
+        "does not quote. Use names of letters, digits and _@+=:,./- here, or run.sbatch." >&2
+      exit 2
+      ;;
+  esac
+done
+"""
+
+_RUN_SBATCH = r"""#!/usr/bin/env bash
+#SBATCH --job-name=ds_moe_ep
+#SBATCH --nodes=@NODES@
+#SBATCH --ntasks=@RANKS@
+#SBATCH --ntasks-per-node=@SLOTS@
+#SBATCH --gpus-per-node=@SLOTS@
+# Runs launch/infer.py on @GPUS@ under Slurm without ssh. Written by `ds-moe-ep config`.
+#   sbatch [--partition P --time T] run.sbatch --input IN.jsonl --output OUT.jsonl [other options]
+# Submit it from the folder that holds launch/infer.py. MODEL and INFER name another model folder or
+# another infer.py, PYTHON another interpreter.
+set -euo pipefail
+here="${CONFIG:-}"
+if [ -z "$here" ]; then
+  # Slurm runs a copy of this script, so the folder it came from has to be asked for.
+  job="$(scontrol show job "${SLURM_JOB_ID:?submit this script with sbatch}")"
+  here="$(dirname -- "$(sed -n 's/^ *Command=\([^ ]*\).*/\1/p' <<< "$job")")"
+fi
+infer="${INFER:-launch/infer.py}"
+@MODEL@
+if [ ! -f "$here/ds_inference.json" ]; then
+  echo "run.sbatch: no ds_inference.json in $here. Set CONFIG to the folder that has it." >&2
+  exit 2
+fi
+if [ ! -f "$infer" ]; then
+  echo "run.sbatch: no $infer in $PWD. Submit from the folder that holds it, or set INFER." >&2
+  exit 2
+fi
+if [ "$SLURM_NTASKS" != @RANKS@ ]; then
+  echo "run.sbatch: the plan has @RANKS@ ranks, but Slurm gave $SLURM_NTASKS tasks. Submit with" \
+    "--nodes=@NODES@ --ntasks-per-node=@SLOTS@, or plan again with ds-moe-ep config." >&2
+  exit 2
+fi
+read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"
+WORLD_SIZE="$SLURM_NTASKS"
+export MASTER_ADDR MASTER_PORT WORLD_SIZE
+# Consecutive ranks share a node, as the plan has it.
+exec srun --kill-on-bad-exit=1 --distribution=block bash -c \
+  'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"; exec "$@"' task \
+  "${PYTHON:-python}" -u "$infer" --model "$model" --config "$here" "$@"
+"""
+
+
+def run_sh(model: Path, cluster: Cluster) -> str:
+    """Return a script that starts the ranks over ssh with DeepSpeed's launcher.
+
+    Args:
+        model: the model as the user named it; a folder becomes the script's default, while a bare
+            config.json has no weights and leaves MODEL to be set.
+        cluster: the hosts. For this machine alone nothing goes through ssh.
+    """
+    if [host.name for host in cluster.hosts] == ["localhost"]:
+        check, launcher = "", ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+    else:
+        # DeepSpeed would run a hostfile of one host on the machine at hand unless forced not to.
+        alone = ["--force_multi"] if len(cluster.hosts) == 1 else []
+        check, launcher = _PDSH_CHECK, ["--launcher", "pdsh", *alone]
+    if cluster.include_filter:
+        launcher += ["--include", cluster.include_filter]
+    return _fill(
+        _RUN_SH,
+        GPUS=_gpus(cluster),
+        MODEL=_model_lines(model),
+        CHECK=check,
+        LAUNCHER=shlex.join(launcher),
+    )
+
+
+def run_sbatch(model: Path, cluster: Cluster) -> str:
+    """Return a Slurm batch script that starts the ranks with srun.
+
+    The hosts are Slurm's to choose; the cluster only says how many, with how many GPUs each.
+
+    Args:
+        model: as for `run_sh`.
+        cluster: the hosts.
+
+    Raises:
+        ConfigError: if hosts differ in their slots or leave some out, which srun cannot express.
+    """
+    first = cluster.hosts[0]
+    for host in cluster.hosts:
+        if host.slots != tuple(range(len(first.slots))):
+            raise ConfigError(
+                f"srun starts as many tasks on every node and cannot leave single GPUs out, but "
+                f"{host.name} gives slots {list(host.slots)} and {first.name} {len(first.slots)}. "
+                f"Use run.sh."
+            )
+    return _fill(
+        _RUN_SBATCH,
+        NODES=str(len(cluster.hosts)),
+        SLOTS=str(len(first.slots)),
+        RANKS=str(cluster.num_gpus),
+        GPUS=_gpus(cluster),
+        MODEL=_model_lines(model),
+    )
+
+
+def _gpus(cluster: Cluster) -> str:
+    return f"the {cluster.num_gpus} GPUs" if cluster.num_gpus > 1 else "the GPU"
+
+
+def _model_lines(model: Path) -> str:
+    if model.is_file():
+        return 'model="${MODEL:?set MODEL to the folder with config.json and the weights}"'
+    return f'default_model={shlex.quote(str(model))}\nmodel="${{MODEL:-$default_model}}"'
+
+
+def _fill(template: str, **values: str) -> str:
+    """Put values in the place of @NAMES@, which unlike braces mean nothing to a shell."""
+    return re.sub("@([A-Z]+)@", lambda match: values[match[1]], template)
