@@ -11,7 +11,14 @@ from pathlib import Path
 
 from ds_moe_ep.errors import HostfileError
 
-__all__ = ["Cluster", "Host", "local_cluster", "parse_hostfile", "read_hostfile"]
+__all__ = [
+    "Cluster",
+    "Host",
+    "filter_cluster",
+    "local_cluster",
+    "parse_hostfile",
+    "read_hostfile",
+]
 
 MAX_SLOTS_PER_HOST = 4096
 _ENTRY = re.compile(r"(\S+)\s+slots=(\d+)(?=\s|#|$)")
@@ -49,7 +56,10 @@ class Cluster:
         """Return hosts, slots and source for messages: "8 hosts x 8 slots, hostfile.8x8"."""
         counts = {len(host.slots) for host in self.hosts}
         hosts = "1 host" if len(self.hosts) == 1 else f"{len(self.hosts)} hosts"
-        slots = f" x {counts.pop()} slots" if len(counts) == 1 else f", {self.num_gpus} slots"
+        if len(counts) > 1:
+            slots = f", {self.num_gpus} slots"
+        else:
+            slots = " x 1 slot" if counts == {1} else f" x {counts.pop()} slots"
         return f"{hosts}{slots}, {self.source}"
 
     def locate(self, rank: int) -> tuple[str, int]:
@@ -107,7 +117,7 @@ def read_hostfile(path: str | Path, *, include: str = "", exclude: str = "") -> 
             f"{path}: cannot be read ({reason}). Name an existing hostfile, or none to plan for "
             "this machine."
         ) from None
-    return _filtered(parse_hostfile(text, str(path)), include, exclude)
+    return filter_cluster(parse_hostfile(text, str(path)), include=include, exclude=exclude)
 
 
 def parse_hostfile(text: str, source: str) -> Cluster:
@@ -180,7 +190,12 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def _filtered(cluster: Cluster, include: str, exclude: str) -> Cluster:
+def filter_cluster(cluster: Cluster, *, include: str = "", exclude: str = "") -> Cluster:
+    """Keep the slots that an include or exclude text leaves; see `read_hostfile`.
+
+    Raises:
+        HostfileError: if both texts are given, or one names what is not there or leaves nothing.
+    """
     if include and exclude:
         raise HostfileError(
             f"--include {include!r} and --exclude {exclude!r} exclude each other. Use one of them."

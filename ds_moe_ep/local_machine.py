@@ -1,0 +1,45 @@
+"""Counts this machine's GPUs without importing torch, for plans made without a hostfile."""
+
+import os
+import re
+import shutil
+import subprocess
+
+__all__ = ["count_local_gpus"]
+
+
+def count_local_gpus() -> int:
+    """Return how many NVIDIA GPUs a job started here would see; 0 if there are none.
+
+    `CUDA_VISIBLE_DEVICES` narrows the number as it does for the job.
+    """
+    num_gpus = _count_device_files() or _count_by_nvidia_smi()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return num_gpus
+    # CUDA ignores everything from the first entry on that names no device, such as -1.
+    entries = [entry.strip() for entry in visible.split(",")]
+    num_named = next((i for i, entry in enumerate(entries) if entry in ("", "-1")), len(entries))
+    return min(num_gpus, num_named)
+
+
+def _count_device_files() -> int:
+    """Count /dev/nvidia0 and so on: what a container was given, at no cost."""
+    try:
+        return sum(re.fullmatch(r"nvidia\d+", name) is not None for name in os.listdir("/dev"))
+    except OSError:
+        return 0
+
+
+def _count_by_nvidia_smi() -> int:
+    """Ask the driver's own tool where GPUs have no device files, as under WSL."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    try:
+        listing = subprocess.run(
+            [tool, "-L"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
