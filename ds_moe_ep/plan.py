@@ -261,16 +261,16 @@ def _misfits(plan: ParallelPlan, spec: ModelSpec, ep_note: str = "") -> Iterator
             )
     elif spec.num_experts % plan.ep_size:
         yield (
-            f"ep_size={plan.ep_size}{ep_note} does not divide num_experts={spec.num_experts} (layer "
-            f"{spec.moe_layers[0]} of {spec.name}): every rank must own the same number of "
+            f"ep_size={plan.ep_size}{ep_note} does not divide num_experts={spec.num_experts} "
+            f"(layer {spec.moe_layers[0]} of {spec.name}): every rank must own the same number of "
             f"experts. Use ep_size in {valid_ep_sizes(spec.num_experts)}"
         )
     sizes = {name: getattr(spec, name) for name in _SIZES_SPLIT_BY_TP}
     for name, size in sizes.items():
         if size % plan.tp_size:
             yield (
-                f"tp_size={plan.tp_size} does not divide {name}={size} of {spec.name}: every rank "
-                f"must hold as much. Use tp_size in {_divisors(math.gcd(*sizes.values()))}"
+                f"tp_size={plan.tp_size} does not divide {name}={size} of {spec.name}: every "
+                f"rank must hold as much. Use tp_size in {_divisors(math.gcd(*sizes.values()))}"
             )
     if plan.pp_size > spec.num_layers:
         yield (

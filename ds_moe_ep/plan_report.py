@@ -215,22 +215,26 @@ class PlanReport:
 
 def peer_names(plan: ParallelPlan) -> dict[str, str]:
     """Return what other projects call the layout of a plan, by project."""
-    deepspeed = ['"E" (expert-only)' if plan.dp_size == 1 else '"E + D" (expert and data)']
-    if plan.ep_size == 1:
-        deepspeed = ["data parallelism"]
-    if plan.tp_size > 1:
-        deepspeed.append(f"tensor parallelism of {plan.tp_size}")
-    if plan.pp_size > 1:
-        deepspeed.append(f"pipeline parallelism of {plan.pp_size}")
-    if plan.tp_size > 1 or plan.pp_size > 1:
-        vllm = "no name; its experts span the tensor-parallel ranks too"
-    elif plan.ep_size == 1:
-        vllm = f"data parallelism of {plan.dp_size} without expert parallelism"
+    return {"DeepSpeed": _deepspeed_name(plan), "vLLM": _vllm_name(plan)}
+
+
+def _deepspeed_name(plan: ParallelPlan) -> str:
+    if plan.ep_size > 1 and plan.tp_size == plan.dp_size == 1:
+        name = '"E" (expert-only)'
     else:
-        vllm = f"data-parallel attention of {plan.ep_size} with EP {plan.ep_size}"
-        if plan.dp_size > 1:
-            vllm = f"{plan.dp_size} instances, each {vllm}"
-    return {"DeepSpeed": " with ".join(deepspeed), "vLLM": vllm}
+        parts = (("E", plan.ep_size), ("M", plan.tp_size), ("D", plan.dp_size))
+        letters = " + ".join(letter for letter, size in parts if size > 1)
+        name = f'"{letters}" (E experts, M model, D data)' if letters else "a single copy"
+    return name if plan.pp_size == 1 else f"{name}, with {plan.pp_size} pipeline stages"
+
+
+def _vllm_name(plan: ParallelPlan) -> str:
+    if plan.tp_size > 1 or plan.pp_size > 1:
+        return "no name for it; tensor-parallel ranks hold whole experts there"
+    if plan.ep_size == 1:
+        return f"data parallelism of {plan.dp_size} without expert parallelism"
+    instance = f"data-parallel attention of {plan.ep_size} with EP {plan.ep_size}"
+    return instance if plan.dp_size == 1 else f"{plan.dp_size} instances, each with {instance}"
 
 
 def _short(number: int) -> str:
