@@ -20,7 +20,7 @@ fail() {
 }
 
 check_python() {
-    command -v "$PYTHON" > /dev/null ||
+    "$PYTHON" --version > /dev/null 2>&1 ||
         fail "there is no $PYTHON here. Install it:" "  sudo apt-get install -y python3 python3-venv"
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "$("$PYTHON" --version) is too old; 3.10 or newer is needed. Name another:" \
@@ -59,13 +59,11 @@ flock --wait "$LIMIT_S" 9 || fail "another set-up has been running here for $LIM
 
 check_python
 make_environment
-# What was installed, for which pyproject.toml. The test environment is also one to run in.
+# Each stamp holds the pyproject.toml that was installed. The test environment is also one to run in.
 wanted=$(sha256sum pyproject.toml)
-installed() { [ -e ".venv/installed$1" ] && [ "$(< ".venv/installed$1")" = "$wanted" ]; }
-if ! installed "$EXTRA"; then
+stamp=".venv/installed${EXTRA:+-$EXTRA}"
+if ! [ -e "$stamp" ] || [ "$(< "$stamp")" != "$wanted" ]; then
     install "$TORCH"
     install --editable ".${EXTRA:+[$EXTRA]}"
-    for name in "" "$EXTRA"; do
-        printf '%s' "$wanted" > ".venv/installed$name"
-    done
+    printf '%s' "$wanted" | tee "$stamp" > .venv/installed
 fi

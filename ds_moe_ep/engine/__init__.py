@@ -2,5 +2,3 @@
 
 Nothing is imported here, so that reading prompts does not cost an import of torch.
 """
-
-__all__: list[str] = []
