@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import deepspeed
 import torch
@@ -17,9 +18,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
-from ds_moe_ep.errors import ConfigError, DistributedError
+from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
 
-__all__ = ["RankInfo", "create_expert_groups", "init_distributed", "read_rank_info"]
+__all__ = ["Job", "RankInfo", "create_expert_groups", "init_distributed", "read_rank_info"]
+
+T = TypeVar("T")
 
 # DeepSpeed's shared-memory all-reduce for CPUs. Its op is built with a C++ compiler the first time (40 to 90 s), and a
 # build that was killed leaves a lock on which every later job waits for ever.
@@ -33,9 +36,11 @@ class RankInfo:
     rank: int
     local_rank: int
     world_size: int
+    host: str = field(default_factory=socket.gethostname)
 
     def __str__(self) -> str:
-        return f"rank {self.rank} {socket.gethostname()}"
+        """Names the rank the way error messages do."""
+        return f"rank {self.rank} {self.host}"
 
 
 def read_rank_info() -> RankInfo:
@@ -55,17 +60,62 @@ def read_rank_info() -> RankInfo:
     return RankInfo(rank, local_rank, world_size)
 
 
-def init_distributed(info: RankInfo, *, timeout_s: float) -> torch.device:
-    """Joins the process group of the job and lets DeepSpeed use it.
+@dataclass(frozen=True)
+class Job:
+    """The running job as one rank sees it.
 
-    Collectives on the accelerator use its own backend; small host-side exchanges use gloo.
+    Attributes:
+        info: Who this process is.
+        device: Where its tensors live.
+        control: A gloo group of all ranks for small exchanges on the host.
+    """
+
+    info: RankInfo
+    device: torch.device
+    control: dist.ProcessGroup
+
+    def agree(self, error: DsMoeEpError | None) -> None:
+        """Lets all ranks fail together if one has failed; every rank calls it.
+
+        Raises:
+            DsMoeEpError: On every rank, the error of the lowest rank that has one, and who else has one.
+        """
+        own = None if error is None else (type(error), str(error), str(self.info))
+        gathered: list[tuple[type[DsMoeEpError], str, str] | None] = [None] * self.info.world_size
+        dist.all_gather_object(gathered, own, group=self.control)
+        failed = [found for found in gathered if found is not None]
+        if not failed:
+            return
+        kind, text, who = failed[0]
+        if len(failed) == self.info.world_size:
+            raise kind(text)
+        others = f" (and {len(failed) - 1} other ranks)" if len(failed) > 1 else ""
+        raise kind(f"[{who}]{others} {text}")
+
+    def wait_for_all(self, timeout_s: float, what: str) -> None:
+        """Waits until every rank has come here.
+
+        Raises:
+            DistributedError: Some did not come in time; it names them.
+        """
+        try:
+            dist.monitored_barrier(self.control, timedelta(seconds=timeout_s), wait_all_ranks=True)
+        except RuntimeError as error:
+            raise DistributedError(f"[{self.info}] {what}: not all ranks came within {timeout_s:.0f} s: {error}") from error
+
+    def gather(self, value: T) -> list[T]:
+        """Returns the values of all ranks on rank 0, an empty list elsewhere."""
+        gathered: list | None = [None] * self.info.world_size if self.info.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0, group=self.control)
+        return gathered or []
+
+
+def init_distributed(info: RankInfo, *, timeout_s: float) -> Job:
+    """Joins the process group of the job and lets DeepSpeed use it.
 
     Args:
         info: Who this process is.
         timeout_s: How long any wait for another rank may last, the rendezvous included.
-
-    Returns:
-        The device of this rank.
 
     Raises:
         DistributedError: The ranks did not find each other.
@@ -76,13 +126,13 @@ def init_distributed(info: RankInfo, *, timeout_s: float) -> torch.device:
     if on_gpu:
         accelerator.set_device(info.local_rank)
     if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    # DeepSpeed and accelerate read these too, and no launcher has set them for a single process.
+    os.environ.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size))
+    timeout = timedelta(seconds=timeout_s)
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            rank=info.rank,
-            world_size=info.world_size,
-            timeout=timedelta(seconds=timeout_s),
+            "nccl" if on_gpu else "gloo", rank=info.rank, world_size=info.world_size, timeout=timeout
         )
     except (dist.DistError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -90,9 +140,10 @@ def init_distributed(info: RankInfo, *, timeout_s: float) -> torch.device:
             f"[{info}] the {info.world_size} ranks did not meet at {where} within {timeout_s:.0f} s ({error}). "
             "Look for a rank that did not start, a port in use (--master_port) or a wrong network interface."
         ) from error
+    control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
     with _without_jit_build():
-        deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None, verbose=False)
-    return device
+        deepspeed.init_distributed(verbose=False)
+    return Job(info, device, control)
 
 
 def create_expert_groups(ep_size: int) -> None:

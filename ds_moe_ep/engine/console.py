@@ -1,0 +1,47 @@
+"""What a user sees of a job of many ranks: rank 0 talks, the others only when something breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import transformers
+from tqdm import tqdm
+
+__all__ = ["only_rank_0_prints", "progress_bar", "quiet_libraries"]
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' remarks and progress bars off the terminal; their errors stay."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def only_rank_0_prints(rank: int) -> Iterator[None]:
+    """Drops what other ranks print to stdout meanwhile: some of DeepSpeed's set-up prints on every rank."""
+    if rank == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows finished prompts while it is open, on a terminal only.
+
+    Yields:
+        A function to call with the number of prompts finished so far.
+    """
+    with tqdm(total=total, unit="prompt", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def show(finished: int) -> None:
+            bar.update(finished - bar.n)
+
+        yield show

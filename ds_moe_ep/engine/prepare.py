@@ -1,0 +1,168 @@
+"""Everything that can be refused before a weight is read: plan, settings, model files, prompts, output.
+
+Every rank runs it and gets the same answer, so that all can be refused together; it starts no collective.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ds_moe_ep.checkpoint.files import open_checkpoint
+from ds_moe_ep.config.deepspeed import inference_config
+from ds_moe_ep.config.run import RunConfig, load_run_config
+from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.options import JobOptions
+from ds_moe_ep.engine.outputs import check_writable
+from ds_moe_ep.engine.prompts import Prompt, read_prompts
+from ds_moe_ep.engine.schedule import Batch, spread
+from ds_moe_ep.engine.tasks import EncodedPrompt
+from ds_moe_ep.errors import ConfigError, InputError, PlanError
+from ds_moe_ep.hostfile import local_cluster
+from ds_moe_ep.model_spec import ModelSpec, read_model_spec
+from ds_moe_ep.plan import ParallelPlan, make_plan
+
+__all__ = ["Work", "prepare"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank has settled before it reads a weight.
+
+    Attributes:
+        plan: The parallel sizes.
+        spec: The model.
+        deepspeed_config: What ``deepspeed.init_inference`` takes.
+        dtype: What the weights are held in.
+        tokenizer: The model's; None if it has none and no prompt needs one.
+        prompts: All prompts of the job, in input order.
+        batches: The batches of each rank; their indices point into `prompts`.
+        context_length: Tokens a prompt and its completion may have together.
+    """
+
+    plan: ParallelPlan
+    spec: ModelSpec
+    deepspeed_config: dict[str, Any]
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase | None
+    prompts: list[EncodedPrompt]
+    batches: list[list[Batch]]
+    context_length: int
+
+
+def prepare(options: JobOptions, job: Job) -> Work:
+    """Reads and checks all that the job needs but the weights.
+
+    Raises:
+        DsMoeEpError: Something is refused.
+    """
+    spec = read_model_spec(options.model)
+    config = load_run_config(options.config) if options.config else None
+    plan = _plan(options, config, spec, job.info.world_size)
+    settings = _deepspeed_config(options, config, plan, spec, job.device)
+    open_checkpoint(options.model)
+    if job.info.rank == 0:
+        check_writable(options.output)
+        _warn_ignored(options)
+    prompts = read_prompts(options.input)
+    tokenizer = _tokenizer(options, prompts)
+    context_length = min(spec.max_position_embeddings, settings["max_out_tokens"])
+    encoded = _encode(options, prompts, tokenizer)
+    _check_tokens(options, encoded, spec, context_length)
+    batches = spread(
+        [len(prompt.token_ids) for prompt in encoded],
+        job.info.world_size,
+        options.batch_size,
+        max_new_tokens=options.max_new_tokens if options.task == "generate" else 0,
+    )
+    dtype = getattr(torch, settings["dtype"])
+    return Work(plan, spec, settings, dtype, tokenizer, encoded, batches, context_length)
+
+
+def _plan(options: JobOptions, config: RunConfig | None, spec: ModelSpec, world_size: int) -> ParallelPlan:
+    """Fits the ranks that were started to what the user and the configuration ask for."""
+    configured = config.ep_size if config else None
+    if config and config.plan and config.plan.world_size != world_size:
+        raise PlanError(
+            f"{config.source} plans {config.plan} for {config.plan.world_size} ranks, but this job has {world_size}. "
+            f"Start {config.plan.world_size} ranks (deepspeed --hostfile ...), or write the files for {world_size}: "
+            "ds-moe-ep config --model M --hostfile H --out DIR."
+        )
+    if options.ep_size and configured and options.ep_size != configured:
+        raise PlanError(
+            f"--ep-size {options.ep_size} contradicts ep_size={configured} of {config.source}. Leave one of them out."
+        )
+    if config and config.num_experts not in (None, spec.num_experts):
+        raise ConfigError(
+            f"{config.source} was made for {config.num_experts} experts a layer, {options.model} has {spec.num_experts}. "
+            "Write it again with ds-moe-ep config for this model."
+        )
+    ep_size = options.ep_size or configured or world_size
+    ranks = replace(local_cluster(world_size), source="the ranks of this job")
+    return make_plan(ranks, spec, ep_size=ep_size, dp_size=max(1, world_size // ep_size))
+
+
+def _deepspeed_config(
+    options: JobOptions, config: RunConfig | None, plan: ParallelPlan, spec: ModelSpec, device: torch.device
+) -> dict[str, Any]:
+    """The generated or given configuration, with the user's dtype; float32 on a CPU unless a dtype was named."""
+    named = options.dtype or (config.dtype if config else None)
+    settings = inference_config(plan, spec, dtype=named or ("float32" if device.type == "cpu" else None))
+    if config:
+        settings |= config.inference | {"dtype": settings["dtype"]}
+        settings["moe"] = {**settings["moe"], "ep_size": plan.ep_size}
+    return settings
+
+
+def _warn_ignored(options: JobOptions) -> None:
+    if options.temperature == 0.0 and options.top_p < 1.0:
+        warnings.warn("--top-p is ignored: --temperature 0 is greedy decoding.", stacklevel=2)
+
+
+def _tokenizer(options: JobOptions, prompts: Sequence[Prompt]) -> PreTrainedTokenizerBase | None:
+    if any((options.model / name).exists() for name in _TOKENIZER_FILES):
+        try:
+            return AutoTokenizer.from_pretrained(options.model)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{options.model}: the tokenizer cannot be read: {error}") from error
+    text = next((prompt for prompt in prompts if prompt.text is not None), None)
+    if text is None:
+        return None
+    raise InputError(
+        f"{options.input}: prompt {text.id!r} is text, but {options.model} has no tokenizer ({', '.join(_TOKENIZER_FILES)}). "
+        "Add the tokenizer's files, or give prompt_token_ids."
+    )
+
+
+def _encode(
+    options: JobOptions, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None
+) -> list[EncodedPrompt]:
+    texts = [prompt.text for prompt in prompts if prompt.text is not None]
+    token_ids = iter(tokenizer(texts)["input_ids"] if texts else [])
+    return [
+        EncodedPrompt(prompt, prompt.token_ids if prompt.text is None else tuple(next(token_ids))) for prompt in prompts
+    ]
+
+
+def _check_tokens(options: JobOptions, prompts: Sequence[EncodedPrompt], spec: ModelSpec, context_length: int) -> None:
+    room = context_length - (1 if options.task == "generate" else 0)
+    for encoded in prompts:
+        where = f"{options.input}: prompt {encoded.prompt.id!r}"
+        if not encoded.token_ids:
+            raise InputError(f"{where} has no tokens. Remove it.")
+        if len(encoded.token_ids) > room:
+            raise InputError(
+                f"{where} has {len(encoded.token_ids):,} tokens, but the context of {options.model} is {context_length:,}"
+                f"{' and at least one is to be generated' if room < context_length else ''}. Shorten it to {room:,}."
+            )
+        if max(encoded.token_ids) >= spec.vocab_size:
+            raise InputError(
+                f"{where} has token id {max(encoded.token_ids)}, but the vocabulary of {options.model} ends at {spec.vocab_size - 1}."
+            )

@@ -1,0 +1,85 @@
+"""What a run did and what it cost: measured per rank, gathered on rank 0, shown as one block of text.
+
+Judging the figures against targets is a matter of the monitor, not of this module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+__all__ = ["RankSummary", "format_summary", "write_metrics"]
+
+
+@dataclass(frozen=True)
+class RankSummary:
+    """The figures of one rank.
+
+    Attributes:
+        rank: Global rank.
+        host: Its host.
+        num_prompts: Prompts this rank served.
+        prompt_tokens: Their tokens.
+        new_tokens: Tokens it generated.
+        expert_rows: Rows its experts computed, those of padding included.
+        load_s: Seconds from start of loading to a usable model.
+        run_s: Seconds from the first batch until all ranks were done.
+        comm_s: Seconds of those in collectives, waiting for slower ranks included.
+        comm_bytes: Bytes of rows sent to other ranks.
+        num_steps: Forward passes this rank took part in.
+        peak_memory_bytes: Peak device memory, or peak resident memory of the process on a CPU.
+    """
+
+    rank: int
+    host: str
+    num_prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    expert_rows: int
+    load_s: float
+    run_s: float
+    comm_s: float
+    comm_bytes: int
+    num_steps: int
+    peak_memory_bytes: int
+
+
+def format_summary(ranks: Sequence[RankSummary], *, task: str, dispatcher: str, output: Path) -> str:
+    """Returns the closing summary of a run, one figure a line."""
+    run_s = max(rank.run_s for rank in ranks)
+    prompt_tokens = sum(rank.prompt_tokens for rank in ranks)
+    new_tokens = sum(rank.new_tokens for rank in ranks)
+    done = new_tokens if task == "generate" else prompt_tokens
+    comm_share = max(rank.comm_s for rank in ranks) / run_s if run_s else 0.0
+    lines = {
+        "prompts": f"{sum(rank.num_prompts for rank in ranks)} on {len(ranks)} ranks, {prompt_tokens:,} prompt tokens",
+        "tokens": f"{new_tokens:,} generated" if task == "generate" else f"{prompt_tokens:,} scored",
+        "speed": f"{done / run_s if run_s else 0.0:,.1f} tokens/s over {run_s:.2f} s, {max(r.num_steps for r in ranks)} steps",
+        "load": f"{max(rank.load_s for rank in ranks):.2f} s (slowest rank)",
+        "communication": f"{_span([rank.comm_s for rank in ranks], 's')} in collectives, waiting included "
+        f"({comm_share:.0%} of the run at most), {sum(r.comm_bytes for r in ranks) / 2**20:.1f} MiB sent, {dispatcher}",
+        "load balance": f"{_balance(ranks)} (rows per rank, mean/max; 1 is perfect)",
+        "peak memory": f"{_span([rank.peak_memory_bytes / 2**30 for rank in ranks], 'GiB')} per rank",
+        "output": str(output),
+    }
+    return "\n".join(f"{name:>14}  {value}" for name, value in lines.items())
+
+
+def write_metrics(folder: Path, ranks: Sequence[RankSummary]) -> Path:
+    """Writes one JSON line a rank to ``metrics.jsonl`` in `folder`, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(asdict(rank)) + "\n" for rank in ranks), encoding="utf-8")
+    return path
+
+
+def _balance(ranks: Sequence[RankSummary]) -> str:
+    rows = [rank.expert_rows for rank in ranks]
+    return f"{sum(rows) / len(rows) / max(rows):.3f}" if max(rows) else "no rows"
+
+
+def _span(values: Sequence[float], unit: str) -> str:
+    low, high = min(values), max(values)
+    return f"{high:.2f} {unit}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f} {unit}"

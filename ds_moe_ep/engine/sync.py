@@ -1,0 +1,86 @@
+"""Keeps ranks that work on different batches in step, one forward pass at a time.
+
+Every forward pass meets collectives in its MoE layers, so all ranks must start as many of them. A rank announces each of its
+own passes with one small all-reduce; a rank with nothing left joins the passes of the others with zero rows, until none is
+left. So no rank waits for a batch border of another, and a finished rank computes no attention. Nothing here knows what a
+pass is for.
+"""
+
+# Shapes: H hidden, K top_k
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_moe_ep.moe.layer import ExpertParallelMoE
+
+__all__ = ["ForwardSync"]
+
+
+class ForwardSync:
+    """Announces the forward passes of a model to the expert group.
+
+    Args:
+        model: The adapted model; a hook is put on it.
+        layers: Its MoE layers in the order of a forward pass.
+        group: The expert group, or None for a group of one, where nothing is announced.
+        hidden_size: H.
+        top_k: K.
+        dtype: Dtype of the hidden states.
+        device: Device of the hidden states.
+        on_progress: Called on rank 0 of the group with the number of prompts that all ranks have finished so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[ExpertParallelMoE],
+        group: dist.ProcessGroup | None,
+        *,
+        hidden_size: int,
+        top_k: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._layers = layers
+        self._group = group
+        self._device = device
+        self._no_rows_0H = torch.zeros((0, hidden_size), dtype=dtype, device=device)
+        self._no_ids_0K = torch.zeros((0, top_k), dtype=torch.int64, device=device)
+        self._no_weights_0K = torch.zeros((0, top_k), dtype=torch.float32, device=device)
+        self._on_progress = on_progress if group is None or dist.get_rank(group) == 0 else None
+        self.num_finished = 0
+        self.num_steps = 0
+        if group is not None:
+            model.register_forward_pre_hook(lambda module, args: self._announce(busy=True))
+
+    def finish(self, num_prompts: int) -> None:
+        """Counts prompts this rank has finished."""
+        self.num_finished += num_prompts
+        if self._group is None and self._on_progress:
+            self._on_progress(self.num_finished)
+
+    @torch.no_grad()
+    def join_others(self) -> None:
+        """Takes part in the passes of the other ranks with zero rows until every rank has called this."""
+        while self._group is not None and self._announce(busy=False):
+            for layer in self._layers:
+                layer(self._no_rows_0H, self._no_ids_0K, self._no_weights_0K)
+
+    def _announce(self, *, busy: bool) -> bool | None:
+        """Tells the group whether this rank runs a forward pass now.
+
+        Returns:
+            Whether any rank does; None on a busy rank, which knows, and is spared the device-to-host sync.
+        """
+        self.num_steps += 1
+        busy_finished = torch.tensor([int(busy), self.num_finished], device=self._device)
+        dist.all_reduce(busy_finished, group=self._group)
+        if self._on_progress:
+            self._on_progress(int(busy_finished[1]))
+        return None if busy else bool(busy_finished[0])

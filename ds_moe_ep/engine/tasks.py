@@ -1,0 +1,177 @@
+"""What is done with one batch of prompts: generate a completion for each, or score each.
+
+Generation is transformers' ``generate``; these functions pad, call it, and cut its rows into results.
+"""
+
+# Shapes: B prompts of a batch, L padded length, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ds_moe_ep.engine.outputs import GenerateResult, ScoreResult
+from ds_moe_ep.engine.prompts import Prompt
+from ds_moe_ep.engine.sampling import sampling_processors
+
+__all__ = ["EncodedPrompt", "GenerateSettings", "generate_batch", "pad_left", "score_batch"]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt and its tokens."""
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """How completions are made.
+
+    Attributes:
+        max_new_tokens: Tokens a completion may have.
+        context_length: Tokens a prompt and its completion may have together.
+        temperature: 0 is greedy decoding.
+        top_p: Share of the probability that is kept, 1 for all.
+        seed: Seed of the draws.
+    """
+
+    max_new_tokens: int
+    context_length: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def generate_batch(
+    engine: Any,
+    batch: Sequence[EncodedPrompt],
+    settings: GenerateSettings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+) -> list[GenerateResult]:
+    """Generates a completion for each prompt of a batch.
+
+    Args:
+        engine: What ``deepspeed.init_inference`` returned.
+        batch: The prompts.
+        settings: How.
+        tokenizer: Turns tokens into text; without one completions are None.
+        device: Device of the model.
+
+    Returns:
+        A result per prompt, in the order of the batch. ``token_ids`` holds the end token if it was reached.
+    """
+    longest = max(len(encoded.token_ids) for encoded in batch)
+    config = _generation_config(engine.module.generation_config, settings)
+    input_ids_BL, mask_BL = pad_left([encoded.token_ids for encoded in batch], config.pad_token_id, device)
+    with torch.no_grad():
+        output_BL = engine.generate(
+            input_ids=input_ids_BL,
+            attention_mask=mask_BL,
+            generation_config=config,
+            logits_processor=sampling_processors(
+                [encoded.prompt.id for encoded in batch],
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seed=settings.seed,
+            ),
+            synced_gpus=False,
+        )
+    end_ids = _end_ids(config)
+    results = []
+    for encoded, row in zip(batch, output_BL[:, longest:].tolist(), strict=True):
+        room = min(settings.max_new_tokens, settings.context_length - len(encoded.token_ids))
+        token_ids, reason = _cut(row[:room], end_ids)
+        text = tokenizer.decode(token_ids, skip_special_tokens=True) if tokenizer is not None else None
+        results.append(
+            GenerateResult(
+                id=encoded.prompt.id,
+                prompt=encoded.prompt.text,
+                token_ids=tuple(token_ids),
+                completion=text,
+                finish_reason=reason,
+            )
+        )
+    return results
+
+
+def score_batch(
+    engine: Callable[..., Any], batch: Sequence[EncodedPrompt], device: torch.device
+) -> list[ScoreResult]:
+    """Computes the log probability (natural logarithm) of each token of each prompt after the first.
+
+    Args:
+        engine: What ``deepspeed.init_inference`` returned.
+        batch: The prompts.
+        device: Device of the model.
+
+    Returns:
+        A result per prompt, in the order of the batch.
+    """
+    input_ids_BL, mask_BL = pad_left([encoded.token_ids for encoded in batch], 0, device)
+    with torch.no_grad():
+        logits_BLV = engine(
+            input_ids=input_ids_BL,
+            attention_mask=mask_BL,
+            position_ids=(mask_BL.cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+        ).logits
+    longest = input_ids_BL.shape[1]
+    results = []
+    for row, encoded in enumerate(batch):
+        first = longest - len(encoded.token_ids)
+        # One row at a time: a float32 log-softmax of the whole batch would double the largest tensor of the pass.
+        logprobs_LV = logits_BLV[row, first : longest - 1].float().log_softmax(dim=-1)
+        scored_L = logprobs_LV.gather(1, input_ids_BL[row, first + 1 :, None])[:, 0]
+        results.append(
+            ScoreResult(
+                id=encoded.prompt.id,
+                num_tokens=len(encoded.token_ids),
+                logprob=float(scored_L.double().sum()),
+                token_logprobs=(None, *scored_L.tolist()),
+            )
+        )
+    return results
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pads rows of token ids on the left to the longest.
+
+    Returns:
+        Token ids and attention mask (1 for tokens, 0 for padding), int64 ``[B, L]``.
+    """
+    longest = max(len(row) for row in rows)
+    ids_BL = torch.tensor([[pad_token_id] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask_BL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids_BL, mask_BL
+
+
+def _generation_config(own: GenerationConfig, settings: GenerateSettings) -> GenerationConfig:
+    """The model's own generation settings (end tokens, penalties), with the user's decoding in place of the model's."""
+    config = deepcopy(own)
+    config.update(do_sample=False, temperature=None, top_p=None, top_k=None, max_length=None, num_beams=1)
+    config.max_new_tokens = settings.max_new_tokens
+    if config.pad_token_id is None:
+        config.pad_token_id = min(_end_ids(config), default=0)
+    return config
+
+
+def _end_ids(config: GenerationConfig) -> set[int]:
+    end = config.eos_token_id
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+
+def _cut(token_ids: list[int], end_ids: set[int]) -> tuple[list[int], str]:
+    """Cuts a row after its first end token."""
+    for position, token in enumerate(token_ids):
+        if token in end_ids:
+            return token_ids[: position + 1], "stop"
+    return token_ids, "length"

@@ -1,0 +1,46 @@
+"""Runs a Hugging Face MoE model with its experts spread over all ranks: `deepspeed launch/infer.py --model M ...`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+
+from ds_moe_ep.engine.options import JobOptions, parse_options
+
+# A rank that ends makes DeepSpeed's launcher end the others: rank 0 gets this long to say why.
+_LET_RANK_0_SPEAK_S = 5.0
+
+
+def main() -> int:
+    """Runs this rank; returns its exit code."""
+    options = _parse()
+    from ds_moe_ep.engine.job import run_job  # torch, transformers, deepspeed: after the arguments are known to be good
+
+    try:
+        return run_job(options)
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        rank = f"[rank {os.environ.get('RANK', '0')} {os.uname().nodename}]"
+        print(f"{rank} {traceback.format_exc()}", file=sys.stderr, flush=True)
+        os._exit(1)  # without the orderly shutdown, which could wait for ranks that wait for this one
+
+
+def _parse() -> JobOptions:
+    """Parses the arguments on every rank; only rank 0 shows what argparse has to say."""
+    if os.environ.get("RANK", "0") == "0":
+        return parse_options()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        try:
+            with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+                return parse_options()
+        except SystemExit:
+            time.sleep(_LET_RANK_0_SPEAK_S)
+            raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Every dispatcher on real ranks against experts whose answer is known and against the slow reference."""
+
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.moe.dispatch import DISPATCHERS, make_dispatcher
+from ds_moe_ep.moe.reference import reference_moe
+from tests.helpers import run_ranks
+
+HIDDEN, WIDTH, TOP_K = 16, 12, 3
+EXPERTS_PER_RANK = (1, 4)
+
+
+class ScaleExperts(nn.Module):
+    """Expert i multiplies by i + 1, so an output tells which experts computed it."""
+
+    def __init__(self, first: int, num_experts: int) -> None:
+        super().__init__()
+        self.first, self.num_experts = first, num_experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        assert ((top_k_index >= 0) & (top_k_index < self.num_experts)).all()
+        return hidden_states * (self.first + top_k_index + 1) * top_k_weights
+
+
+class IdentityExperts(ScaleExperts):
+    """Every expert gives its input back."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return hidden_states * top_k_weights
+
+
+def gated_experts(num_experts: int, dtype: torch.dtype) -> OlmoeExperts:
+    """All experts of a layer, the same on every rank."""
+    config = OlmoeConfig(hidden_size=HIDDEN, intermediate_size=WIDTH, num_experts=num_experts)
+    config._experts_implementation = "eager"
+    experts = OlmoeExperts(config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for param in experts.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator) * 0.15)
+    return experts.to(dtype)
+
+
+def local_part(experts: OlmoeExperts, first: int, num_local: int) -> OlmoeExperts:
+    """The experts of one rank, with parameters of their own."""
+    config = OlmoeConfig(hidden_size=HIDDEN, intermediate_size=WIDTH, num_experts=num_local)
+    config._experts_implementation = "eager"
+    part = OlmoeExperts(config).to(experts.down_proj.dtype)
+    with torch.no_grad():
+        for name, param in part.named_parameters():
+            param.copy_(getattr(experts, name)[first : first + num_local])
+    return part
+
+
+class Ranks:
+    """What a case needs on one rank."""
+
+    def __init__(self, rank: int, world_size: int, dispatcher: str, num_local: int) -> None:
+        self.rank, self.world_size, self.num_local = rank, world_size, num_local
+        self.num_experts = world_size * num_local
+        self.top_k = min(TOP_K, self.num_experts)
+        self.comm = Communicator(dist.group.WORLD)
+        self.dispatch = make_dispatcher(dispatcher, self.comm, num_local)
+
+    def tokens(self, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        """Random rows, distinct experts and weights of this rank."""
+        generator = torch.Generator().manual_seed(100 + self.rank)
+        x_TH = torch.randn(count, HIDDEN, generator=generator).to(dtype)
+        scores_TE = torch.rand(count, self.num_experts, generator=generator)
+        weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
+        return x_TH, ids_TK, weights_TK
+
+    def check(self, count: int, *, dtype=torch.float32, ids_TK: Tensor | None = None, **tolerance) -> Tensor:
+        """Compares with the reference; returns the rows each local expert got."""
+        full = gated_experts(self.num_experts, dtype)
+        x_TH, routed_TK, weights_TK = self.tokens(count, dtype)
+        ids_TK = routed_TK if ids_TK is None else ids_TK
+        local = local_part(full, self.rank * self.num_local, self.num_local)
+        with torch.no_grad():
+            actual_TH, rows_e = self.dispatch(local, x_TH, ids_TK, weights_TK)
+            expected_TH = reference_moe(full, x_TH, ids_TK, weights_TK)
+        chosen_E = torch.bincount(ids_TK.flatten(), minlength=self.num_experts)
+        dist.all_reduce(chosen_E)
+        # Assertions come after the last collective of a case, so that one that fails leaves the ranks in step.
+        first = self.rank * self.num_local
+        assert rows_e.tolist() == chosen_E[first : first + self.num_local].tolist()
+        assert actual_TH.dtype == dtype
+        torch.testing.assert_close(actual_TH, expected_TH, **tolerance)
+        return rows_e
+
+
+FP32 = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def identity_gives_the_input_back(at: Ranks) -> None:
+    x_TH, ids_TK, _ = at.tokens(7)
+    weights_TK = torch.full(ids_TK.shape, 1 / at.top_k)
+    out_TH, _ = at.dispatch(IdentityExperts(0, at.num_local), x_TH, ids_TK, weights_TK)
+    torch.testing.assert_close(out_TH, x_TH, **FP32)
+
+
+def the_right_experts_compute(at: Ranks) -> None:
+    x_TH, ids_TK, weights_TK = at.tokens(7)
+    experts = ScaleExperts(at.rank * at.num_local, at.num_local)
+    out_TH, _ = at.dispatch(experts, x_TH, ids_TK, weights_TK)
+    scale_T1 = ((ids_TK + 1) * weights_TK).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(out_TH, x_TH * scale_T1, **FP32)
+
+
+def random_routing(at: Ranks) -> None:
+    at.check(13, **FP32)
+
+
+def unequal_counts(at: Ranks) -> None:
+    at.check(1 + 5 * at.rank, **FP32)
+
+
+def a_rank_without_tokens(at: Ranks) -> None:
+    at.check(0 if at.rank == 1 else 6, **FP32)
+
+
+def only_one_rank_has_tokens(at: Ranks) -> None:
+    at.check(9 if at.rank == at.world_size - 1 else 0, **FP32)
+
+
+def no_rank_has_tokens(at: Ranks) -> None:
+    assert at.check(0, **FP32).sum() == 0
+
+
+def all_tokens_on_one_expert(at: Ranks) -> None:
+    rows_e = at.check(8, ids_TK=torch.full((8, at.top_k), at.num_experts - 1), **FP32)
+    assert (rows_e.sum() > 0) == (at.rank == at.world_size - 1)
+
+
+def bfloat16(at: Ranks) -> None:
+    # Three roundings to bf16 (2^-8 each) on the way of a sum of a few terms of order one.
+    at.check(13, dtype=torch.bfloat16, rtol=3e-2, atol=3e-2)
+
+
+def backward(at: Ranks) -> None:
+    full = gated_experts(at.num_experts, torch.float32)
+    local = local_part(full, at.rank * at.num_local, at.num_local)
+    count = 0 if at.rank == 0 else 5  # a rank without tokens takes part in backward too
+    x_TH, ids_TK, weights_TK = at.tokens(count)
+    out_grad_TH = torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(at.rank))
+
+    def gradients(run: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        x, weights = x_TH.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+        out_TH = run(x, weights)
+        if out_TH.requires_grad:  # not the reference's without a token
+            out_TH.backward(out_grad_TH)
+        return tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in (x, weights))
+
+    actual = gradients(lambda x, weights: at.dispatch(local, x, ids_TK, weights)[0])
+    expected = gradients(lambda x, weights: reference_moe(full, x, ids_TK, weights))
+    totals = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in full.named_parameters()}
+    for total in totals.values():
+        dist.all_reduce(total)  # the reference's experts saw this rank's tokens only
+    for found, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, wanted, **FP32)
+    for name, total in totals.items():
+        mine = total[at.rank * at.num_local : (at.rank + 1) * at.num_local]
+        found = getattr(local, name).grad
+        torch.testing.assert_close(torch.zeros_like(mine) if found is None else found, mine, **FP32)
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        identity_gives_the_input_back,
+        the_right_experts_compute,
+        random_routing,
+        unequal_counts,
+        a_rank_without_tokens,
+        only_one_rank_has_tokens,
+        no_rank_has_tokens,
+        all_tokens_on_one_expert,
+        bfloat16,
+        backward,
+    )
+}
+
+
+def run_all_cases(rank: int, world_size: int) -> dict[tuple[str, int, str], str]:
+    """Runs every case of every dispatcher; returns the tracebacks of those that failed."""
+    failed = {}
+    for dispatcher in DISPATCHERS:
+        for num_local in EXPERTS_PER_RANK:
+            for name, case in CASES.items():
+                try:
+                    case(Ranks(rank, world_size, dispatcher, num_local))
+                except AssertionError:
+                    failed[dispatcher, num_local, name] = traceback.format_exc()
+    return failed
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda world_size: f"world{world_size}")
+def failures(request, tmp_path_factory) -> list[dict[tuple[str, int, str], str]]:
+    """What failed on each rank: one job for all cases, because starting ranks is what costs time."""
+    return run_ranks(run_all_cases, request.param, tmp_path_factory.mktemp("dispatchers"))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("num_local", EXPERTS_PER_RANK)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_dispatcher(failures, dispatcher: str, num_local: int, case: str) -> None:
+    for rank, failed in enumerate(failures):
+        assert (dispatcher, num_local, case) not in failed, f"rank {rank}: {failed[dispatcher, num_local, case]}"
