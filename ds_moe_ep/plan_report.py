@@ -229,12 +229,14 @@ def _deepspeed_name(plan: ParallelPlan) -> str:
 
 
 def _vllm_name(plan: ParallelPlan) -> str:
-    if plan.tp_size > 1 or plan.pp_size > 1:
-        return "no name for it; tensor-parallel ranks hold whole experts there"
+    if plan.tp_size > 1:
+        return "no name for it: its tensor-parallel ranks hold whole experts"
+    name = f"data-parallel attention of {plan.ep_size} with EP {plan.ep_size}"
     if plan.ep_size == 1:
-        return f"data parallelism of {plan.dp_size} without expert parallelism"
-    instance = f"data-parallel attention of {plan.ep_size} with EP {plan.ep_size}"
-    return instance if plan.dp_size == 1 else f"{plan.dp_size} instances, each with {instance}"
+        name = f"data parallelism of {plan.dp_size} without expert parallelism"
+    elif plan.dp_size > 1:
+        name = f"{plan.dp_size} instances, each with {name}"
+    return name if plan.pp_size == 1 else f"{name}, with {plan.pp_size} pipeline stages"
 
 
 def _short(number: int) -> str:
