@@ -16,7 +16,7 @@ __all__ = ["MEGATRON_ARGS", "megatron_args"]
 MEGATRON_ARGS = "megatron.args"
 
 Args = dict[str, object]
-"""Argument name to its value; True for an argument that takes none."""
+"""Argument name to its value. True is an argument without a value; False and None are none."""
 
 HfConfig = Mapping[str, Any]
 
@@ -50,18 +50,19 @@ def megatron_args(plan: ParallelPlan, spec: ModelSpec, config: HfConfig) -> str:
             f"model_type={spec.model_type!r} has no mapping to Megatron that was checked against "
             f"Hugging Face; there is one for {', '.join(_FAMILIES)}."
         )
+    own = family(spec, config)
     arguments = {
         **_parallelism(plan),
         **_decoder(spec, config),
         **_experts(spec),
-        **family(spec, config),
+        **own,
         **_precision(spec),
     }
     note = _OLMOE_NOTE if spec.model_type == "olmoe" else ""
     lines = (
         name if value is True else f"{name} {value}"
         for name, value in arguments.items()
-        if value is not None
+        if value is not None and value is not False
     )
     return _HEADER + note + "".join(f"{line}\n" for line in lines)
 
@@ -74,7 +75,7 @@ def _parallelism(plan: ParallelPlan) -> Args:
         # An expert is split as every other tensor is; a size of 1 would keep it whole on each rank.
         "--expert-tensor-parallel-size": plan.tp_size,
         # Megatron's MoE layer asks for it wherever tensors are split.
-        "--sequence-parallel": True if plan.tp_size > 1 else None,
+        "--sequence-parallel": plan.tp_size > 1,
     }
 
 
@@ -88,7 +89,7 @@ def _decoder(spec: ModelSpec, config: HfConfig) -> Args:
         "--ffn-hidden-size": spec.intermediate_size,
         "--num-attention-heads": spec.num_attention_heads,
         "--kv-channels": spec.head_dim if spec.mla is None else None,
-        "--group-query-attention": True if grouped else None,
+        "--group-query-attention": grouped,
         "--num-query-groups": spec.num_key_value_heads if grouped else None,
         "--padded-vocab-size": spec.vocab_size,
         "--max-position-embeddings": spec.max_position_embeddings,
@@ -97,10 +98,10 @@ def _decoder(spec: ModelSpec, config: HfConfig) -> Args:
         "--normalization": "RMSNorm",
         "--norm-epsilon": _number(config, "rms_norm_eps"),
         "--position-embedding-type": "rope",
-        **_rotary(config, latent=spec.model_type == "deepseek_v3"),
+        **_rotary(spec, config),
         "--swiglu": True,
         "--disable-bias-linear": True,
-        "--untie-embeddings-and-output-weights": None if spec.tie_word_embeddings else True,
+        "--untie-embeddings-and-output-weights": not spec.tie_word_embeddings,
         "--attention-dropout": 0.0,
         "--hidden-dropout": 0.0,
     }
@@ -119,7 +120,7 @@ def _experts(spec: ModelSpec) -> Args:
 
 
 def _precision(spec: ModelSpec) -> Args:
-    return {"--bf16": spec.dtype == "bfloat16" or None, "--fp16": spec.dtype == "float16" or None}
+    return {"--bf16": spec.dtype == "bfloat16", "--fp16": spec.dtype == "float16"}
 
 
 def _olmoe(spec: ModelSpec, config: HfConfig) -> Args:
@@ -139,7 +140,7 @@ def _mixtral(spec: ModelSpec, config: HfConfig) -> Args:
 def _qwen2_moe(spec: ModelSpec, config: HfConfig) -> Args:
     _require(config, "use_sliding_window", False, default=False)
     return {
-        "--add-qkv-bias": True if config.get("qkv_bias", True) else None,
+        "--add-qkv-bias": config.get("qkv_bias", True),
         "--moe-shared-expert-gate": True,
         **_softmax_top_k(spec, normalised=config.get("norm_topk_prob", False)),
     }
@@ -194,7 +195,7 @@ def _softmax_top_k(spec: ModelSpec, *, normalised: bool) -> Args:
             "num_experts_per_tok=1 with normalised weights: Megatron refuses a softmax over one "
             "expert, which is always 1."
         )
-    return {"--moe-router-pre-softmax": None if normalised else True}
+    return {"--moe-router-pre-softmax": not normalised}
 
 
 def _routed_scaling(config: HfConfig) -> Args:
@@ -233,7 +234,7 @@ def _latent_attention(spec: ModelSpec, config: HfConfig) -> Args:
     }
 
 
-def _rotary(config: HfConfig, *, latent: bool) -> Args:
+def _rotary(spec: ModelSpec, config: HfConfig) -> Args:
     """Return the rotary positions; only DeepSeek-V3's way of stretching them was checked."""
     # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or {
@@ -243,11 +244,12 @@ def _rotary(config: HfConfig, *, latent: bool) -> Args:
     base = _number(rope, "rope_theta")
     if base != int(base):
         raise ConfigError(f"rope_theta={base}: Megatron's --rotary-base takes whole numbers only.")
-    arguments: Args = {"--rotary-base": int(base), "--rope-type": "rope" if latent else None}
+    # With latent attention Megatron's own default is to stretch.
+    arguments: Args = {"--rotary-base": int(base), "--rope-type": "rope" if spec.mla else None}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return arguments
-    if kind != "yarn" or not latent:
+    if kind != "yarn" or spec.model_type != "deepseek_v3":
         raise ConfigError(
             f"rope_scaling of type {kind!r}: no mapping to Megatron was checked for this family."
         )
@@ -265,8 +267,10 @@ def _rotary(config: HfConfig, *, latent: bool) -> Args:
 
 
 def _layer_pattern(spec: ModelSpec) -> str:
-    """Return which layers have experts, as a list that Megatron evaluates: 1 has, 0 has not."""
+    """Return which layers have experts: 1 for every layer, or a list that Megatron evaluates."""
     num_dense = spec.num_layers - len(spec.moe_layers)
+    if num_dense == 0:
+        return "1"
     if spec.moe_layers == tuple(range(num_dense, spec.num_layers)):
         return f"([0]*{num_dense}+[1]*{len(spec.moe_layers)})"
     return str([int(layer in spec.moe_layers) for layer in range(spec.num_layers)]).replace(" ", "")

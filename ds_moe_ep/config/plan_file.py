@@ -14,7 +14,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from ds_moe_ep.config.strict import Strict
 from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.model_spec import ModelSpec
-from ds_moe_ep.placement import assignment_matrix, make_placement
+from ds_moe_ep.placement import assignment_matrix
 from ds_moe_ep.plan import ParallelPlan
 
 __all__ = ["PLACEMENT_CSV", "PLAN_JSON", "PlanFile", "make_plan_file", "placement_csv", "to_json"]
@@ -39,12 +39,14 @@ class ModelSection(Strict):
 
 
 class SizesSection(Strict):
-    """The sizes of `ParallelPlan`."""
+    """The sizes of `ParallelPlan`, and the two that follow from them."""
 
     ep_size: PositiveInt
     tp_size: PositiveInt
     pp_size: PositiveInt
     dp_size: PositiveInt
+    world_size: PositiveInt
+    dense_dp_size: PositiveInt
 
 
 class BytesSection(Strict):
@@ -52,19 +54,17 @@ class BytesSection(Strict):
 
     dense: NonNegativeInt
     experts: NonNegativeInt
+    total: NonNegativeInt
 
 
 class PlanFile(Strict):
-    """The content of plan.json.
+    """The content of plan.json; where `ds-moe-ep plan --json` says the same, it uses these names.
 
     `hosts` has one `name:slot,slot,...` for each host, the way DeepSpeed's `--include` spells it.
     """
 
     version: Literal[1]
     plan: SizesSection
-    world_size: PositiveInt
-    dense_dp_size: PositiveInt
-    num_local_experts: PositiveInt
     identities: list[str]
     hosts: list[str]
     model: ModelSection
@@ -72,18 +72,19 @@ class PlanFile(Strict):
 
     def to_plan(self) -> ParallelPlan:
         """Return the plan that this file describes."""
-        return ParallelPlan(**self.plan.model_dump())
+        sizes = self.plan
+        return ParallelPlan(sizes.ep_size, sizes.tp_size, sizes.pp_size, sizes.dp_size)
 
 
 def make_plan_file(plan: ParallelPlan, spec: ModelSpec, cluster: Cluster) -> PlanFile:
     """Return the content of plan.json."""
     matrix = assignment_matrix(plan, spec, cluster)
+    fullest = max(matrix, key=lambda row: row.dense_bytes + row.expert_bytes)
     return PlanFile(
         version=1,
-        plan=SizesSection(**asdict(plan)),
-        world_size=plan.world_size,
-        dense_dp_size=plan.dense_dp_size,
-        num_local_experts=make_placement(plan, spec).num_local_experts,
+        plan=SizesSection(
+            **asdict(plan), world_size=plan.world_size, dense_dp_size=plan.dense_dp_size
+        ),
         identities=list(plan.identities()),
         hosts=[f"{host.name}:{','.join(map(str, host.slots))}" for host in cluster.hosts],
         model=ModelSection(
@@ -99,8 +100,9 @@ def make_plan_file(plan: ParallelPlan, spec: ModelSpec, cluster: Cluster) -> Pla
             num_expert_params=spec.num_expert_params,
         ),
         weight_bytes_per_gpu=BytesSection(
-            dense=max(row.dense_bytes for row in matrix),
-            experts=max(row.expert_bytes for row in matrix),
+            dense=fullest.dense_bytes,
+            experts=fullest.expert_bytes,
+            total=fullest.dense_bytes + fullest.expert_bytes,
         ),
     )
 

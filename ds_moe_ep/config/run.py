@@ -135,7 +135,7 @@ def _load_folder(folder: Path) -> RunConfig:
     plan = plan_file.to_plan()
     run = _load_json(folder / DS_INFERENCE_JSON)
     for name, written, planned in (
-        ("world_size", plan_file.world_size, plan.world_size),
+        ("world_size", plan_file.plan.world_size, plan.world_size),
         ("ep_size", run.ep_size, plan.ep_size),
         ("tp_size", 1, plan.tp_size),
         ("pp_size", 1, plan.pp_size),

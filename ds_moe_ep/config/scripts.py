@@ -17,8 +17,8 @@ RUN_SH = "run.sh"
 RUN_SBATCH = "run.sbatch"
 
 _RUN_SH = r"""#!/usr/bin/env bash
-# Runs launch/infer.py on @GPUS@ of the hostfile beside this script. Written by `ds-moe-ep config`.
-#   run.sh --input IN.jsonl --output OUT.jsonl [other options of launch/infer.py]
+# Runs launch/infer.py on @GPUS@ of the hostfile beside it. Written by `ds-moe-ep config`.
+#   @SETTING@run.sh --input IN.jsonl --output OUT.jsonl [other options of launch/infer.py]
 # Start it from the folder that holds launch/infer.py. All hosts must see that folder, this one and
 # the model under the same paths. MODEL and INFER name another model folder or another infer.py.
 set -euo pipefail
@@ -52,7 +52,7 @@ _RUN_SBATCH = r"""#!/usr/bin/env bash
 #SBATCH --ntasks-per-node=@SLOTS@
 #SBATCH --gpus-per-node=@SLOTS@
 # Runs launch/infer.py on @GPUS@ under Slurm without ssh. Written by `ds-moe-ep config`.
-#   sbatch [--partition P --time T] run.sbatch --input IN.jsonl --output OUT.jsonl [other options]
+#   @SETTING@sbatch [--partition P --time T] run.sbatch --input IN.jsonl --output OUT.jsonl [...]
 # Submit it from the folder that holds launch/infer.py. MODEL and INFER name another model folder or
 # another infer.py, PYTHON another interpreter.
 set -euo pipefail
@@ -107,6 +107,7 @@ def run_sh(model: Path, cluster: Cluster) -> str:
     return _fill(
         _RUN_SH,
         GPUS=_gpus(cluster),
+        SETTING=_setting(model),
         MODEL=_model_lines(model),
         CHECK=check,
         LAUNCHER=shlex.join(launcher),
@@ -139,12 +140,17 @@ def run_sbatch(model: Path, cluster: Cluster) -> str:
         SLOTS=str(len(first.slots)),
         RANKS=str(cluster.num_gpus),
         GPUS=_gpus(cluster),
+        SETTING=_setting(model),
         MODEL=_model_lines(model),
     )
 
 
 def _gpus(cluster: Cluster) -> str:
     return f"the {cluster.num_gpus} GPUs" if cluster.num_gpus > 1 else "the GPU"
+
+
+def _setting(model: Path) -> str:
+    return "MODEL=DIR " if model.is_file() else ""
 
 
 def _model_lines(model: Path) -> str:

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Runs launch/infer.py on the 64 GPUs of the hostfile beside it. Written by `ds-moe-ep config`.
+#   MODEL=DIR run.sh --input IN.jsonl --output OUT.jsonl [other options of launch/infer.py]
+# Start it from the folder that holds launch/infer.py. All hosts must see that folder, this one and
+# the model under the same paths. MODEL and INFER name another model folder or another infer.py.
+set -euo pipefail
+here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+infer="${INFER:-launch/infer.py}"
+model="${MODEL:?set MODEL to the folder with config.json and the weights}"
+if [ ! -f "$infer" ]; then
+  echo "run.sh: no $infer in $PWD. Start it from the folder that holds it, or set INFER." >&2
+  exit 2
+fi
+# DeepSpeed hands these words to a shell on every host without quoting them.
+for word in "$PWD" "$here" "$infer" "$model" "$@"; do
+  case $word in
+    '' | *[![:alnum:]_@+=:,./-]*)
+      echo "run.sh: '$word' would not reach the other hosts unchanged: DeepSpeed's pdsh launcher" \
+        "does not quote. Use names of letters, digits and _@+=:,./- here, or run.sbatch." >&2
+      exit 2
+      ;;
+  esac
+done
+exec deepspeed --hostfile "$here/hostfile" --launcher pdsh \
+  "$infer" --model "$model" --config "$here" "$@"
