@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (RecursionError, _RepeatedKeyError) as error:
+    except (RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: {error}.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a JSON object ({{...}}) is needed, found {_shown(content)}.")
@@ -74,15 +74,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
 
 
-class _RepeatedKeyError(Exception):
-    pass
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise _RepeatedKeyError(f"the key {key!r} is there twice; keep one")
+            raise ValueError(f"the key {key!r} is there twice; keep one")
     return dict(pairs)
 
 

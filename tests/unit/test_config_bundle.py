@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_moe_ep.cli import main
 from ds_moe_ep.config import bundle
 from ds_moe_ep.config.bundle import write_bundle
 from ds_moe_ep.config.run import load_run_config
@@ -216,6 +217,27 @@ def test_a_model_named_by_a_folder_is_the_default_of_the_scripts(tmp_path, monke
     write(tmp_path / "out", Path("olmoe"))
     for name in ("run.sh", "run.sbatch"):
         assert "\ndefault_model=olmoe\n" in (tmp_path / "out" / name).read_text()
+
+
+def command(out, *options):
+    hostfile = str(REPO / "configs" / "hostfile.8x8")
+    return ["config", "--model", str(OLMOE), "--hostfile", hostfile, "--out", str(out), *options]
+
+
+def test_the_command_tells_what_it_wrote_and_what_not(tmp_path, capsys):
+    assert main(command(tmp_path, "--ep", "16", "--tp", "4")) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert f"wrote {tmp_path / 'megatron.args'}" in told
+    assert any(line.startswith("no run.sh: tp_size=4, pp_size=1: ") for line in told)
+
+
+def test_the_command_refuses_with_one_message(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(command(tmp_path / "file")) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("ConfigError: --out ")
+    assert main(command(tmp_path / "out", "--ep", "64", "--tp", "16", "--pp", "4")) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_heavy_is_imported():

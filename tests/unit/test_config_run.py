@@ -4,6 +4,8 @@ import json
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ds_moe_ep.config.bundle import write_bundle
 from ds_moe_ep.config.run import UNSUPPORTED_SETTINGS, InferenceSettings, load_run_config
@@ -121,6 +123,28 @@ def test_refusals_of_a_bare_json_name_the_file_and_the_fault(tmp_path, content, 
     assert str(refused.value).startswith(str(path))
 
 
+KEYS = st.sampled_from(["dtype", "moe", "tp", "ep_size", "num_experts", "tp_size", "zero"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("bf16"),
+    lambda inner: st.lists(inner) | st.dictionaries(KEYS | st.text(), inner),
+)
+
+
+@given(content=JSON)
+def test_any_json_is_either_taken_by_deepspeed_too_or_refused_as_configuration(
+    tmp_path_factory, content
+):
+    from deepspeed.inference.config import DeepSpeedInferenceConfig
+
+    path = tmp_path_factory.mktemp("any") / "ds.json"
+    path.write_text(json.dumps(content))
+    try:
+        run = load_run_config(path)
+    except ConfigError:
+        return
+    DeepSpeedInferenceConfig(**{"dtype": "float32", **run.inference})
+
+
 def test_several_faults_are_told_together(tmp_path):
     with pytest.raises(ConfigError) as refused:
         load_run_config(settings(tmp_path, {"dtyp": "bf16", "max_tokens": 0}))
@@ -136,6 +160,9 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="recursion"):
         load_run_config(tmp_path / "deep.json")
+    (tmp_path / "long.json").write_text('{"max_tokens": ' + "1" * 5000 + "}")
+    with pytest.raises(ConfigError, match="long.json"):
+        load_run_config(tmp_path / "long.json")
 
 
 @pytest.mark.parametrize("missing", ["plan.json", "ds_inference.json"])
