@@ -111,11 +111,10 @@ def read_hostfile(path: str | Path, *, include: str = "", exclude: str = "") -> 
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise HostfileError(f"{path}: not UTF-8 text (byte {error.start}). {_EXAMPLE}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise HostfileError(
-            f"{path}: cannot be read ({reason}). Name an existing hostfile, or none to plan for "
-            "this machine."
+            f"{path}: cannot be read ({error.strerror}). Name an existing hostfile, or none to "
+            "plan for this machine."
         ) from None
     return filter_cluster(parse_hostfile(text, str(path)), include=include, exclude=exclude)
 

@@ -114,9 +114,10 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     Raises:
         ModelSpecError: with the file and the field at fault.
     """
-    path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
+    file = Path(path)
     try:
+        if file.is_dir():
+            file = file / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelSpecError(
