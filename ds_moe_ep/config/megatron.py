@@ -52,7 +52,7 @@ def megatron_args(plan: ParallelPlan, spec: ModelSpec, config: HfConfig) -> str:
         )
     own = family(spec, config)
     arguments = {
-        **_parallelism(plan),
+        **_parallelism(plan, spec),
         **_decoder(spec, config),
         **_experts(spec),
         **own,
@@ -67,7 +67,16 @@ def megatron_args(plan: ParallelPlan, spec: ModelSpec, config: HfConfig) -> str:
     return _HEADER + note + "".join(f"{line}\n" for line in lines)
 
 
-def _parallelism(plan: ParallelPlan) -> Args:
+def _parallelism(plan: ParallelPlan, spec: ModelSpec) -> Args:
+    for size, value, field in (
+        ("pp_size", plan.pp_size, "num_layers"),
+        ("tp_size", plan.tp_size, "vocab_size"),
+    ):
+        if getattr(spec, field) % value:
+            raise ConfigError(
+                f"{size}={value} does not divide {field}={getattr(spec, field)}: Megatron gives "
+                f"every rank as much. Use a --{size[:2]} that does."
+            )
     return {
         "--tensor-model-parallel-size": plan.tp_size,
         "--pipeline-model-parallel-size": plan.pp_size,

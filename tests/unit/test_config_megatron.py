@@ -233,6 +233,18 @@ def test_what_megatron_would_compute_differently_is_refused(config, message):
     assert re.search(re.escape(message), refusal(config))
 
 
+@pytest.mark.parametrize(
+    ("config", "sizes", "message"),
+    [
+        (DEEPSEEK_V3, {"pp_size": 2}, "pp_size=2 does not divide num_layers=61: Megatron gives"),
+        (MIXTRAL | {"vocab_size": 1001}, {"tp_size": 2}, "tp_size=2 does not divide vocab_size=1"),
+    ],
+)
+def test_splits_that_megatron_cannot_make_are_refused(config, sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        text(config, ParallelPlan(ep_size=32, **sizes))
+
+
 def test_groups_that_megatron_ranks_alike_are_accepted():
     config = DEEPSEEK_V2 | {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 6}
     assert arguments(config)["--moe-router-group-topk"] == "6"
