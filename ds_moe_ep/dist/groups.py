@@ -111,7 +111,7 @@ class Job:
 
 
 def init_distributed(info: RankInfo, *, timeout_s: float) -> Job:
-    """Joins the process group of the job and lets DeepSpeed use it.
+    """Joins the process group of the job, or takes the one that is there, and lets DeepSpeed use it.
 
     Args:
         info: Who this process is.
@@ -130,20 +130,23 @@ def init_distributed(info: RankInfo, *, timeout_s: float) -> Job:
     # DeepSpeed and accelerate read these too, and no launcher has set them for a single process.
     os.environ.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size))
     timeout = timedelta(seconds=timeout_s)
-    try:
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", rank=info.rank, world_size=info.world_size, timeout=timeout
-        )
-    except (dist.DistError, RuntimeError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise DistributedError(
-            f"[{info}] the {info.world_size} ranks did not meet at {where} within {timeout_s:.0f} s ({error}). "
-            "Look for a rank that did not start, a port in use (--master_port) or a wrong network interface."
-        ) from error
+    if not dist.is_initialized():
+        _rendezvous(info, "nccl" if on_gpu else "gloo", timeout)
     control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
     with _without_jit_build():
         deepspeed.init_distributed(verbose=False)
     return Job(info, device, control)
+
+
+def _rendezvous(info: RankInfo, backend: str, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(backend, rank=info.rank, world_size=info.world_size, timeout=timeout)
+    except (dist.DistError, RuntimeError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise DistributedError(
+            f"[{info}] the {info.world_size} ranks did not meet at {where} within {timeout.total_seconds():.0f} s "
+            f"({error}). Look for a rank that did not start, a port in use (--master_port) or a wrong network interface."
+        ) from error
 
 
 def create_expert_groups(ep_size: int) -> None:
