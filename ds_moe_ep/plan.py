@@ -192,11 +192,13 @@ def check_plan(plan: ParallelPlan, cluster: Cluster, spec: ModelSpec | None = No
 
 
 def _check(plan: ParallelPlan, cluster: Cluster, spec: ModelSpec | None, ep_note: str = "") -> None:
-    misfit = None if spec is None else next(_misfits(plan, spec, ep_note), None)
-    if misfit is None and plan.world_size != cluster.num_gpus:
-        misfit = _gpu_mismatch(plan, cluster)
-    if misfit is not None:
-        raise PlanError(f"{misfit}. {_way_out(plan, cluster.num_gpus, spec)}")
+    misfits = [] if spec is None else [*_ep_misfits(plan, spec, ep_note)]
+    if plan.world_size != cluster.num_gpus:
+        misfits.append(_gpu_mismatch(plan, cluster))
+    if spec is not None:
+        misfits += _split_misfits(plan, spec)
+    if misfits:
+        raise PlanError(f"{'. '.join(misfits)}. {_way_out(plan, cluster.num_gpus, spec)}")
 
 
 def nearest_plans(
@@ -221,7 +223,7 @@ def nearest_plans(
     fitting = [
         plan
         for plan in _factorizations(num_gpus)
-        if spec is None or next(_misfits(plan, spec), None) is None
+        if spec is None or not any((*_ep_misfits(plan, spec), *_split_misfits(plan, spec)))
     ]
     return sorted(fitting, key=order)[:at_most]
 
@@ -250,8 +252,8 @@ def _check_sizes(plan: ParallelPlan) -> None:
             raise PlanError(f"{name}={size}: every size is at least 1.")
 
 
-def _misfits(plan: ParallelPlan, spec: ModelSpec, ep_note: str = "") -> Iterator[str]:
-    """Yield why a plan does not suit a model, whatever the number of GPUs."""
+def _ep_misfits(plan: ParallelPlan, spec: ModelSpec, ep_note: str = "") -> Iterator[str]:
+    """Yield why the experts of a model cannot be spread as planned."""
     if not spec.is_moe:
         if plan.ep_size > 1:
             yield (
@@ -265,13 +267,17 @@ def _misfits(plan: ParallelPlan, spec: ModelSpec, ep_note: str = "") -> Iterator
             f"(layer {spec.moe_layers[0]} of {spec.name}): every rank must own the same number of "
             f"experts. Use ep_size in {valid_ep_sizes(spec.num_experts)}"
         )
+
+
+def _split_misfits(plan: ParallelPlan, spec: ModelSpec) -> Iterator[str]:
+    """Yield why the tensors and layers of a model cannot be spread as planned."""
     sizes = {name: getattr(spec, name) for name in _SIZES_SPLIT_BY_TP}
-    for name, size in sizes.items():
-        if size % plan.tp_size:
-            yield (
-                f"tp_size={plan.tp_size} does not divide {name}={size} of {spec.name}: every "
-                f"rank must hold as much. Use tp_size in {_divisors(math.gcd(*sizes.values()))}"
-            )
+    undivided = [f"{name}={size}" for name, size in sizes.items() if size % plan.tp_size]
+    if undivided:
+        yield (
+            f"tp_size={plan.tp_size} does not divide {', '.join(undivided)} of {spec.name}: every "
+            f"rank must hold as much. Use tp_size in {_divisors(math.gcd(*sizes.values()))}"
+        )
     if plan.pp_size > spec.num_layers:
         yield (
             f"pp_size={plan.pp_size} is more than num_layers={spec.num_layers} of {spec.name}: "
@@ -292,9 +298,9 @@ def _way_out(wanted: ParallelPlan, num_gpus: int, spec: ModelSpec | None) -> str
 
 def _gpu_mismatch(plan: ParallelPlan, cluster: Cluster) -> str:
     needed, there = plan.world_size, cluster.num_gpus
-    comparison = (
-        f"{needed / there:.4g}x as many" if needed > there else f"{there - needed:,} would idle"
-    )
+    times = needed / there
+    more = f"{times:,.0f}x as many" if times >= 10 else f"{times:.3g}x as many"
+    comparison = more if needed > there else f"{there - needed:,} would idle"
     sizes = " * ".join(str(size) for size in vars(plan).values())
     return (
         f"{plan} needs {sizes} = {_gpus(needed)}, but {there:,} are there ({cluster.describe()}): "

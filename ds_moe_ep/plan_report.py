@@ -161,10 +161,11 @@ class PlanReport:
                 f"{self.spec.model_type!r} are made of is not known."
             )
         if self.plan.tp_size > 1 or self.plan.pp_size > 1:
-            remarks.append(
+            remarks += [
+                "launch/infer.py runs plans with tp_size = pp_size = 1 only; this one is for Megatron.",
                 "Dense weights are even shares: norms are whole on each tensor rank, embeddings on "
-                "the first and last stage."
-            )
+                "the first and last stage.",
+            ]
         return remarks
 
     @cached_property

@@ -171,6 +171,7 @@ def test_split_weights_and_unknown_families_are_remarked_on(tmp_path, capsys):
 
     text = " ".join(capsys.readouterr().out.split())
     assert "Parameter counts are an estimate: what the blocks of 'new_moe' are made of" in text
+    assert "runs plans with tp_size = pp_size = 1 only" in text
     assert "Dense weights are even shares" in text
 
 

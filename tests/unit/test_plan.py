@@ -186,6 +186,20 @@ def test_refuses_16384_gpus_on_64():
     )
 
 
+def test_refuses_everything_that_is_wrong_at_once():
+    message = _refusal(cluster(8, 8), olmoe_spec(), ep_size=3, tp_size=32, pp_size=17)
+    problems = (
+        "ep_size=3 does not divide num_experts=64",
+        "EP3 TP32 PP17 DP1 needs 3 * 32 * 17 * 1 = 1,632 GPUs, but 64 are there",
+        ": 26x as many. ",
+        "tp_size=32 does not divide num_attention_heads=16, num_key_value_heads=16 of OLMoE-1B-7B",
+        "pp_size=17 is more than num_layers=16",
+        "Plans that fit 64 GPUs: ",
+    )
+    places = [message.index(problem) for problem in problems]
+    assert places == sorted(places)
+
+
 @pytest.mark.parametrize(
     ("gpus", "sizes", "parts"),
     [
