@@ -162,7 +162,8 @@ class PlanReport:
             )
         if self.plan.tp_size > 1 or self.plan.pp_size > 1:
             remarks += [
-                "launch/infer.py runs plans with tp_size = pp_size = 1 only; this one is for Megatron.",
+                "launch/infer.py runs plans with tp_size = pp_size = 1 only; this one is for "
+                "Megatron.",
                 "Dense weights are even shares: norms are whole on each tensor rank, embeddings on "
                 "the first and last stage.",
             ]
