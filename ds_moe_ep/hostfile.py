@@ -211,7 +211,8 @@ def filter_cluster(cluster: Cluster, *, include: str = "", exclude: str = "") ->
             kept.append(Host(host.name, slots))
     if not kept:
         raise HostfileError(
-            f"{flag} {text!r} leaves none of the {cluster.num_gpus} slots of {cluster.source}."
+            f"{flag} {text!r} leaves none of the {cluster.num_gpus} slots of {cluster.source}. "
+            "Leave at least one."
         )
     return Cluster(tuple(kept), f"{cluster.source} {flag} {text}")
 
