@@ -34,7 +34,7 @@ bounded() {
     shift
     timeout --kill-after=20 "$limit_s" "$@" &
     local job=$!
-    trap 'kill -TERM "$job"; wait "$job"; exit 130' INT TERM
+    trap 'kill -TERM "$job"; wait "$job" || true; exit 130' INT TERM
     wait "$job" || code=$?
     trap - INT TERM
     [ "$code" -ne 124 ] || printf 'quickstart: not done after %d s, ended: %s\n' "$limit_s" "$*" >&2
