@@ -1,6 +1,7 @@
 """Pure expert-parallel inference of Hugging Face Mixture-of-Experts models on DeepSpeed.
 
-Importing the package is cheap: nothing here imports torch, reads the environment or starts a process group.
+Importing the package is cheap: nothing here imports torch, reads the environment or starts a
+process group.
 """
 
 __all__ = ["__version__"]

@@ -1,4 +1,7 @@
-"""Runs a Hugging Face MoE model with its experts spread over all ranks: `deepspeed launch/infer.py --model M ...`."""
+"""Runs a Hugging Face MoE model with its experts spread over all ranks.
+
+Use: deepspeed launch/infer.py --model M --input in.jsonl --output out.jsonl (--help: the rest)
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ _LET_RANK_0_SPEAK_S = 5.0
 def main() -> int:
     """Runs this rank; returns its exit code."""
     options = _parse()
-    from ds_moe_ep.engine.job import run_job  # torch, transformers, deepspeed: after the arguments are known to be good
+    from ds_moe_ep.engine.job import (
+        run_job,
+    )  # torch, transformers, deepspeed: after the arguments are known to be good
 
     try:
         return run_job(options)
@@ -26,7 +31,9 @@ def main() -> int:
     except Exception:
         rank = f"[rank {os.environ.get('RANK', '0')} {os.uname().nodename}]"
         print(f"{rank} {traceback.format_exc()}", file=sys.stderr, flush=True)
-        os._exit(1)  # without the orderly shutdown, which could wait for ranks that wait for this one
+        os._exit(
+            1
+        )  # without the orderly shutdown, which could wait for ranks that wait for this one
 
 
 def _parse() -> JobOptions:

@@ -1,6 +1,7 @@
-"""Finds the experts of a Hugging Face model, keeps those of one rank, and puts DeepSpeed MoE layers in their place.
+"""Puts DeepSpeed MoE layers with one rank's experts in place of a Hugging Face model's experts.
 
-It is written against transformers' experts contract (``transformers/integrations/moe.py``), not against model families.
+It is written against transformers' experts contract (``transformers/integrations/moe.py``), not
+against model families.
 """
 
 from __future__ import annotations
@@ -15,11 +16,27 @@ from ds_moe_ep.errors import AdapterError
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 
-__all__ = ["AdaptReport", "SwappedLayer", "adapt", "bind_expert_groups", "expert_parameters", "moe_layers", "shard_experts"]
+__all__ = [
+    "AdaptReport",
+    "SwappedLayer",
+    "adapt",
+    "bind_expert_groups",
+    "expert_parameters",
+    "moe_layers",
+    "shard_experts",
+]
 
 # What transformers' `use_experts_implementation` gives every experts module.
-_CONTRACT = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
-# The parameters that hold one slice per expert; anything else in the module (a norm, say) belongs to all experts.
+_CONTRACT = (
+    "num_experts",
+    "has_gate",
+    "has_bias",
+    "is_transposed",
+    "is_concatenated",
+    "_apply_gate",
+)
+# The parameters that hold one slice per expert; anything else in the module (a norm, say) belongs
+# to all experts.
 _PER_EXPERT = re.compile(r"(gate_up_proj|up_proj|down_proj)(_bias)?$")
 
 
@@ -44,16 +61,21 @@ class AdaptReport:
     def __str__(self) -> str:
         first = self.layers[0]
         return (
-            f"{len(self.layers)} MoE layers ({first.class_name}) swapped: ep_rank {self.ep_rank} of {self.ep_size} holds "
-            f"experts {first.local_experts.start} to {first.local_experts.stop - 1} of {first.num_experts} in each"
+            f"{len(self.layers)} MoE layers ({first.class_name}) swapped: ep_rank {self.ep_rank} "
+            f"of {self.ep_size} holds "
+            f"experts {first.local_experts.start} to {first.local_experts.stop - 1} of "
+            f"{first.num_experts} in each"
         )
 
 
-def adapt(model: nn.Module, plan: ParallelPlan, *, ep_rank: int, dispatcher: str = "auto") -> AdaptReport:
-    """Replaces every experts module of `model` by an `ExpertParallelMoE` with this rank's experts, in place.
+def adapt(
+    model: nn.Module, plan: ParallelPlan, *, ep_rank: int, dispatcher: str = "auto"
+) -> AdaptReport:
+    """Replaces every experts module by an `ExpertParallelMoE` with this rank's experts, in place.
 
-    The router, shared experts and everything else stay Hugging Face's. Works on loaded weights and on the meta device, with
-    or without a call of `shard_experts` before. Bind the groups afterwards (`bind_expert_groups`).
+    The router, shared experts and everything else stay Hugging Face's. Works on loaded weights and
+    on the meta device, with or without a call of `shard_experts` before. Bind the groups afterwards
+    (`bind_expert_groups`).
 
     Args:
         model: A transformers model.
@@ -65,7 +87,8 @@ def adapt(model: nn.Module, plan: ParallelPlan, *, ep_rank: int, dispatcher: str
         What was swapped.
 
     Raises:
-        AdapterError: The model has no MoE layer of the experts contract, or ep_size does not divide its experts.
+        AdapterError: The model has no MoE layer of the experts contract, or ep_size does not divide
+            its experts.
     """
     swapped = shard_experts(model, plan.ep_size, ep_rank)
     for layer in swapped:
@@ -79,16 +102,22 @@ def adapt(model: nn.Module, plan: ParallelPlan, *, ep_rank: int, dispatcher: str
 
 
 def shard_experts(model: nn.Module, ep_size: int, ep_rank: int) -> list[SwappedLayer]:
-    """Cuts every experts module down to the experts of one rank, in place; names in the state dict do not change.
+    """Cuts every experts module down to one rank's experts, in place; names do not change.
 
     Raises:
         AdapterError: See `adapt`.
     """
-    found = [(name, module) for name, module in model.named_modules() if all(hasattr(module, a) for a in _CONTRACT)]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if all(hasattr(module, a) for a in _CONTRACT)
+    ]
     if not found:
         raise AdapterError(
-            f"{type(model).__name__} has no layer that follows transformers' experts contract, so there is nothing to spread "
-            "over ranks. A dense model can be made MoE first: ds-moe-ep convert SRC DST --to ep --upcycle-experts 64 --top-k 8."
+            f"{type(model).__name__} has no layer that follows transformers' experts contract, "
+            "so there is nothing to spread "
+            "over ranks. A dense model can be made MoE first: ds-moe-ep convert SRC DST --to ep "
+            "--upcycle-experts 64 --top-k 8."
         )
     return [_shard_module(name, module, ep_size, ep_rank) for name, module in found]
 
@@ -106,15 +135,20 @@ def moe_layers(model: nn.Module) -> list[ExpertParallelMoE]:
 
 
 def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters of an experts module that hold one slice per expert in dimension 0, by name."""
-    return {name: param for name, param in module.named_parameters(recurse=False) if _PER_EXPERT.fullmatch(name)}
+    """Returns the parameters that hold one slice per expert in dimension 0, by name."""
+    return {
+        name: param
+        for name, param in module.named_parameters(recurse=False)
+        if _PER_EXPERT.fullmatch(name)
+    }
 
 
 def _shard_module(name: str, module: nn.Module, ep_size: int, ep_rank: int) -> SwappedLayer:
     num_experts = getattr(module, "num_global_experts", module.num_experts)
     if num_experts % ep_size:
         raise AdapterError(
-            f"ep_size={ep_size} does not divide num_experts={num_experts} ({name}): every rank must own the same number of "
+            f"ep_size={ep_size} does not divide num_experts={num_experts} ({name}): every rank "
+            "must own the same number of "
             f"experts. Use ep_size in {valid_ep_sizes(num_experts)}."
         )
     num_local = num_experts // ep_size
@@ -127,5 +161,8 @@ def _shard_module(name: str, module: nn.Module, ep_size: int, ep_rank: int) -> S
         module.num_global_experts = num_experts
         module.num_experts = num_local
     elif module.num_experts != num_local:
-        raise AdapterError(f"{name} was cut to {module.num_experts} experts a rank; ep_size={ep_size} needs {num_local}.")
+        raise AdapterError(
+            f"{name} was cut to {module.num_experts} experts a rank; ep_size={ep_size} needs "
+            f"{num_local}."
+        )
     return SwappedLayer(name, type(module).__name__, num_experts, local)

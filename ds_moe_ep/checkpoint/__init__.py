@@ -1,4 +1,4 @@
-"""Reads Hugging Face checkpoints so that a rank loads its dense weights and its own experts, and nothing else."""
+"""Reads of a Hugging Face checkpoint what one rank needs: dense weights and its own experts."""
 
 from ds_moe_ep.checkpoint.load import load_expert_parallel_model
 

@@ -1,6 +1,7 @@
-"""Builds the model of one rank: made on the meta device, cut to the rank's experts, filled from disk, then adapted.
+"""Builds the model of one rank: on the meta device, cut to its experts, filled, then adapted.
 
-Reading is transformers' own loader over the tensors that mapping.py picks; building without memory is accelerate's.
+Reading is transformers' own loader over the tensors that mapping.py picks; building without memory
+is accelerate's.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def load_expert_parallel_model(
         dispatcher: Name of the dispatcher, or ``auto``.
 
     Returns:
-        The adapted model in eval mode, and what was swapped. Bind its groups with `adapter.bind_expert_groups`.
+        The adapted model in eval mode, and what was swapped. Bind its groups with
+        `adapter.bind_expert_groups`.
 
     Raises:
         CheckpointError: Weights are missing, corrupt, mis-shaped or not the model's.
@@ -63,7 +65,7 @@ def load_expert_parallel_model(
 
 
 def build_on_meta(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Builds a causal language model from a directory's config.json, its parameters on the meta device.
+    """Builds the causal language model of a config.json, its parameters on the meta device.
 
     Raises:
         AdapterError: The checkpoint is quantized.
@@ -72,7 +74,8 @@ def build_on_meta(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     if getattr(config, "quantization_config", None):
         method = config.quantization_config.get("quant_method", "unknown method")
         raise AdapterError(
-            f"{folder}: quantized checkpoints ({method}) cannot be split over ranks. Use the bf16 or fp16 weights of the model."
+            f"{folder}: quantized checkpoints ({method}) cannot be split over ranks. Use the "
+            "bf16 or fp16 weights of the model."
         )
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -91,7 +94,9 @@ def _fill(
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),
     )
-    info, _ = convert_and_load_state_dict_in_model(model, own_tensors(model, files, layers), settings)
+    info, _ = convert_and_load_state_dict_in_model(
+        model, own_tensors(model, files, layers), settings
+    )
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
     _refuse_incomplete(files.folder, info)
@@ -99,13 +104,20 @@ def _fill(
 
 
 def _refuse_incomplete(folder: Path, info) -> None:
-    mismatched = [f"{name} is {list(found)}, the model's is {list(wanted)}" for name, found, wanted in info.mismatched_keys]
+    mismatched = [
+        f"{name} is {list(found)}, the model's is {list(wanted)}"
+        for name, found, wanted in info.mismatched_keys
+    ]
     problems = {
         "missing": sorted(info.missing_keys),
         "of the wrong shape": sorted(mismatched),
         "not convertible": sorted(info.conversion_errors),
         "not the model's": sorted(info.unexpected_keys),
     }
-    told = [f"{len(names)} {what}: {'; '.join(names[:_SHOWN])}" for what, names in problems.items() if names]
+    told = [
+        f"{len(names)} {what}: {'; '.join(names[:_SHOWN])}"
+        for what, names in problems.items()
+        if names
+    ]
     if told:
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {' | '.join(told)}.")

@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint one rank reads: all dense ones, and of the experts its own.
 
-transformers' conversion mapping says which parameter a tensor belongs to; nothing here knows a model family.
+transformers' conversion mapping says which parameter a tensor belongs to; nothing here knows a
+model family.
 """
 
 from __future__ import annotations
@@ -21,22 +22,28 @@ __all__ = ["TensorSlice", "own_tensors"]
 
 
 class TensorSlice:
-    """A tensor on disk, or a run of its dimension 0, that is read when it is indexed with ``...``.
+    """A tensor on disk, or some rows of its dimension 0, that is read when indexed with ``...``.
 
     It stands in for safetensors' own slice object in transformers' loader.
+
+    Args:
+        source: safetensors' slice object.
+        rows: What to read of dimension 0; None for all of it.
     """
 
-    def __init__(self, source: Any, first: int | None = None, last: int | None = None) -> None:
-        self._source, self._first, self._last = source, first, last
+    def __init__(self, source: Any, rows: range | None = None) -> None:
+        self._source, self._rows = source, rows
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Reads the bytes."""
-        return self._source[...] if self._first is None else self._source[self._first : self._last]
+        if self._rows is None:
+            return self._source[...]
+        return self._source[self._rows.start : self._rows.stop]
 
     def get_shape(self) -> list[int]:
         """Returns the shape of what would be read."""
         shape = list(self._source.get_shape())
-        return shape if self._first is None else [self._last - self._first, *shape[1:]]
+        return shape if self._rows is None else [len(self._rows), *shape[1:]]
 
     def get_dtype(self) -> str:
         """Returns safetensors' name of the dtype on disk."""
@@ -48,8 +55,8 @@ def own_tensors(
 ) -> dict[str, TensorSlice]:
     """Picks the tensors that this rank's model is made of, unread.
 
-    Experts come either one tensor each (``experts.37.up_proj.weight``), then only the local ones are picked, or fused in
-    one tensor per layer, then only the local slice of dimension 0 is.
+    Experts come either one tensor each (``experts.37.up_proj.weight``), then only the local ones
+    are picked, or fused in one tensor per layer, then only the local slice of dimension 0 is.
 
     Args:
         model: The model, its experts already cut down to the local ones.
@@ -64,7 +71,9 @@ def own_tensors(
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     layer_of = {
-        f"{layer.name}.{name}": layer for layer in layers for name in expert_parameters(model.get_submodule(layer.name))
+        f"{layer.name}.{name}": layer
+        for layer in layers
+        for name in expert_parameters(model.get_submodule(layer.name))
     }
     opened: dict[str, Any] = {}
     picked: dict[str, TensorSlice] = {}
@@ -72,13 +81,15 @@ def own_tensors(
         if file not in opened:
             opened[file] = safe_open(files.folder / file, framework="pt")
         source = opened[file].get_slice(key)
-        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        target, _ = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, parameters
+        )
         layer = layer_of.get(target)
         if layer is None:
             picked[key] = TensorSlice(source)
         elif len(source.get_shape()) == parameters[target].dim():
             _check_fused(key, source.get_shape()[0], layer)
-            picked[key] = TensorSlice(source, layer.local_experts.start, layer.local_experts.stop)
+            picked[key] = TensorSlice(source, layer.local_experts)
         elif _expert_index(key) in layer.local_experts:
             picked[key] = TensorSlice(source)
     return picked
@@ -92,5 +103,6 @@ def _expert_index(key: str) -> int:
 def _check_fused(key: str, num_experts: int, layer: SwappedLayer) -> None:
     if num_experts != layer.num_experts:
         raise CheckpointError(
-            f"{key} holds {num_experts} experts, config.json says {layer.num_experts}. The weights are not those of this config."
+            f"{key} holds {num_experts} experts, config.json says {layer.num_experts}. The "
+            "weights are not those of this config."
         )

@@ -1,6 +1,7 @@
 """Differentiable row exchange between the ranks of an expert group, timed and counted.
 
-It owns how rows travel. It does not decide which rows go where: that is a dispatcher's business (``ds_moe_ep.moe``).
+It owns how rows travel. It does not decide which rows go where: that is a dispatcher's business
+(``ds_moe_ep.moe``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 __all__ = ["CommStats", "Communicator"]
 
-# Every tensor of a packed row starts at a multiple of this many bytes, so that a received row can be viewed in place.
+# Every tensor of a packed row starts at a multiple of this many bytes, so that a received row can
+# be viewed in place.
 _ALIGNMENT_BYTES = 16
 
 
@@ -36,7 +38,7 @@ class CommStats:
 
     @contextmanager
     def timed(self, device: torch.device, sent_bytes: int) -> Iterator[None]:
-        """Times one collective: by the wall clock on a CPU, by events that need no synchronisation on a GPU."""
+        """Times one collective: by the clock on a CPU, by events without a sync on a GPU."""
         self.calls += 1
         self.sent_bytes += sent_bytes
         if device.type != "cuda":
@@ -53,7 +55,7 @@ class CommStats:
             self._events.append((begin, end))
 
     def seconds(self) -> float:
-        """Time spent in collectives, waiting for slower ranks included. Synchronises with the GPU if there is one."""
+        """Seconds in collectives so far, waiting for slower ranks included; synchronises a GPU."""
         if self._events:
             self._events[-1][1].synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
@@ -66,22 +68,25 @@ class Communicator:
 
     Args:
         group: The process group, or None for a group of one, where nothing travels.
+        stats: Where costs are counted; by default in a record of its own.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, stats: CommStats | None = None) -> None:
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
-        self.stats = CommStats()
+        self.stats = CommStats() if stats is None else stats
 
     def exchange_counts(self, send_counts_W: Tensor) -> tuple[list[int], list[int]]:
         """Tells every rank how many rows it will get from this one.
 
         Args:
-            send_counts_W: int64 ``[size]``, rows for each rank of the group, on the device of the rows.
+            send_counts_W: int64 ``[size]``, rows for each rank of the group, on the device of the
+                rows.
 
         Returns:
-            Rows to send to and to receive from each rank, as host integers (a device-to-host sync on a GPU).
+            Rows to send to and to receive from each rank, as host integers (a device-to-host sync
+            on a GPU).
         """
         if self.size == 1:
             counts = send_counts_W.tolist()
@@ -95,10 +100,11 @@ class Communicator:
     def exchange_rows(
         self, tensors: Sequence[Tensor], send_counts: Sequence[int], recv_counts: Sequence[int]
     ) -> tuple[Tensor, ...]:
-        """Sends rows to their ranks in one message each, whatever the number of tensors; gradients travel back.
+        """Sends rows to their ranks in one message each; gradients travel back the same way.
 
         Args:
-            tensors: Tensors ``[S, C_i]`` that belong together row by row, rows for rank 0 first. Dtypes may differ.
+            tensors: Tensors ``[S, C_i]`` that belong together row by row, rows for rank 0 first.
+                Dtypes may differ.
             send_counts: Rows for each rank; they sum to S.
             recv_counts: Rows from each rank; they sum to R.
 
@@ -109,12 +115,16 @@ class Communicator:
             return tuple(tensors)
         return _ExchangeRows.apply(self, list(send_counts), list(recv_counts), *tensors)
 
-    def _exchange(self, tensors: Sequence[Tensor], send: list[int], recv: list[int]) -> tuple[Tensor, ...]:
+    def _exchange(
+        self, tensors: Sequence[Tensor], send: list[int], recv: list[int]
+    ) -> tuple[Tensor, ...]:
         layout = _RowLayout(tensors)
         packed_SB = layout.pack(tensors)
         received_RB = packed_SB.new_empty((sum(recv), packed_SB.shape[1]))
         leaving = sum(send) - send[self.rank]
-        with self.stats.timed(packed_SB.device, leaving * packed_SB.shape[1] * packed_SB.element_size()):
+        with self.stats.timed(
+            packed_SB.device, leaving * packed_SB.shape[1] * packed_SB.element_size()
+        ):
             dist.all_to_all_single(received_RB, packed_SB, recv, send, group=self.group)
         return layout.unpack(received_RB)
 
@@ -127,7 +137,9 @@ class _RowLayout:
         self.widths = [tensor.shape[1] * tensor.element_size() for tensor in tensors]
         self.offsets = [0]
         for width in self.widths:
-            self.offsets.append(-(-(self.offsets[-1] + width) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES)
+            self.offsets.append(
+                -(-(self.offsets[-1] + width) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            )
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         if len(tensors) == 1:
@@ -148,7 +160,7 @@ class _RowLayout:
 
 
 class _ExchangeRows(torch.autograd.Function):
-    """``Communicator.exchange_rows`` with a backward that sends the gradients the way back, in one message too."""
+    """The exchange, with a backward that returns the gradients in one message too."""
 
     @staticmethod
     def forward(ctx, comm, send_counts, recv_counts, *tensors):
@@ -159,9 +171,14 @@ class _ExchangeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        # Integer outputs get no gradient; the others arrive as zeros where nothing depends on them, on every rank alike.
-        floating = [i for i, grad in enumerate(grads) if grad is not None and grad.is_floating_point()]
-        returned = ctx.comm._exchange([grads[i] for i in floating], ctx.recv_counts, ctx.send_counts)
+        # Integer outputs get no gradient; the others arrive as zeros where nothing depends on them,
+        # on every rank alike.
+        floating = [
+            i for i, grad in enumerate(grads) if grad is not None and grad.is_floating_point()
+        ]
+        returned = ctx.comm._exchange(
+            [grads[i] for i in floating], ctx.recv_counts, ctx.send_counts
+        )
         result: list[Tensor | None] = [None] * len(grads)
         for i, grad in zip(floating, returned, strict=True):
             result[i] = grad

@@ -1,6 +1,7 @@
 """Starts torch.distributed and DeepSpeed on this rank, and makes the expert groups.
 
-It holds no state: groups live where DeepSpeed keeps them (``deepspeed.utils.groups``) and are handed on as arguments.
+It holds no state: groups live where DeepSpeed keeps them (``deepspeed.utils.groups``) and are
+handed on as arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ __all__ = ["Job", "RankInfo", "create_expert_groups", "init_distributed", "read_
 
 T = TypeVar("T")
 
-# DeepSpeed's shared-memory all-reduce for CPUs. Its op is built with a C++ compiler the first time (40 to 90 s), and a
+# DeepSpeed's shared-memory all-reduce for CPUs. Its op is built with a C++ compiler the first time
+# (40 to 90 s), and a
 # build that was killed leaves a lock on which every later job waits for ever.
 _JIT_BUILT_OP = "deepspeed_shm_comm"
 
@@ -55,7 +57,10 @@ def read_rank_info() -> RankInfo:
         return RankInfo(rank=0, local_rank=0, world_size=1)
     if not all(value is not None and value.isdigit() for value in values):
         found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-        raise ConfigError(f"{found}: a launcher sets all three to numbers. Start with `deepspeed launch/infer.py ...`.")
+        raise ConfigError(
+            f"{found}: a launcher sets all three to numbers. Start with `deepspeed "
+            "launch/infer.py ...`."
+        )
     rank, local_rank, world_size = (int(value) for value in values if value is not None)
     return RankInfo(rank, local_rank, world_size)
 
@@ -78,7 +83,8 @@ class Job:
         """Lets all ranks fail together if one has failed; every rank calls it.
 
         Raises:
-            DsMoeEpError: On every rank, the error of the lowest rank that has one, and who else has one.
+            DsMoeEpError: On every rank, the error of the lowest rank that has one, and who else has
+                one.
         """
         own = None if error is None else (type(error), str(error), str(self.info))
         gathered: list[tuple[type[DsMoeEpError], str, str] | None] = [None] * self.info.world_size
@@ -101,7 +107,9 @@ class Job:
         try:
             dist.monitored_barrier(self.control, timedelta(seconds=timeout_s), wait_all_ranks=True)
         except RuntimeError as error:
-            raise DistributedError(f"[{self.info}] {what}: not all ranks came within {timeout_s:.0f} s: {error}") from error
+            raise DistributedError(
+                f"[{self.info}] {what}: not all ranks came within {timeout_s:.0f} s: {error}"
+            ) from error
 
     def gather(self, value: T) -> list[T]:
         """Returns the values of all ranks on rank 0, an empty list elsewhere."""
@@ -111,7 +119,7 @@ class Job:
 
 
 def init_distributed(info: RankInfo, *, timeout_s: float) -> Job:
-    """Joins the process group of the job, or takes the one that is there, and lets DeepSpeed use it.
+    """Joins the job's process group, or takes the one that is there, and lets DeepSpeed use it.
 
     Args:
         info: Who this process is.
@@ -128,7 +136,9 @@ def init_distributed(info: RankInfo, *, timeout_s: float) -> Job:
     if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     # DeepSpeed and accelerate read these too, and no launcher has set them for a single process.
-    os.environ.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size))
+    os.environ.update(
+        RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size)
+    )
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         _rendezvous(info, "nccl" if on_gpu else "gloo", timeout)
@@ -140,17 +150,21 @@ def init_distributed(info: RankInfo, *, timeout_s: float) -> Job:
 
 def _rendezvous(info: RankInfo, backend: str, timeout: timedelta) -> None:
     try:
-        dist.init_process_group(backend, rank=info.rank, world_size=info.world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, rank=info.rank, world_size=info.world_size, timeout=timeout
+        )
     except (dist.DistError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise DistributedError(
-            f"[{info}] the {info.world_size} ranks did not meet at {where} within {timeout.total_seconds():.0f} s "
-            f"({error}). Look for a rank that did not start, a port in use (--master_port) or a wrong network interface."
+            f"[{info}] the {info.world_size} ranks did not meet at {where} within "
+            f"{timeout.total_seconds():.0f} s "
+            f"({error}). Look for a rank that did not start, a port in use (--master_port) or a "
+            "wrong network interface."
         ) from error
 
 
 def create_expert_groups(ep_size: int) -> None:
-    """Makes DeepSpeed's expert and expert-data groups of `ep_size` consecutive ranks, once; all ranks call it."""
+    """Makes DeepSpeed's expert groups of `ep_size` consecutive ranks, once; all ranks call it."""
     if f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 
 import transformers
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 __all__ = ["only_rank_0_prints", "progress_bar", "quiet_libraries"]
 
@@ -24,7 +24,7 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def only_rank_0_prints(rank: int) -> Iterator[None]:
-    """Drops what other ranks print to stdout meanwhile: some of DeepSpeed's set-up prints on every rank."""
+    """Drops what other ranks print to stdout: DeepSpeed's set-up prints on every rank."""
     if rank == 0:
         yield
         return
@@ -39,9 +39,16 @@ def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         A function to call with the number of prompts finished so far.
     """
-    with tqdm(total=total, unit="prompt", disable=not sys.stderr.isatty(), leave=False) as bar:
-
-        def show(finished: int) -> None:
-            bar.update(finished - bar.n)
-
-        yield show
+    console = Console(stderr=True)
+    progress = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("prompts"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with progress as bar:
+        task = bar.add_task("", total=total)
+        yield lambda finished: bar.update(task, completed=finished)

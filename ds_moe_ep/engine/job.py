@@ -1,6 +1,7 @@
 """One inference job from options to outputs, as each rank runs it.
 
-prepare (all that can be refused before a weight is read, in prepare.py) -> load -> run -> gather -> write and report.
+prepare (all that can be refused before a weight is read, in prepare.py) -> load -> run -> gather ->
+write and report.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,13 +27,14 @@ from ds_moe_ep.engine.outputs import GenerateResult, ScoreResult, write_results
 from ds_moe_ep.engine.prepare import Work, prepare
 from ds_moe_ep.engine.summary import RankSummary, format_summary, write_metrics
 from ds_moe_ep.engine.sync import ForwardSync
-from ds_moe_ep.engine.tasks import GenerateSettings, generate_batch, score_batch
+from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch, score_batch
 from ds_moe_ep.errors import DsMoeEpError
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
 __all__ = ["init_inference", "run_job"]
 
 T = TypeVar("T")
+Result = GenerateResult | ScoreResult
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def run_job(options: JobOptions) -> int:
 def init_inference(model: nn.Module, config: dict[str, Any]) -> Any:
     """Calls ``deepspeed.init_inference`` and undoes the one thing it does too much.
 
-    It converts every tensor of the model to the dtype of `config`, also those that transformers keeps in float32 on purpose:
-    the rotary frequencies and the routers' correction biases, whose rounding would change positions and routing.
+    It converts every tensor of the model to the dtype of `config`, also those that transformers
+    keeps in float32 on purpose: the rotary frequencies and the routers' correction biases, whose
+    rounding would change positions and routing.
     """
     kept = {
         name: tensor.detach().clone()
@@ -87,13 +90,13 @@ def init_inference(model: nn.Module, config: dict[str, Any]) -> Any:
 
 
 def _all_or_none(job: Job, step: Callable[[], T]) -> T:
-    """Runs a step that may be refused on any rank, and lets all ranks go on or fail together."""
-    value, error = None, None
+    """Runs a step that any rank may refuse; all ranks go on together or fail together."""
     try:
         value = step()
-    except DsMoeEpError as refused:
-        error = refused
-    job.agree(error)
+    except DsMoeEpError as error:
+        job.agree(error)
+        raise
+    job.agree(None)
     return value
 
 
@@ -124,14 +127,8 @@ def _load(options: JobOptions, job: Job, work: Work) -> Engine:
 
 def _run(options: JobOptions, job: Job, work: Work, engine: Engine) -> None:
     own = work.batches[job.info.rank]
-    settings = GenerateSettings(
-        max_new_tokens=options.max_new_tokens,
-        context_length=work.context_length,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    results: dict[int, GenerateResult | ScoreResult] = {}
+    serve = _server(options, job, work, engine)
+    results: dict[int, Result] = {}
     job.wait_for_all(options.timeout_s, "starting the first batch")
     start = time.perf_counter()
     with progress_bar(len(work.prompts)) as show:
@@ -147,33 +144,49 @@ def _run(options: JobOptions, job: Job, work: Work, engine: Engine) -> None:
         )
         for batch in own:
             prompts = [work.prompts[index] for index in batch.indices]
-            if options.task == "generate":
-                done = generate_batch(engine.deepspeed_engine, prompts, settings, work.tokenizer, job.device)
-            else:
-                done = score_batch(engine.deepspeed_engine, prompts, job.device)
-            results.update(zip(batch.indices, done, strict=True))
-            sync.finish(len(batch.indices))
+            results.update(zip(batch.indices, serve(prompts), strict=True))
+            sync.finish(len(prompts))
         sync.join_others()
     summary = _summarise(job, work, engine, results, sync.num_steps, time.perf_counter() - start)
     _report(options, work, job.gather((results, summary)), engine)
+
+
+def _server(
+    options: JobOptions, job: Job, work: Work, engine: Engine
+) -> Callable[[list[EncodedPrompt]], Sequence[Result]]:
+    """Returns what serves a batch of prompts under the user's task."""
+    if options.task == "score":
+        return lambda prompts: score_batch(engine.deepspeed_engine, prompts, job.device)
+    settings = GenerateSettings(
+        max_new_tokens=options.max_new_tokens,
+        context_length=work.context_length,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    return lambda prompts: generate_batch(
+        engine.deepspeed_engine, prompts, settings, work.tokenizer, job.device
+    )
 
 
 def _summarise(
     job: Job,
     work: Work,
     engine: Engine,
-    results: dict[int, GenerateResult | ScoreResult],
+    results: dict[int, Result],
     num_steps: int,
     run_s: float,
 ) -> RankSummary:
-    stats = [layer.deepspeed_moe.comm.stats for layer in engine.layers]
+    stats = [layer.deepspeed_moe.stats for layer in engine.layers]
     return RankSummary(
         rank=job.info.rank,
         host=job.info.host,
         num_prompts=len(results),
         prompt_tokens=sum(len(work.prompts[index].token_ids) for index in results),
         new_tokens=sum(len(r.token_ids) for r in results.values() if isinstance(r, GenerateResult)),
-        expert_rows=sum(int(layer.deepspeed_moe.tokens_per_expert.sum()) for layer in engine.layers),
+        expert_rows=sum(
+            int(layer.deepspeed_moe.tokens_per_expert.sum()) for layer in engine.layers
+        ),
         load_s=engine.load_s,
         run_s=run_s,
         comm_s=sum(stat.seconds() for stat in stats),
@@ -193,7 +206,10 @@ def _report(options: JobOptions, work: Work, gathered: list, engine: Engine) -> 
     if options.metrics is not None:
         write_metrics(options.metrics, ranks)
     dispatcher = type(engine.layers[0].deepspeed_moe.dispatcher).__name__
-    print(format_summary(ranks, task=options.task, dispatcher=dispatcher, output=options.output), flush=True)
+    print(
+        format_summary(ranks, task=options.task, dispatcher=dispatcher, output=options.output),
+        flush=True,
+    )
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -1,6 +1,7 @@
-"""Everything that can be refused before a weight is read: plan, settings, model files, prompts, output.
+"""All that can be refused before a weight is read: plan, settings, files, prompts, output.
 
-Every rank runs it and gets the same answer, so that all can be refused together; it starts no collective.
+Every rank runs it and gets the same answer, so that all can be refused together; it starts no
+collective.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def prepare(options: JobOptions, job: Job) -> Work:
     prompts = read_prompts(options.input)
     tokenizer = _tokenizer(options, prompts)
     context_length = min(spec.max_position_embeddings, settings["max_out_tokens"])
-    encoded = _encode(options, prompts, tokenizer)
+    encoded = _encode(prompts, tokenizer)
     _check_tokens(options, encoded, spec, context_length)
     batches = spread(
         [len(prompt.token_ids) for prompt in encoded],
@@ -86,35 +87,51 @@ def prepare(options: JobOptions, job: Job) -> Work:
     return Work(plan, spec, settings, dtype, tokenizer, encoded, batches, context_length)
 
 
-def _plan(options: JobOptions, config: RunConfig | None, spec: ModelSpec, world_size: int) -> ParallelPlan:
+def _plan(
+    options: JobOptions, config: RunConfig | None, spec: ModelSpec, world_size: int
+) -> ParallelPlan:
     """Fits the ranks that were started to what the user and the configuration ask for."""
-    configured = config.ep_size if config else None
-    if config and config.plan and config.plan.world_size != world_size:
-        raise PlanError(
-            f"{config.source} plans {config.plan} for {config.plan.world_size} ranks, but this job has {world_size}. "
-            f"Start {config.plan.world_size} ranks (deepspeed --hostfile ...), or write the files for {world_size}: "
-            "ds-moe-ep config --model M --hostfile H --out DIR."
-        )
-    if options.ep_size and configured and options.ep_size != configured:
-        raise PlanError(
-            f"--ep-size {options.ep_size} contradicts ep_size={configured} of {config.source}. Leave one of them out."
-        )
-    if config and config.num_experts not in (None, spec.num_experts):
-        raise ConfigError(
-            f"{config.source} was made for {config.num_experts} experts a layer, {options.model} has {spec.num_experts}. "
-            "Write it again with ds-moe-ep config for this model."
-        )
+    configured = None
+    if config is not None:
+        _check_config(options, config, spec, world_size)
+        configured = config.ep_size
     ep_size = options.ep_size or configured or world_size
     ranks = replace(local_cluster(world_size), source="the ranks of this job")
     return make_plan(ranks, spec, ep_size=ep_size, dp_size=max(1, world_size // ep_size))
 
 
+def _check_config(options: JobOptions, config: RunConfig, spec: ModelSpec, world_size: int) -> None:
+    if config.plan is not None and config.plan.world_size != world_size:
+        planned = config.plan.world_size
+        raise PlanError(
+            f"{config.source} plans {config.plan} for {planned} ranks, but this job has "
+            f"{world_size}. Start {planned} ranks (deepspeed --hostfile ...), or write the files "
+            f"for {world_size}: ds-moe-ep config --model M --hostfile H --out DIR."
+        )
+    if options.ep_size and config.ep_size and options.ep_size != config.ep_size:
+        raise PlanError(
+            f"--ep-size {options.ep_size} contradicts ep_size={config.ep_size} of "
+            f"{config.source}. Leave one of them out."
+        )
+    if config.num_experts not in (None, spec.num_experts):
+        raise ConfigError(
+            f"{config.source} was made for {config.num_experts} experts a layer, {options.model} "
+            f"has {spec.num_experts}. Write it again with ds-moe-ep config for this model."
+        )
+
+
 def _deepspeed_config(
-    options: JobOptions, config: RunConfig | None, plan: ParallelPlan, spec: ModelSpec, device: torch.device
+    options: JobOptions,
+    config: RunConfig | None,
+    plan: ParallelPlan,
+    spec: ModelSpec,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """The generated or given configuration, with the user's dtype; float32 on a CPU unless a dtype was named."""
+    """The given or generated configuration; float32 on a CPU unless a dtype was named."""
     named = options.dtype or (config.dtype if config else None)
-    settings = inference_config(plan, spec, dtype=named or ("float32" if device.type == "cpu" else None))
+    settings = inference_config(
+        plan, spec, dtype=named or ("float32" if device.type == "cpu" else None)
+    )
     if config:
         settings |= config.inference | {"dtype": settings["dtype"]}
         settings["moe"] = {**settings["moe"], "ep_size": plan.ep_size}
@@ -136,22 +153,23 @@ def _tokenizer(options: JobOptions, prompts: Sequence[Prompt]) -> PreTrainedToke
     if text is None:
         return None
     raise InputError(
-        f"{options.input}: prompt {text.id!r} is text, but {options.model} has no tokenizer ({', '.join(_TOKENIZER_FILES)}). "
+        f"{options.input}: prompt {text.id!r} is text, but {options.model} has no tokenizer "
+        f"({', '.join(_TOKENIZER_FILES)}). "
         "Add the tokenizer's files, or give prompt_token_ids."
     )
 
 
 def _encode(
-    options: JobOptions, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[EncodedPrompt]:
     texts = [prompt.text for prompt in prompts if prompt.text is not None]
-    token_ids = iter(tokenizer(texts)["input_ids"] if texts else [])
-    return [
-        EncodedPrompt(prompt, prompt.token_ids if prompt.text is None else tuple(next(token_ids))) for prompt in prompts
-    ]
+    encoded = iter(tokenizer(texts)["input_ids"]) if tokenizer is not None and texts else iter(())
+    return [EncodedPrompt(prompt, prompt.token_ids or tuple(next(encoded))) for prompt in prompts]
 
 
-def _check_tokens(options: JobOptions, prompts: Sequence[EncodedPrompt], spec: ModelSpec, context_length: int) -> None:
+def _check_tokens(
+    options: JobOptions, prompts: Sequence[EncodedPrompt], spec: ModelSpec, context_length: int
+) -> None:
     room = context_length - (1 if options.task == "generate" else 0)
     for encoded in prompts:
         where = f"{options.input}: prompt {encoded.prompt.id!r}"
@@ -159,10 +177,13 @@ def _check_tokens(options: JobOptions, prompts: Sequence[EncodedPrompt], spec: M
             raise InputError(f"{where} has no tokens. Remove it.")
         if len(encoded.token_ids) > room:
             raise InputError(
-                f"{where} has {len(encoded.token_ids):,} tokens, but the context of {options.model} is {context_length:,}"
-                f"{' and at least one is to be generated' if room < context_length else ''}. Shorten it to {room:,}."
+                f"{where} has {len(encoded.token_ids):,} tokens, but the context of "
+                f"{options.model} is {context_length:,}"
+                f"{' and at least one is to be generated' if room < context_length else ''}. "
+                f"Shorten it to {room:,}."
             )
         if max(encoded.token_ids) >= spec.vocab_size:
             raise InputError(
-                f"{where} has token id {max(encoded.token_ids)}, but the vocabulary of {options.model} ends at {spec.vocab_size - 1}."
+                f"{where} has token id {max(encoded.token_ids)}, but the vocabulary of "
+                f"{options.model} ends at {spec.vocab_size - 1}."
             )

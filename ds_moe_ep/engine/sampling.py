@@ -1,4 +1,4 @@
-"""Sampling whose outcome depends on the prompt's id and the seed, not on the batch or rank a prompt lands in.
+"""Sampling that depends on a prompt's id and the seed, not on the batch or rank it lands in.
 
 transformers' own warpers shape the distribution; only the draw is ours.
 """
@@ -12,13 +12,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 __all__ = ["SeededDraw", "sampling_processors"]
 
 
 class SeededDraw(LogitsProcessor):
-    """Draws a token per row by inverting the distribution's sum with one uniform number, and leaves only that token.
+    """Draws one token per row, by inverting the cumulative distribution, and leaves only that.
 
     Used with greedy decoding, which then picks it. Each row has its own random stream.
 
@@ -28,11 +33,15 @@ class SeededDraw(LogitsProcessor):
     """
 
     def __init__(self, ids: Sequence[str], seed: int) -> None:
-        self._streams = [torch.Generator().manual_seed(_stream_seed(seed, prompt_id)) for prompt_id in ids]
+        self._streams = [
+            torch.Generator().manual_seed(_stream_seed(seed, prompt_id)) for prompt_id in ids
+        ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns scores ``[B, V]`` that are -inf but for the drawn token of each row."""
-        drawn_B = torch.stack([torch.rand((), generator=stream, dtype=torch.float64) for stream in self._streams])
+        drawn_B = torch.stack(
+            [torch.rand((), generator=stream, dtype=torch.float64) for stream in self._streams]
+        )
         cumulative_BV = scores.double().softmax(dim=-1).cumsum(dim=-1)
         # Scaled by the true total, so that rounding never points past the last token.
         target_B1 = drawn_B.to(scores.device)[:, None] * cumulative_BV[:, -1:]

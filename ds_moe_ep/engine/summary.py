@@ -1,4 +1,4 @@
-"""What a run did and what it cost: measured per rank, gathered on rank 0, shown as one block of text.
+"""What a run did and cost: measured per rank, gathered on rank 0, shown as a block of text.
 
 Judging the figures against targets is a matter of the monitor, not of this module.
 """
@@ -46,7 +46,9 @@ class RankSummary:
     peak_memory_bytes: int
 
 
-def format_summary(ranks: Sequence[RankSummary], *, task: str, dispatcher: str, output: Path) -> str:
+def format_summary(
+    ranks: Sequence[RankSummary], *, task: str, dispatcher: str, output: Path
+) -> str:
     """Returns the closing summary of a run, one figure a line."""
     run_s = max(rank.run_s for rank in ranks)
     prompt_tokens = sum(rank.prompt_tokens for rank in ranks)
@@ -54,21 +56,28 @@ def format_summary(ranks: Sequence[RankSummary], *, task: str, dispatcher: str, 
     done = new_tokens if task == "generate" else prompt_tokens
     comm_share = max(rank.comm_s for rank in ranks) / run_s if run_s else 0.0
     lines = {
-        "prompts": f"{sum(rank.num_prompts for rank in ranks)} on {len(ranks)} ranks, {prompt_tokens:,} prompt tokens",
-        "tokens": f"{new_tokens:,} generated" if task == "generate" else f"{prompt_tokens:,} scored",
-        "speed": f"{done / run_s if run_s else 0.0:,.1f} tokens/s over {run_s:.2f} s, {max(r.num_steps for r in ranks)} steps",
+        "prompts": f"{sum(rank.num_prompts for rank in ranks)} on {len(ranks)} ranks, "
+        "{prompt_tokens:,} prompt tokens",
+        "tokens": f"{new_tokens:,} generated"
+        if task == "generate"
+        else f"{prompt_tokens:,} scored",
+        "speed": f"{done / run_s if run_s else 0.0:,.1f} tokens/s over {run_s:.2f} s, "
+        "{max(r.num_steps for r in ranks)} steps",
         "load": f"{max(rank.load_s for rank in ranks):.2f} s (slowest rank)",
-        "communication": f"{_span([rank.comm_s for rank in ranks], 's')} in collectives, waiting included "
-        f"({comm_share:.0%} of the run at most), {sum(r.comm_bytes for r in ranks) / 2**20:.1f} MiB sent, {dispatcher}",
+        "communication": f"{_span([rank.comm_s for rank in ranks], 's')} in collectives, waiting "
+        "included "
+        f"({comm_share:.0%} of the run at most), {sum(r.comm_bytes for r in ranks) / 2**20:.1f} "
+        f"MiB sent, {dispatcher}",
         "load balance": f"{_balance(ranks)} (rows per rank, mean/max; 1 is perfect)",
-        "peak memory": f"{_span([rank.peak_memory_bytes / 2**30 for rank in ranks], 'GiB')} per rank",
+        "peak memory": f"{_span([rank.peak_memory_bytes / 2**30 for rank in ranks], 'GiB')} per "
+        "rank",
         "output": str(output),
     }
     return "\n".join(f"{name:>14}  {value}" for name, value in lines.items())
 
 
 def write_metrics(folder: Path, ranks: Sequence[RankSummary]) -> Path:
-    """Writes one JSON line a rank to ``metrics.jsonl`` in `folder`, which is made if it is not there."""
+    """Writes a JSON line a rank to ``metrics.jsonl`` in `folder`, made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
     path.write_text("".join(json.dumps(asdict(rank)) + "\n" for rank in ranks), encoding="utf-8")
@@ -82,4 +91,6 @@ def _balance(ranks: Sequence[RankSummary]) -> str:
 
 def _span(values: Sequence[float], unit: str) -> str:
     low, high = min(values), max(values)
-    return f"{high:.2f} {unit}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f} {unit}"
+    return (
+        f"{high:.2f} {unit}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f} {unit}"
+    )

@@ -1,9 +1,9 @@
 """Keeps ranks that work on different batches in step, one forward pass at a time.
 
-Every forward pass meets collectives in its MoE layers, so all ranks must start as many of them. A rank announces each of its
-own passes with one small all-reduce; a rank with nothing left joins the passes of the others with zero rows, until none is
-left. So no rank waits for a batch border of another, and a finished rank computes no attention. Nothing here knows what a
-pass is for.
+Every forward pass meets collectives in its MoE layers, so all ranks must start as many of them. A
+rank announces each of its own passes with one small all-reduce; a rank with nothing left joins the
+passes of the others with zero rows, until none is left. So no rank waits for a batch border of
+another, and a finished rank computes no attention. Nothing here knows what a pass is for.
 """
 
 # Shapes: H hidden, K top_k
@@ -32,7 +32,8 @@ class ForwardSync:
         top_k: K.
         dtype: Dtype of the hidden states.
         device: Device of the hidden states.
-        on_progress: Called on rank 0 of the group with the number of prompts that all ranks have finished so far.
+        on_progress: Called on rank 0 of the group with the number of prompts that all ranks have
+            finished so far.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class ForwardSync:
 
     @torch.no_grad()
     def join_others(self) -> None:
-        """Takes part in the passes of the other ranks with zero rows until every rank has called this."""
+        """Takes part in the others' passes with zero rows until every rank has called this."""
         while self._group is not None and self._announce(busy=False):
             for layer in self._layers:
                 layer(self._no_rows_0H, self._no_ids_0K, self._no_weights_0K)
@@ -76,7 +77,8 @@ class ForwardSync:
         """Tells the group whether this rank runs a forward pass now.
 
         Returns:
-            Whether any rank does; None on a busy rank, which knows, and is spared the device-to-host sync.
+            Whether any rank does; None on a busy rank, which knows, and is spared the device-to-
+            host sync.
         """
         self.num_steps += 1
         busy_finished = torch.tensor([int(busy), self.num_finished], device=self._device)

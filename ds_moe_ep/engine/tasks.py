@@ -1,6 +1,7 @@
 """What is done with one batch of prompts: generate a completion for each, or score each.
 
-Generation is transformers' ``generate``; these functions pad, call it, and cut its rows into results.
+Generation is transformers' ``generate``; these functions pad, call it, and cut its rows into
+results.
 """
 
 # Shapes: B prompts of a batch, L padded length, V vocabulary
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,11 +68,14 @@ def generate_batch(
         device: Device of the model.
 
     Returns:
-        A result per prompt, in the order of the batch. ``token_ids`` holds the end token if it was reached.
+        A result per prompt, in the order of the batch. ``token_ids`` holds the end token if it was
+        reached.
     """
     longest = max(len(encoded.token_ids) for encoded in batch)
     config = _generation_config(engine.module.generation_config, settings)
-    input_ids_BL, mask_BL = pad_left([encoded.token_ids for encoded in batch], config.pad_token_id, device)
+    input_ids_BL, mask_BL = pad_left(
+        [encoded.token_ids for encoded in batch], config.pad_token_id, device
+    )
     with torch.no_grad():
         output_BL = engine.generate(
             input_ids=input_ids_BL,
@@ -90,7 +94,9 @@ def generate_batch(
     for encoded, row in zip(batch, output_BL[:, longest:].tolist(), strict=True):
         room = min(settings.max_new_tokens, settings.context_length - len(encoded.token_ids))
         token_ids, reason = _cut(row[:room], end_ids)
-        text = tokenizer.decode(token_ids, skip_special_tokens=True) if tokenizer is not None else None
+        text = (
+            tokenizer.decode(token_ids, skip_special_tokens=True) if tokenizer is not None else None
+        )
         results.append(
             GenerateResult(
                 id=encoded.prompt.id,
@@ -106,7 +112,7 @@ def generate_batch(
 def score_batch(
     engine: Callable[..., Any], batch: Sequence[EncodedPrompt], device: torch.device
 ) -> list[ScoreResult]:
-    """Computes the log probability (natural logarithm) of each token of each prompt after the first.
+    """Computes the natural log probability of every token of each prompt but its first.
 
     Args:
         engine: What ``deepspeed.init_inference`` returned.
@@ -128,36 +134,45 @@ def score_batch(
     results = []
     for row, encoded in enumerate(batch):
         first = longest - len(encoded.token_ids)
-        # One row at a time: a float32 log-softmax of the whole batch would double the largest tensor of the pass.
+        # One row at a time: a float32 log-softmax of the whole batch would double the largest
+        # tensor of the pass.
         logprobs_LV = logits_BLV[row, first : longest - 1].float().log_softmax(dim=-1)
-        scored_L = logprobs_LV.gather(1, input_ids_BL[row, first + 1 :, None])[:, 0]
+        scored_L: Tensor = logprobs_LV.gather(1, input_ids_BL[row, first + 1 :, None])[:, 0]
         results.append(
             ScoreResult(
                 id=encoded.prompt.id,
                 num_tokens=len(encoded.token_ids),
                 logprob=float(scored_L.double().sum()),
-                token_logprobs=(None, *scored_L.tolist()),
+                token_logprobs=tuple(scored_L.tolist()),
             )
         )
     return results
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Pads rows of token ids on the left to the longest.
 
     Returns:
         Token ids and attention mask (1 for tokens, 0 for padding), int64 ``[B, L]``.
     """
     longest = max(len(row) for row in rows)
-    ids_BL = torch.tensor([[pad_token_id] * (longest - len(row)) + list(row) for row in rows], device=device)
-    mask_BL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids_BL = torch.tensor(
+        [[pad_token_id] * (longest - len(row)) + list(row) for row in rows], device=device
+    )
+    mask_BL = torch.tensor(
+        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device
+    )
     return ids_BL, mask_BL
 
 
 def _generation_config(own: GenerationConfig, settings: GenerateSettings) -> GenerationConfig:
-    """The model's own generation settings (end tokens, penalties), with the user's decoding in place of the model's."""
+    """The model's own settings (end tokens, penalties) with the user's way of decoding."""
     config = deepcopy(own)
-    config.update(do_sample=False, temperature=None, top_p=None, top_k=None, max_length=None, num_beams=1)
+    config.update(
+        do_sample=False, temperature=None, top_p=None, top_k=None, max_length=None, num_beams=1
+    )
     config.max_new_tokens = settings.max_new_tokens
     if config.pad_token_id is None:
         config.pad_token_id = min(_end_ids(config), default=0)
@@ -169,7 +184,7 @@ def _end_ids(config: GenerationConfig) -> set[int]:
     return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
-def _cut(token_ids: list[int], end_ids: set[int]) -> tuple[list[int], str]:
+def _cut(token_ids: list[int], end_ids: set[int]) -> tuple[list[int], Literal["stop", "length"]]:
     """Cuts a row after its first end token."""
     for position, token in enumerate(token_ids):
         if token in end_ids:

@@ -1,3 +1,3 @@
-"""The expert-parallel MoE layer, its dispatchers, and the slow readable reference they are tested against."""
+"""The expert-parallel MoE layer, its dispatchers, and the readable reference they must equal."""
 
 __all__: list[str] = []

@@ -1,6 +1,7 @@
-"""The all-to-all dispatcher: only routed rows travel, uneven splits, nothing is dropped or padded."""
+"""The all-to-all dispatcher: only routed rows travel; nothing is dropped or padded."""
 
-# Shapes: T tokens here, H hidden, K top_k, W ranks of the expert group, S rows sent, R rows received
+# Shapes: T tokens here, H hidden, K top_k, W ranks of the expert group, S rows sent, R rows
+# received
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ __all__ = ["AllToAll"]
 class AllToAll:
     """Sends each token once to every rank that owns one of its experts, and sums what comes back.
 
-    A row carries its expert ids and routing weights, so one message goes out and one comes back, and a token that chose
-    several experts of one rank is sent, and its weighted sum returned, once.
+    A row carries its expert ids and routing weights, so one message goes out and one comes back,
+    and a token that chose several experts of one rank is sent, and its weighted sum returned, once.
 
     Args:
         comm: Collectives of the expert group.
@@ -33,7 +34,8 @@ class AllToAll:
     ) -> tuple[Tensor, Tensor]:
         """See ``Dispatcher``."""
         token_S, local_ids_SK, send_counts_W = self._route(topk_ids_TK)
-        # Weights travel as float32: it holds every routing dtype exactly, and a rank without tokens need not know which.
+        # Weights travel as float32: it holds every routing dtype exactly, and a rank without tokens
+        # need not know which.
         sent = (x_TH[token_S], local_ids_SK, topk_weights_TK[token_S].float())
         send_counts, recv_counts = self.comm.exchange_counts(send_counts_W)
 
@@ -48,13 +50,20 @@ class AllToAll:
         """Lists the rows to send, rank after rank.
 
         Returns:
-            Token of each row ``[S]``, local expert ids of its slots int32 ``[S, K]``, rows for each rank ``[W]``.
+            Token of each row ``[S]``, local expert ids of its slots int32 ``[S, K]``, rows for each
+            rank ``[W]``.
         """
         owner_TK = topk_ids_TK // self.num_local_experts
         wanted_TW = torch.zeros(
             (topk_ids_TK.shape[0], self.comm.size), dtype=torch.bool, device=topk_ids_TK.device
         ).scatter_(1, owner_TK, True)
-        rank_S, token_S = wanted_TW.t().nonzero(as_tuple=True)  # rank-major; a device-to-host sync on a GPU
+        rank_S, token_S = wanted_TW.t().nonzero(
+            as_tuple=True
+        )  # rank-major; a device-to-host sync on a GPU
         local_ids_SK = topk_ids_TK[token_S] - rank_S[:, None] * self.num_local_experts
         elsewhere_SK = owner_TK[token_S] != rank_S[:, None]
-        return token_S, local_ids_SK.masked_fill_(elsewhere_SK, NOT_HERE).int(), wanted_TW.sum(dim=0)
+        return (
+            token_S,
+            local_ids_SK.masked_fill_(elsewhere_SK, NOT_HERE).int(),
+            wanted_TW.sum(dim=0),
+        )

@@ -1,4 +1,4 @@
-"""What every dispatcher has in common: its protocol, and the table from which one is chosen by name."""
+"""The protocol that every dispatcher keeps, and the table from which one is chosen by name."""
 
 # Shapes: T tokens here, H hidden, K top_k, e local experts
 
@@ -18,7 +18,8 @@ __all__ = ["DISPATCHERS", "Dispatcher", "make_dispatcher"]
 class Dispatcher(Protocol):
     """Brings tokens to the ranks of their experts and the weighted outputs back.
 
-    Every rank of the group calls it for every layer, with zero tokens if it has none. It keeps no state between calls.
+    Every rank of the group calls it for every layer, with zero tokens if it has none. It keeps no
+    state between calls.
     """
 
     def __call__(
@@ -50,5 +51,7 @@ def make_dispatcher(name: str, comm: Communicator, num_local_experts: int) -> Di
     """
     chosen = "alltoall" if name == "auto" else name
     if chosen not in DISPATCHERS:
-        raise ConfigError(f"dispatcher={name!r} is unknown. Use one of: auto, {', '.join(DISPATCHERS)}.")
+        raise ConfigError(
+            f"dispatcher={name!r} is unknown. Use one of: auto, {', '.join(DISPATCHERS)}."
+        )
     return DISPATCHERS[chosen](comm, num_local_experts)

@@ -1,4 +1,4 @@
-"""The layer that takes the place of a Hugging Face model's experts: a DeepSpeed MoE layer to DeepSpeed, experts to the model.
+"""What takes the experts' place: a DeepSpeed MoE layer to DeepSpeed, experts to the model.
 
 The model's own router stays outside of it; how rows travel is the dispatcher's business.
 """
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.collectives import CommStats, Communicator
 from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.moe.dispatch import Dispatcher, make_dispatcher
 
@@ -32,15 +32,15 @@ class DispatchedExperts(nn.Module):
         self.experts = experts
         self.dispatcher_name = dispatcher
         self.ep_group: dist.ProcessGroup | None = None
-        self.comm: Communicator | None = None
+        self.stats = CommStats()
         self.dispatcher: Dispatcher | None = None
         self.tokens_per_expert = torch.zeros(experts.num_experts, dtype=torch.int64)
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
         """Binds the expert group; DeepSpeed calls it by this name. None is a group of one."""
         self.ep_group = ep_group
-        self.comm = Communicator(ep_group)
-        self.dispatcher = make_dispatcher(self.dispatcher_name, self.comm, self.experts.num_experts)
+        comm = Communicator(ep_group, self.stats)
+        self.dispatcher = make_dispatcher(self.dispatcher_name, comm, self.experts.num_experts)
 
     def forward(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Returns the MoE output ``[T, H]`` of this rank's tokens.
@@ -50,7 +50,8 @@ class DispatchedExperts(nn.Module):
         """
         if self.dispatcher is None:
             raise DistributedError(
-                "the expert group is not bound: call ds_moe_ep.adapter.bind_expert_groups(model) after init_distributed()."
+                "the expert group is not bound: call ds_moe_ep.adapter.bind_expert_groups(model) "
+                "after init_distributed()."
             )
         output_TH, rows_e = self.dispatcher(self.experts, x_TH, topk_ids_TK, topk_weights_TK)
         self.tokens_per_expert = self.tokens_per_expert.to(rows_e.device) + rows_e
@@ -60,8 +61,9 @@ class DispatchedExperts(nn.Module):
 class ExpertParallelMoE(MoE):
     """Experts spread over the ranks of an expert group, called with transformers' experts contract.
 
-    It is a ``deepspeed.moe.layer.MoE``, so DeepSpeed's ``has_moe_layers``, expert groups, ``init_inference`` and gradient
-    reduction treat it as one; DeepSpeed's own constructor is not run, because its gate and experts are not used.
+    It is a ``deepspeed.moe.layer.MoE``, so DeepSpeed's ``has_moe_layers``, expert groups,
+    ``init_inference`` and gradient reduction treat it as one; DeepSpeed's own constructor is not
+    run, because its gate and experts are not used.
 
     Args:
         experts: Hugging Face experts module that holds this rank's experts only.
@@ -70,7 +72,9 @@ class ExpertParallelMoE(MoE):
         dispatcher: Name of the dispatcher.
     """
 
-    def __init__(self, experts: nn.Module, *, num_experts: int, ep_size: int, dispatcher: str) -> None:
+    def __init__(
+        self, experts: nn.Module, *, num_experts: int, ep_size: int, dispatcher: str
+    ) -> None:
         nn.Module.__init__(self)
         self.use_residual = False
         self.enable_expert_tensor_parallelism = False
@@ -85,7 +89,7 @@ class ExpertParallelMoE(MoE):
             param.group_name = self.expert_group_name
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Computes what the replaced experts module computed, with experts on other ranks taking part.
+        """Computes what the replaced experts computed, together with the other ranks.
 
         Args:
             hidden_states: ``[T, H]``; T may differ from rank to rank and be zero.

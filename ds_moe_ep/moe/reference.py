@@ -13,7 +13,9 @@ from torch import Tensor, nn
 __all__ = ["reference_moe"]
 
 
-def reference_moe(experts: nn.Module, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+def reference_moe(
+    experts: nn.Module, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor
+) -> Tensor:
     """Computes ``out[t] = sum_k weights[t, k] * expert[ids[t, k]](x[t])`` in float64 sums.
 
     Args:

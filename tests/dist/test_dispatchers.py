@@ -1,4 +1,4 @@
-"""Every dispatcher on real ranks against experts whose answer is known and against the slow reference."""
+"""Every dispatcher on real ranks, against experts with known answers and the slow reference."""
 
 import traceback
 from collections.abc import Callable
@@ -71,7 +71,9 @@ class Ranks:
         self.comm = Communicator(dist.group.WORLD)
         self.dispatch = make_dispatcher(dispatcher, self.comm, num_local)
 
-    def tokens(self, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    def tokens(
+        self, count: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Random rows, distinct experts and weights of this rank."""
         generator = torch.Generator().manual_seed(100 + self.rank)
         x_TH = torch.randn(count, HIDDEN, generator=generator).to(dtype)
@@ -79,7 +81,9 @@ class Ranks:
         weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
         return x_TH, ids_TK, weights_TK
 
-    def check(self, count: int, *, dtype=torch.float32, ids_TK: Tensor | None = None, **tolerance) -> Tensor:
+    def check(
+        self, count: int, *, dtype=torch.float32, ids_TK: Tensor | None = None, **tolerance
+    ) -> Tensor:
         """Compares with the reference; returns the rows each local expert got."""
         full = gated_experts(self.num_experts, dtype)
         x_TH, routed_TK, weights_TK = self.tokens(count, dtype)
@@ -90,7 +94,8 @@ class Ranks:
             expected_TH = reference_moe(full, x_TH, ids_TK, weights_TK)
         chosen_E = torch.bincount(ids_TK.flatten(), minlength=self.num_experts)
         dist.all_reduce(chosen_E)
-        # Assertions come after the last collective of a case, so that one that fails leaves the ranks in step.
+        # Assertions come after the last collective of a case, so that one that fails leaves the
+        # ranks in step.
         first = self.rank * self.num_local
         assert rows_e.tolist() == chosen_E[first : first + self.num_local].tolist()
         assert actual_TH.dtype == dtype
@@ -162,7 +167,10 @@ def backward(at: Ranks) -> None:
 
     actual = gradients(lambda x, weights: at.dispatch(local, x, ids_TK, weights)[0])
     expected = gradients(lambda x, weights: reference_moe(full, x, ids_TK, weights))
-    totals = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in full.named_parameters()}
+    totals = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in full.named_parameters()
+    }
     for total in totals.values():
         dist.all_reduce(total)  # the reference's experts saw this rank's tokens only
     for found, wanted in zip(actual, expected, strict=True):
@@ -205,7 +213,7 @@ def run_all_cases(rank: int, world_size: int) -> dict[tuple[str, int, str], str]
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda world_size: f"world{world_size}")
 def failures(request, tmp_path_factory) -> list[dict[tuple[str, int, str], str]]:
-    """What failed on each rank: one job for all cases, because starting ranks is what costs time."""
+    """What failed on each rank: one job for all cases, as starting ranks is what costs time."""
     return run_ranks(run_all_cases, request.param, tmp_path_factory.mktemp("dispatchers"))
 
 
@@ -214,4 +222,6 @@ def failures(request, tmp_path_factory) -> list[dict[tuple[str, int, str], str]]
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_dispatcher(failures, dispatcher: str, num_local: int, case: str) -> None:
     for rank, failed in enumerate(failures):
-        assert (dispatcher, num_local, case) not in failed, f"rank {rank}: {failed[dispatcher, num_local, case]}"
+        assert (dispatcher, num_local, case) not in failed, (
+            f"rank {rank}: {failed[dispatcher, num_local, case]}"
+        )

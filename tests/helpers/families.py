@@ -1,6 +1,7 @@
 """Tiny random models of the supported MoE families, with every parameter away from zero.
 
-Small on purpose, but with the features of their families: dense layers in between, shared experts, biases, groups, MLA, sinks.
+Small on purpose, but with the features of their families: dense layers in between, shared experts,
+biases, groups, MLA, sinks.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,13 @@ _COMMON = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_MLA = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+_MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 
 
 def _config(class_name: str, **fields: Any) -> Callable[[], transformers.PreTrainedConfig]:
@@ -38,7 +45,9 @@ def _config(class_name: str, **fields: Any) -> Callable[[], transformers.PreTrai
 
 FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "olmoe": _config("OlmoeConfig", intermediate_size=24, num_experts=NUM_EXPERTS),
-    "mixtral": _config("MixtralConfig", intermediate_size=24, num_local_experts=NUM_EXPERTS, sliding_window=16),
+    "mixtral": _config(
+        "MixtralConfig", intermediate_size=24, num_local_experts=NUM_EXPERTS, sliding_window=16
+    ),
     "qwen2_moe": _config(
         "Qwen2MoeConfig",
         intermediate_size=40,
@@ -120,10 +129,16 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         **_MLA,
     ),
     "gpt_oss": _config(
-        "GptOssConfig", intermediate_size=24, head_dim=8, num_local_experts=NUM_EXPERTS, sliding_window=8
+        "GptOssConfig",
+        intermediate_size=24,
+        head_dim=8,
+        num_local_experts=NUM_EXPERTS,
+        sliding_window=8,
     ),
     "granitemoe": _config("GraniteMoeConfig", intermediate_size=24, num_local_experts=NUM_EXPERTS),
-    "phimoe": _config("PhimoeConfig", intermediate_size=24, num_local_experts=NUM_EXPERTS, sliding_window=16),
+    "phimoe": _config(
+        "PhimoeConfig", intermediate_size=24, num_local_experts=NUM_EXPERTS, sliding_window=16
+    ),
 }
 """A tiny config for each family, by model_type."""
 
@@ -136,9 +151,12 @@ def build_tiny(family: str, *, seed: int = 0) -> PreTrainedModel:
         for name, tensor in model.state_dict().items():
             if not tensor.is_floating_point():
                 continue
-            # Norm weights around 1, the rest around 0, wide enough for the logits to differ clearly.
+            # Norm weights around 1, the rest around 0, wide enough for the logits to differ
+            # clearly.
             noise = torch.randn(tensor.shape)
-            tensor.copy_(1.0 + 0.1 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise)
+            tensor.copy_(
+                1.0 + 0.1 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise
+            )
     return model.eval()
 
 

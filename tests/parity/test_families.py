@@ -1,4 +1,4 @@
-"""The adapted model against Hugging Face itself, family by family: router, MoE block, logits, greedy tokens."""
+"""The adapted model against Hugging Face itself, family by family, from router to tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +16,26 @@ WORLD_SIZES = (1, 2, 4)
 NEW_TOKENS = 6
 # Uneven on purpose: with 4 ranks one of them has no prompt.
 PROMPTS = [
-    torch.randint(3, VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(length)) for length in (5, 11, 2)
+    torch.randint(3, VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(length))
+    for length in (5, 11, 2)
 ]
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
 
 
-def observe(model: PreTrainedModel, moe_blocks: Sequence[str], prompt: Tensor, generate: Any) -> dict[str, Any]:
-    """Runs one prompt; returns what the routers, the MoE blocks and the head gave, and the greedy tokens."""
+def observe(
+    model: PreTrainedModel, moe_blocks: Sequence[str], prompt: Tensor, generate: Any
+) -> dict[str, Any]:
+    """Runs one prompt; returns what routers, MoE blocks and head gave, and the greedy tokens."""
     seen: dict[str, Any] = {}
 
     def keep(name: str):
         return lambda module, args, output: seen.__setitem__(name, output)
 
-    watched = [child for block in moe_blocks for child in (block, f"{block}.{_router_name(model.get_submodule(block))}")]
+    watched = [
+        child
+        for block in moe_blocks
+        for child in (block, f"{block}.{_router_name(model.get_submodule(block))}")
+    ]
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in watched]
     with torch.no_grad():
         seen["logits"] = model(input_ids=prompt).logits
@@ -48,7 +55,9 @@ def _router_name(block: torch.nn.Module) -> str:
     return name
 
 
-def run_families(rank: int, world_size: int, folders: dict[str, Path]) -> dict[str, dict[int, dict[str, Any]]]:
+def run_families(
+    rank: int, world_size: int, folders: dict[str, Path]
+) -> dict[str, dict[int, dict[str, Any]]]:
     """Loads every family with the experts of this rank and observes every world_size-th prompt."""
     from ds_moe_ep.adapter import bind_expert_groups, moe_layers
     from ds_moe_ep.checkpoint import load_expert_parallel_model
@@ -96,7 +105,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=WORLD_SIZES, ids=lambda size: f"ep{size}")
 def observed(request, folders, tmp_path_factory) -> list[dict[str, dict[int, dict[str, Any]]]]:
     """What each rank saw: one job for all families, because starting ranks is what costs time."""
-    return run_ranks(run_families, request.param, tmp_path_factory.mktemp("parity"), folders, timeout_s=300)
+    return run_ranks(
+        run_families, request.param, tmp_path_factory.mktemp("parity"), folders, timeout_s=300
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +115,11 @@ def test_adapted_model_equals_hugging_face(observed, folders, family: str) -> No
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
-    blocks = [name.rpartition(".")[0] for name, module in reference.named_modules() if hasattr(module, "_apply_gate")]
+    blocks = [
+        name.rpartition(".")[0]
+        for name, module in reference.named_modules()
+        if hasattr(module, "_apply_gate")
+    ]
     assert blocks
     by_prompt = {index: seen for rank in observed for index, seen in rank[family].items()}
     assert sorted(by_prompt) == list(range(len(PROMPTS)))
@@ -113,4 +128,6 @@ def test_adapted_model_equals_hugging_face(observed, folders, family: str) -> No
         assert actual.keys() == expected.keys()
         torch.testing.assert_close(actual["tokens"], expected.pop("tokens"), rtol=0, atol=0)
         for name, wanted in expected.items():
-            torch.testing.assert_close(actual[name], wanted, **FP32, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                actual[name], wanted, **FP32, msg=lambda text, name=name: f"{name}: {text}"
+            )
