@@ -61,7 +61,7 @@ ds-moe-ep plan --model "$OUT/model" --hostfile "$OUT/hostfile"
 if [ "$kind" = CPU ]; then
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 fi
-job=(deepspeed --num_gpus "$ranks" launch/infer.py --model "$OUT/model"
+job=(deepspeed --quiet --num_gpus "$ranks" launch/infer.py --model "$OUT/model"
     --input ds_moe_ep/demo/prompts.jsonl --output "$OUT/outputs.jsonl" --metrics "$OUT")
 step "${job[*]}"
 bounded "$JOB_LIMIT_S" "${job[@]}"
