@@ -8,13 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 import traceback
 
+from ds_moe_ep.engine.console import let_rank_0_speak
 from ds_moe_ep.engine.options import JobOptions, parse_options
-
-# A rank that ends makes DeepSpeed's launcher end the others: rank 0 gets this long to say why.
-_LET_RANK_0_SPEAK_S = 5.0
 
 
 def main() -> int:
@@ -38,14 +35,15 @@ def main() -> int:
 
 def _parse() -> JobOptions:
     """Parses the arguments on every rank; only rank 0 shows what argparse has to say."""
-    if os.environ.get("RANK", "0") == "0":
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
         return parse_options()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         try:
             with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
                 return parse_options()
         except SystemExit:
-            time.sleep(_LET_RANK_0_SPEAK_S)
+            let_rank_0_speak(rank)
             raise
 
 

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -21,7 +27,7 @@ from ds_moe_ep.checkpoint.mapping import own_tensors
 from ds_moe_ep.errors import AdapterError, CheckpointError
 from ds_moe_ep.plan import ParallelPlan
 
-__all__ = ["build_on_meta", "load_expert_parallel_model"]
+__all__ = ["build_on_meta", "load_expert_parallel_model", "read_model_config"]
 
 _SHOWN = 5
 
@@ -55,7 +61,7 @@ def load_expert_parallel_model(
     """
     folder = Path(folder)
     files = open_checkpoint(folder)
-    model = build_on_meta(folder, dtype)
+    model = build_on_meta(read_model_config(folder), dtype)
     layers = shard_experts(model, plan.ep_size, ep_rank)
     _fill(model, files, layers, dtype, device)
     report = adapt(model, plan, ep_rank=ep_rank, dispatcher=dispatcher)
@@ -64,19 +70,27 @@ def load_expert_parallel_model(
     return model.eval(), report
 
 
-def build_on_meta(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Builds the causal language model of a config.json, its parameters on the meta device.
+def read_model_config(folder: str | Path) -> PreTrainedConfig:
+    """Reads a model directory's config.json.
 
     Raises:
-        AdapterError: The checkpoint is quantized.
+        AdapterError: transformers cannot read it, or the checkpoint is quantized.
     """
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config.get("quant_method", "unknown method")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder}: transformers cannot read config.json: {error}") from error
+    if quantization := getattr(config, "quantization_config", None):
+        method = dict(quantization).get("quant_method", "unknown method")
         raise AdapterError(
-            f"{folder}: quantized checkpoints ({method}) cannot be split over ranks. Use the "
-            "bf16 or fp16 weights of the model."
+            f"{folder}: quantized checkpoints ({method}) cannot be split over ranks. Use the bf16 "
+            "or fp32 weights of the model."
         )
+    return config
+
+
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Builds the causal language model of a config, its parameters on the meta device."""
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 

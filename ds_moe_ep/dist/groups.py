@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -79,17 +80,34 @@ class Job:
     device: torch.device
     control: dist.ProcessGroup
 
-    def agree(self, error: DsMoeEpError | None) -> None:
-        """Lets all ranks fail together if one has failed; every rank calls it.
+    def all_or_none(self, step: Callable[[], T], *, what: str, timeout_s: float) -> T:
+        """Runs a step that any rank may refuse: all ranks go on together or fail together.
+
+        Args:
+            step: What to do on this rank.
+            what: Its name in messages.
+            timeout_s: How long the ranks wait for the slowest of them.
+
+        Returns:
+            What the step returned on this rank.
 
         Raises:
-            DsMoeEpError: On every rank, the error of the lowest rank that has one, and who else has
-                one.
+            DsMoeEpError: On every rank, the error of the lowest rank that has one, and how many
+                others have one.
+            DistributedError: Some rank did not come in time.
         """
+        error: DsMoeEpError | None = None
+        try:
+            value = step()
+        except DsMoeEpError as refused:
+            error = refused
+        self.wait_for_all(timeout_s, what)
+        self._raise_any(error)
+        return value
+
+    def _raise_any(self, error: DsMoeEpError | None) -> None:
         own = None if error is None else (type(error), str(error), str(self.info))
-        gathered: list[tuple[type[DsMoeEpError], str, str] | None] = [None] * self.info.world_size
-        dist.all_gather_object(gathered, own, group=self.control)
-        failed = [found for found in gathered if found is not None]
+        failed = [found for found in self.all_gather(own) if found is not None]
         if not failed:
             return
         kind, text, who = failed[0]
@@ -110,6 +128,12 @@ class Job:
             raise DistributedError(
                 f"[{self.info}] {what}: not all ranks came within {timeout_s:.0f} s: {error}"
             ) from error
+
+    def all_gather(self, value: T) -> list[T]:
+        """Returns the values of all ranks, pickled on the way, by rank."""
+        gathered: list = [None] * self.info.world_size
+        dist.all_gather_object(gathered, value, group=self.control)
+        return gathered
 
     def gather(self, value: T) -> list[T]:
         """Returns the values of all ranks on rank 0, an empty list elsewhere."""

@@ -5,21 +5,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["only_rank_0_prints", "progress_bar", "quiet_libraries"]
+__all__ = ["let_rank_0_speak", "only_rank_0_prints", "progress_bar", "quiet_libraries"]
+
+_SPEAKING_S = 5.0
 
 
 def quiet_libraries() -> None:
     """Keeps the libraries' remarks and progress bars off the terminal; their errors stay."""
+    import transformers  # seconds; what else is here costs nothing
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def let_rank_0_speak(rank: int) -> None:
+    """Holds other ranks up before they end with an error that rank 0 is to tell.
+
+    The first rank that ends makes DeepSpeed's launcher end the rest: rank 0, perhaps unheard.
+    """
+    if rank != 0:
+        time.sleep(_SPEAKING_S)
 
 
 @contextlib.contextmanager

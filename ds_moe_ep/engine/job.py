@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import torch
@@ -21,20 +21,24 @@ from torch import nn
 from ds_moe_ep.adapter import bind_expert_groups, moe_layers
 from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.dist.groups import Job, create_expert_groups, init_distributed, read_rank_info
-from ds_moe_ep.engine.console import only_rank_0_prints, progress_bar, quiet_libraries
+from ds_moe_ep.engine.console import (
+    let_rank_0_speak,
+    only_rank_0_prints,
+    progress_bar,
+    quiet_libraries,
+)
+from ds_moe_ep.engine.journal import Journal, fingerprint
 from ds_moe_ep.engine.options import JobOptions
-from ds_moe_ep.engine.outputs import GenerateResult, ScoreResult, write_results
+from ds_moe_ep.engine.outputs import GenerateResult, Result, write_results
 from ds_moe_ep.engine.prepare import Work, prepare
+from ds_moe_ep.engine.schedule import Batch, spread
 from ds_moe_ep.engine.summary import RankSummary, format_summary, write_metrics
 from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch, score_batch
-from ds_moe_ep.errors import DsMoeEpError
+from ds_moe_ep.errors import DistributedError, DsMoeEpError
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
 __all__ = ["init_inference", "run_job"]
-
-T = TypeVar("T")
-Result = GenerateResult | ScoreResult
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,18 @@ def run_job(options: JobOptions) -> int:
     with only_rank_0_prints(info.rank):
         job = init_distributed(info, timeout_s=options.timeout_s)
     try:
-        work = _all_or_none(job, lambda: prepare(options, job))
+        work = job.all_or_none(
+            lambda: prepare(options, job), what="reading the input", timeout_s=options.timeout_s
+        )
+        journal = Journal.beside(options.output, info.rank)
+        earlier, batches = _schedule(options, job, work, journal)
         engine = _load(options, job, work)
-        _run(options, job, work, engine)
+        results, summary = _run(options, job, work, engine, batches, journal)
+        _finish(options, job, work, engine, earlier | results, summary, journal)
     except DsMoeEpError as error:
         if info.rank == 0:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        # A rank that ends first makes the launcher end the others, rank 0 perhaps unheard.
-        job.wait_for_all(options.timeout_s, "ending the job")
+        let_rank_0_speak(info.rank)
         return error.exit_code
     dist.destroy_process_group()
     return 0
@@ -89,15 +97,36 @@ def init_inference(model: nn.Module, config: dict[str, Any]) -> Any:
     return engine
 
 
-def _all_or_none(job: Job, step: Callable[[], T]) -> T:
-    """Runs a step that any rank may refuse; all ranks go on together or fail together."""
-    try:
-        value = step()
-    except DsMoeEpError as error:
-        job.agree(error)
-        raise
-    job.agree(None)
-    return value
+def _schedule(
+    options: JobOptions, job: Job, work: Work, journal: Journal
+) -> tuple[dict[int, Result], list[Batch]]:
+    """Settles what is left to do and what of it this rank does.
+
+    Returns:
+        On rank 0 the results of an earlier run that is resumed, and this rank's batches.
+    """
+    settings = fingerprint(options, str(work.dtype), [encoded.prompt for encoded in work.prompts])
+
+    def begin() -> dict[int, Result]:
+        if job.info.rank != 0:
+            return {}
+        earlier = journal.read(settings) if options.resume else {}
+        journal.start(settings, resume=options.resume)
+        return earlier
+
+    earlier = job.all_or_none(begin, what="looking for work", timeout_s=options.timeout_s)
+    finished = set(job.all_gather(list(earlier))[0])
+    if finished and job.info.rank == 0:
+        print(f"resuming: {len(finished)} of {len(work.prompts)} prompts are done", flush=True)
+    left = [index for index in range(len(work.prompts)) if index not in finished]
+    of_rank = spread(
+        [len(work.prompts[index].token_ids) for index in left],
+        job.info.world_size,
+        options.batch_size,
+        max_new_tokens=options.max_new_tokens if options.task == "generate" else 0,
+    )
+    own = of_rank[job.info.rank]
+    return earlier, [Batch(tuple(left[position] for position in batch.indices)) for batch in own]
 
 
 def _load(options: JobOptions, job: Job, work: Work) -> Engine:
@@ -115,18 +144,24 @@ def _load(options: JobOptions, job: Job, work: Work) -> Engine:
         )
         if job.info.rank == 0:
             print(f"{report}; weights in {work.dtype}", flush=True)
-        job.wait_for_all(options.load_timeout_s, "loading weights")
         return model
 
-    model = _all_or_none(job, load)
+    model = job.all_or_none(load, what="loading weights", timeout_s=options.load_timeout_s)
     with only_rank_0_prints(job.info.rank):
         bind_expert_groups(model)
         engine = init_inference(model, work.deepspeed_config)
     return Engine(engine, moe_layers(model), time.perf_counter() - start)
 
 
-def _run(options: JobOptions, job: Job, work: Work, engine: Engine) -> None:
-    own = work.batches[job.info.rank]
+def _run(
+    options: JobOptions,
+    job: Job,
+    work: Work,
+    engine: Engine,
+    batches: Sequence[Batch],
+    journal: Journal,
+) -> tuple[dict[int, Result], RankSummary]:
+    """Serves this rank's batches and takes part in those of the others."""
     serve = _server(options, job, work, engine)
     results: dict[int, Result] = {}
     job.wait_for_all(options.timeout_s, "starting the first batch")
@@ -142,13 +177,15 @@ def _run(options: JobOptions, job: Job, work: Work, engine: Engine) -> None:
             device=job.device,
             on_progress=show if job.info.rank == 0 else None,
         )
-        for batch in own:
+        for batch in batches:
             prompts = [work.prompts[index] for index in batch.indices]
-            results.update(zip(batch.indices, serve(prompts), strict=True))
-            sync.finish(len(prompts))
+            done = dict(zip(batch.indices, serve(prompts), strict=True))
+            journal.append(done)
+            results |= done
+            sync.finish(len(done))
         sync.join_others()
-    summary = _summarise(job, work, engine, results, sync.num_steps, time.perf_counter() - start)
-    _report(options, work, job.gather((results, summary)), engine)
+    run_s = time.perf_counter() - start
+    return results, _summarise(job, work, engine, results, sync.num_steps, run_s)
 
 
 def _server(
@@ -196,20 +233,41 @@ def _summarise(
     )
 
 
-def _report(options: JobOptions, work: Work, gathered: list, engine: Engine) -> None:
-    """Writes and prints on rank 0, where `gathered` holds the results of all ranks."""
-    if not gathered:
-        return
-    by_index = {index: result for results, _ in gathered for index, result in results.items()}
-    write_results(options.output, [by_index[index] for index in range(len(work.prompts))])
-    ranks = [summary for _, summary in gathered]
-    if options.metrics is not None:
-        write_metrics(options.metrics, ranks)
-    dispatcher = type(engine.layers[0].deepspeed_moe.dispatcher).__name__
-    print(
-        format_summary(ranks, task=options.task, dispatcher=dispatcher, output=options.output),
-        flush=True,
-    )
+def _finish(
+    options: JobOptions,
+    job: Job,
+    work: Work,
+    engine: Engine,
+    results: dict[int, Result],
+    summary: RankSummary,
+    journal: Journal,
+) -> None:
+    """Brings the results of all ranks into one file, tells how it went, and clears up."""
+    gathered = job.gather((results, summary))
+
+    def write() -> None:
+        if job.info.rank != 0:
+            return
+        by_index = {index: result for own, _ in gathered for index, result in own.items()}
+        ranks = [summary for _, summary in gathered]
+        try:
+            write_results(options.output, [by_index[i] for i in range(len(work.prompts))])
+            if options.metrics is not None:
+                write_metrics(options.metrics, ranks)
+        except OSError as error:
+            raise DistributedError(
+                f"{options.output}: cannot be written: {error}. The results are in "
+                f"{journal.folder}: make room and run again with --resume."
+            ) from error
+        dispatcher = engine.layers[0].deepspeed_moe.dispatcher.name
+        text = format_summary(
+            ranks, task=options.task, dispatcher=dispatcher, output=options.output
+        )
+        print(text, flush=True)
+
+    job.all_or_none(write, what="writing the results", timeout_s=options.timeout_s)
+    if job.info.local_rank == 0:
+        journal.remove()
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -30,6 +30,7 @@ class JobOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    resume: bool = False
     metrics: Path | None = None
     timeout_s: float = 120.0
     load_timeout_s: float = 1800.0
@@ -79,6 +80,11 @@ def parse_options(argv: Sequence[str] | None = None) -> JobOptions:
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="with a prompt's id, fixes what is drawn for it"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an interrupted run stopped",
     )
     parser.add_argument("--metrics", type=Path, help="folder for metrics.jsonl, a line a rank")
     parser.add_argument(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ds_moe_ep.errors import InputError
 
-__all__ = ["GenerateResult", "ScoreResult", "check_writable", "write_results"]
+__all__ = ["GenerateResult", "ScoreResult", "Result", "check_writable", "write_results"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ class ScoreResult:
         )
 
 
+Result = GenerateResult | ScoreResult
+
+
 def check_writable(path: Path) -> None:
     """Finds out whether `write_results` could write this file, without a trace in the folder.
 
@@ -104,7 +107,7 @@ def check_writable(path: Path) -> None:
         ) from None
 
 
-def write_results(path: Path, results: Sequence[GenerateResult | ScoreResult]) -> None:
+def write_results(path: Path, results: Sequence[Result]) -> None:
     """Writes results as JSONL, in their order, replacing what was there in one step.
 
     A reader sees the old file or all of the new one, also after a crash. A link is followed: the

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_moe_ep.checkpoint.files import open_checkpoint
+from ds_moe_ep.checkpoint.load import read_model_config
 from ds_moe_ep.config.deepspeed import inference_config
 from ds_moe_ep.config.run import RunConfig, load_run_config
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import check_writable
 from ds_moe_ep.engine.prompts import Prompt, read_prompts
-from ds_moe_ep.engine.schedule import Batch, spread
 from ds_moe_ep.engine.tasks import EncodedPrompt
 from ds_moe_ep.errors import ConfigError, InputError, PlanError
 from ds_moe_ep.hostfile import local_cluster
@@ -44,7 +44,6 @@ class Work:
         dtype: What the weights are held in.
         tokenizer: The model's; None if it has none and no prompt needs one.
         prompts: All prompts of the job, in input order.
-        batches: The batches of each rank; their indices point into `prompts`.
         context_length: Tokens a prompt and its completion may have together.
     """
 
@@ -54,7 +53,6 @@ class Work:
     dtype: torch.dtype
     tokenizer: PreTrainedTokenizerBase | None
     prompts: list[EncodedPrompt]
-    batches: list[list[Batch]]
     context_length: int
 
 
@@ -68,6 +66,7 @@ def prepare(options: JobOptions, job: Job) -> Work:
     config = load_run_config(options.config) if options.config else None
     plan = _plan(options, config, spec, job.info.world_size)
     settings = _deepspeed_config(options, config, plan, spec, job.device)
+    read_model_config(options.model)
     open_checkpoint(options.model)
     if job.info.rank == 0:
         check_writable(options.output)
@@ -77,14 +76,8 @@ def prepare(options: JobOptions, job: Job) -> Work:
     context_length = min(spec.max_position_embeddings, settings["max_out_tokens"])
     encoded = _encode(prompts, tokenizer)
     _check_tokens(options, encoded, spec, context_length)
-    batches = spread(
-        [len(prompt.token_ids) for prompt in encoded],
-        job.info.world_size,
-        options.batch_size,
-        max_new_tokens=options.max_new_tokens if options.task == "generate" else 0,
-    )
     dtype = getattr(torch, settings["dtype"])
-    return Work(plan, spec, settings, dtype, tokenizer, encoded, batches, context_length)
+    return Work(plan, spec, settings, dtype, tokenizer, encoded, context_length)
 
 
 def _plan(

@@ -51,26 +51,24 @@ def format_summary(
 ) -> str:
     """Returns the closing summary of a run, one figure a line."""
     run_s = max(rank.run_s for rank in ranks)
+    prompts = sum(rank.num_prompts for rank in ranks)
     prompt_tokens = sum(rank.prompt_tokens for rank in ranks)
     new_tokens = sum(rank.new_tokens for rank in ranks)
-    done = new_tokens if task == "generate" else prompt_tokens
+    tokens, what = (new_tokens, "generated") if task == "generate" else (prompt_tokens, "scored")
+    speed = tokens / run_s if run_s else 0.0
+    comm = _span([rank.comm_s for rank in ranks], "s")
     comm_share = max(rank.comm_s for rank in ranks) / run_s if run_s else 0.0
+    sent_mib = sum(rank.comm_bytes for rank in ranks) / 2**20
+    memory = _span([rank.peak_memory_bytes / 2**30 for rank in ranks], "GiB")
     lines = {
-        "prompts": f"{sum(rank.num_prompts for rank in ranks)} on {len(ranks)} ranks, "
-        "{prompt_tokens:,} prompt tokens",
-        "tokens": f"{new_tokens:,} generated"
-        if task == "generate"
-        else f"{prompt_tokens:,} scored",
-        "speed": f"{done / run_s if run_s else 0.0:,.1f} tokens/s over {run_s:.2f} s, "
-        "{max(r.num_steps for r in ranks)} steps",
+        "prompts": f"{prompts} on {len(ranks)} ranks, {prompt_tokens:,} prompt tokens",
+        "tokens": f"{tokens:,} {what}",
+        "speed": f"{speed:,.1f} tokens/s over {run_s:.2f} s, {ranks[0].num_steps} steps",
         "load": f"{max(rank.load_s for rank in ranks):.2f} s (slowest rank)",
-        "communication": f"{_span([rank.comm_s for rank in ranks], 's')} in collectives, waiting "
-        "included "
-        f"({comm_share:.0%} of the run at most), {sum(r.comm_bytes for r in ranks) / 2**20:.1f} "
-        f"MiB sent, {dispatcher}",
-        "load balance": f"{_balance(ranks)} (rows per rank, mean/max; 1 is perfect)",
-        "peak memory": f"{_span([rank.peak_memory_bytes / 2**30 for rank in ranks], 'GiB')} per "
-        "rank",
+        "communication": f"{comm} a rank, waiting included ({comm_share:.0%} of the run at most), "
+        f"{sent_mib:.1f} MiB sent ({dispatcher})",
+        "load balance": f"{_balance(ranks)} (expert rows a rank, mean/max; 1 is perfect)",
+        "peak memory": f"{memory} a rank",
         "output": str(output),
     }
     return "\n".join(f"{name:>14}  {value}" for name, value in lines.items())

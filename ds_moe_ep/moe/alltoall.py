@@ -25,6 +25,8 @@ class AllToAll:
         num_local_experts: Experts on each rank; expert i lives on rank ``i // num_local_experts``.
     """
 
+    name = "alltoall"
+
     def __init__(self, comm: Communicator, num_local_experts: int) -> None:
         self.comm = comm
         self.num_local_experts = num_local_experts

@@ -22,6 +22,8 @@ class Dispatcher(Protocol):
     state between calls.
     """
 
+    name: str
+
     def __call__(
         self, experts: nn.Module, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,7 @@ class Dispatcher(Protocol):
         ...
 
 
-DISPATCHERS = {"alltoall": AllToAll}
+DISPATCHERS = {kind.name: kind for kind in (AllToAll,)}
 """Dispatchers by the name users give to ``--dispatcher``."""
 
 

@@ -1,0 +1,121 @@
+"""Finished prompts of a job that has not ended, for ``--resume``: a journal per rank.
+
+Journals lie beside the output and go when it is written. What a result holds is in outputs.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ds_moe_ep.engine.options import JobOptions
+from ds_moe_ep.engine.outputs import GenerateResult, Result, ScoreResult
+from ds_moe_ep.engine.prompts import Prompt
+from ds_moe_ep.errors import InputError
+
+__all__ = ["Journal", "fingerprint"]
+
+_JOB = "job.json"
+_LINE: dict[str, TypeAdapter[Any]] = {
+    "generate": TypeAdapter(tuple[int, GenerateResult]),
+    "score": TypeAdapter(tuple[int, ScoreResult]),
+}
+
+
+def fingerprint(options: JobOptions, dtype: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Returns what must be the same for results of two runs to go into one output.
+
+    The number of ranks and the batch size are not in it: results do not depend on them.
+    """
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.id, prompt.text, prompt.token_ids]).encode())
+    fields: dict[str, Any] = {"task": options.task, "dtype": dtype, "input": digest.hexdigest()}
+    fields["model"] = hashlib.sha256((options.model / "config.json").read_bytes()).hexdigest()
+    if options.task == "generate":
+        names = ("max_new_tokens", "temperature", "top_p", "seed")
+        fields |= {name: getattr(options, name) for name in names}
+    return fields
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The journals of one output.
+
+    Attributes:
+        folder: Where they lie.
+        rank: Whose journal this process writes.
+    """
+
+    folder: Path
+    rank: int
+
+    @classmethod
+    def beside(cls, output: Path, rank: int) -> Journal:
+        """Returns the journal of a rank for an output file, ``OUTPUT.partial/rank-R.jsonl``."""
+        return cls(output.with_name(output.name + ".partial"), rank)
+
+    def read(self, job: Mapping[str, Any]) -> dict[int, Result]:
+        """Reads what an earlier run of the same job has finished; nothing if there was none.
+
+        A line that a crash has cut short counts as not written.
+
+        Args:
+            job: The job's fingerprint.
+
+        Returns:
+            Results by the index of their prompt.
+
+        Raises:
+            InputError: The earlier run was another job.
+        """
+        try:
+            earlier = json.loads((self.folder / _JOB).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        if differing := sorted(name for name in job if earlier.get(name) != job[name]):
+            told = ", ".join(f"{n} was {earlier.get(n)}, is {job[n]}" for n in differing)
+            raise InputError(
+                f"{self.folder}: the run to resume was another job: {told}. Use its settings, or "
+                "start afresh without --resume."
+            )
+        paths = sorted(self.folder.glob("rank-*.jsonl"))
+        return dict(line for path in paths for line in _whole_lines(path, _LINE[job["task"]]))
+
+    def start(self, job: Mapping[str, Any], *, resume: bool) -> None:
+        """Makes the folder and names the job in it, on rank 0; a run not resumed is removed."""
+        if not resume:
+            self.remove()
+        self.folder.mkdir(exist_ok=True)
+        temporary = self.folder / f".{_JOB}.{os.getpid()}"
+        temporary.write_text(json.dumps(job, sort_keys=True), encoding="utf-8")
+        temporary.replace(self.folder / _JOB)
+
+    def append(self, results: Mapping[int, Result]) -> None:
+        """Adds finished prompts; they are on disk when it returns."""
+        self.folder.mkdir(exist_ok=True)  # on the hosts that rank 0's folder is not shared with
+        with (self.folder / f"rank-{self.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
+            # The line end comes first: what follows a line cut short by a crash stays readable.
+            lines = [json.dumps([index, asdict(result)]) for index, result in results.items()]
+            file.write("\n" + "\n".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Removes the journals of all ranks."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _whole_lines(path: Path, line_type: TypeAdapter[Any]) -> Iterator[tuple[int, Result]]:
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValidationError):
+            yield line_type.validate_json(line)
