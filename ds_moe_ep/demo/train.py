@@ -294,15 +294,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"--out {args.out} exists; name a new folder")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
 
     recipe = Recipe(steps=args.steps, batch=args.batch, seed=args.seed)
     tokens, held_out = split_held_out(read_book(build_tokenizer()))
     checkpoint = args.out.with_name(args.out.name + ".checkpoint.pt")
-    model = train(recipe, tokens, held_out, checkpoint).to(torch.bfloat16)
-    evaluation = evaluate(model.float(), held_out)
-    save_model(model.to(torch.bfloat16), args.out)
+    try:
+        model = train(recipe, tokens, held_out, checkpoint)
+    except CheckpointError as error:
+        parser.exit(error.exit_code, f"CheckpointError: {error}\n")
+    model.to(torch.bfloat16)
+    save_model(model, args.out)
     checkpoint.unlink()
+    evaluation = evaluate(model.float(), held_out)
     print(f"{args.out}: {evaluation.bits_per_byte:.3f} bits per byte held out, rounded to bfloat16")
 
 

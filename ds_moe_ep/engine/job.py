@@ -259,7 +259,7 @@ def _finish(
                 f"{options.output}: cannot be written: {error}. The results are in "
                 f"{journal.folder}: make room and run again with --resume."
             ) from error
-        dispatcher = engine.layers[0].deepspeed_moe.dispatcher.name
+        dispatcher = engine.layers[0].deepspeed_moe.dispatcher_name
         text = format_summary(
             ranks, task=options.task, dispatcher=dispatcher, output=options.output
         )

@@ -41,6 +41,7 @@ class DispatchedExperts(nn.Module):
         self.ep_group = ep_group
         comm = Communicator(ep_group, self.stats)
         self.dispatcher = make_dispatcher(self.dispatcher_name, comm, self.experts.num_experts)
+        self.dispatcher_name = self.dispatcher.name
 
     def forward(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Returns the MoE output ``[T, H]`` of this rank's tokens.
