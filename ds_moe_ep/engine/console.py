@@ -46,22 +46,17 @@ def only_rank_0_prints(rank: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int) -> Iterator[Callable[[int], None] | None]:
     """Shows finished prompts while it is open, on a terminal only.
 
     Yields:
-        A function to call with the number of prompts finished so far.
+        A function to call with the number of prompts finished so far; None if nothing is shown.
     """
     console = Console(stderr=True)
-    progress = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("prompts"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    with progress as bar:
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda finished: bar.update(task, completed=finished)

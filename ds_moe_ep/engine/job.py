@@ -170,12 +170,12 @@ def _run(
         sync = ForwardSync(
             engine.deepspeed_engine.module,
             engine.layers,
-            engine.layers[0].deepspeed_moe.ep_group,
+            dist.group.WORLD,
             hidden_size=work.spec.hidden_size,
             top_k=work.spec.top_k,
             dtype=work.dtype,
             device=job.device,
-            on_progress=show if job.info.rank == 0 else None,
+            on_progress=show,
         )
         for batch in batches:
             prompts = [work.prompts[index] for index in batch.indices]

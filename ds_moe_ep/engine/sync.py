@@ -22,25 +22,26 @@ __all__ = ["ForwardSync"]
 
 
 class ForwardSync:
-    """Announces the forward passes of a model to the expert group.
+    """Announces the forward passes of a model to all ranks.
 
     Args:
         model: The adapted model; a hook is put on it.
         layers: Its MoE layers in the order of a forward pass.
-        group: The expert group, or None for a group of one, where nothing is announced.
+        group: All ranks of the job: with several expert groups none of them ends, and waits for
+            the others, before all have nothing left. Alone in it, nothing is announced.
         hidden_size: H.
         top_k: K.
         dtype: Dtype of the hidden states.
         device: Device of the hidden states.
-        on_progress: Called on rank 0 of the group with the number of prompts that all ranks have
-            finished so far.
+        on_progress: Called on rank 0 at each pass with the number of prompts that all ranks have
+            finished so far; on a GPU this costs a sync.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Sequence[ExpertParallelMoE],
-        group: dist.ProcessGroup | None,
+        group: dist.ProcessGroup,
         *,
         hidden_size: int,
         top_k: int,
@@ -50,39 +51,42 @@ class ForwardSync:
     ) -> None:
         self._layers = layers
         self._group = group
+        self._alone = dist.get_world_size(group) == 1
         self._device = device
         self._no_rows_0H = torch.zeros((0, hidden_size), dtype=dtype, device=device)
         self._no_ids_0K = torch.zeros((0, top_k), dtype=torch.int64, device=device)
         self._no_weights_0K = torch.zeros((0, top_k), dtype=torch.float32, device=device)
-        self._on_progress = on_progress if group is None or dist.get_rank(group) == 0 else None
+        self._on_progress = on_progress if dist.get_rank(group) == 0 else None
         self.num_finished = 0
         self.num_steps = 0
-        if group is not None:
-            model.register_forward_pre_hook(lambda module, args: self._announce(busy=True))
+        model.register_forward_pre_hook(lambda module, args: self._start_own_pass())
 
     def finish(self, num_prompts: int) -> None:
         """Counts prompts this rank has finished."""
         self.num_finished += num_prompts
-        if self._group is None and self._on_progress:
-            self._on_progress(self.num_finished)
 
     @torch.no_grad()
     def join_others(self) -> None:
         """Takes part in the others' passes with zero rows until every rank has called this."""
-        while self._group is not None and self._announce(busy=False):
+        while self._announce(busy=False):
+            self.num_steps += 1
             for layer in self._layers:
                 layer(self._no_rows_0H, self._no_ids_0K, self._no_weights_0K)
 
-    def _announce(self, *, busy: bool) -> bool | None:
-        """Tells the group whether this rank runs a forward pass now.
-
-        Returns:
-            Whether any rank does; None on a busy rank, which knows, and is spared the device-to-
-            host sync.
-        """
+    def _start_own_pass(self) -> None:
         self.num_steps += 1
-        busy_finished = torch.tensor([int(busy), self.num_finished], device=self._device)
-        dist.all_reduce(busy_finished, group=self._group)
+        self._announce(busy=True)
+
+    def _announce(self, *, busy: bool) -> bool:
+        """Tells all ranks whether this rank runs a forward pass now; returns whether any does."""
+        if self._alone:
+            finished, any_busy = self.num_finished, busy
+        else:
+            sums = torch.tensor([int(busy), self.num_finished], device=self._device)
+            dist.all_reduce(sums, group=self._group)
+            # A busy rank knows, and is spared the device-to-host sync.
+            any_busy = busy or bool(sums[0])
+            finished = int(sums[1]) if self._on_progress else 0
         if self._on_progress:
-            self._on_progress(int(busy_finished[1]))
-        return None if busy else bool(busy_finished[0])
+            self._on_progress(finished)
+        return any_busy

@@ -79,7 +79,7 @@ def run_families(
         sync = ForwardSync(
             model,
             layers,
-            layers[0].deepspeed_moe.ep_group,
+            torch.distributed.group.WORLD,
             hidden_size=spec.hidden_size,
             top_k=spec.top_k,
             dtype=torch.float32,
