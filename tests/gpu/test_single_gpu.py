@@ -1,0 +1,71 @@
+"""One GPU, one rank: NCCL, bf16 and float32 against Hugging Face on the same device."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ds_moe_ep.adapter import bind_expert_groups, moe_layers
+from ds_moe_ep.checkpoint import load_expert_parallel_model
+from ds_moe_ep.config.deepspeed import inference_config
+from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.groups import RankInfo, init_distributed
+from ds_moe_ep.engine.job import init_inference
+from ds_moe_ep.model_spec import read_model_spec
+from ds_moe_ep.plan import ParallelPlan
+from tests.helpers.families import FAMILIES, VOCAB_SIZE, save_tiny
+
+PLAN = ParallelPlan(ep_size=1)
+
+
+@pytest.fixture(scope="module")
+def device() -> Any:
+    job = init_distributed(RankInfo(rank=0, local_rank=0, world_size=1), timeout_s=60)
+    yield job.device
+    torch.distributed.destroy_process_group()
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    model, _ = load_expert_parallel_model(folder, PLAN, ep_rank=0, dtype=dtype, device=device)
+    bind_expert_groups(model)
+    config = inference_config(PLAN, read_model_spec(folder), dtype=str(dtype))
+    return init_inference(model, config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, {"rtol": 1e-4, "atol": 1e-4}),  # other kernels than Hugging Face's
+        (
+            torch.bfloat16,
+            {"rtol": 5e-2, "atol": 1e-1},
+        ),  # 2^-8 a rounding, three layers, logits of 3
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_logits_equal_hugging_face(tmp_path, device, family, dtype, tolerance) -> None:
+    save_tiny(family, tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).to(device)
+    engine = load(tmp_path, dtype, device)
+    ids = torch.randint(3, VOCAB_SIZE, (2, 9), device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(engine(ids).logits, reference(ids).logits, **tolerance)
+
+
+def test_weights_and_experts_live_on_the_gpu(tmp_path, device) -> None:
+    save_tiny("deepseek_v3", tmp_path)
+    engine = load(tmp_path, torch.bfloat16, device)
+    tensors = [*engine.module.parameters(), *engine.module.buffers()]
+    assert {tensor.device for tensor in tensors} == {device}
+    assert moe_layers(engine.module)
+
+
+def test_collectives_are_timed_without_a_sync(device) -> None:
+    comm = Communicator(None)
+    with comm.stats.timed(device, sent_bytes=4):
+        torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
+    assert comm.stats.calls == 1
+    assert 0.0 < comm.stats.seconds() < 10.0
