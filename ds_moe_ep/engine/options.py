@@ -41,68 +41,129 @@ def parse_options(argv: Sequence[str] | None = None) -> JobOptions:
     parser = argparse.ArgumentParser(
         prog="deepspeed launch/infer.py",
         description="Run a Hugging Face MoE model with its experts spread over all ranks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
-    parser.add_argument(
-        "--input", type=Path, required=True, help="prompts: JSONL, or plain text with one a line"
+    _add_files(parser.add_argument_group("files"))
+    _add_decoding(parser.add_argument_group("what to do"))
+    _add_execution(parser.add_argument_group("how to run it"))
+    # DeepSpeed's launcher adds it; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    args = vars(parser.parse_args(argv))
+    del args["local_rank"]
+    return JobOptions(**args)
+
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="prompts: JSONL, or plain text with one a line",
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="JSONL file to write, in input order"
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSONL to write, in the order of the input",
     )
-    parser.add_argument(
-        "--config", type=Path, help="folder of `ds-moe-ep config`, or a DeepSpeed inference JSON"
+    add(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="folder of `ds-moe-ep config`, or a DeepSpeed inference JSON",
     )
-    parser.add_argument(
-        "--ep-size", type=_positive(int), help="ranks that share the experts (default: all)"
+    add("--metrics", type=Path, metavar="DIR", help="folder for metrics.jsonl, a line a rank")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on where an interrupted run with the same output stopped",
     )
-    parser.add_argument("--task", choices=("generate", "score"), default="generate")
-    parser.add_argument("--max-new-tokens", type=_positive(int), default=64)
-    parser.add_argument(
-        "--batch-size", type=_positive(int), default=8, help="prompts a rank works on at a time"
+
+
+def _add_decoding(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--task",
+        choices=("generate", "score"),
+        default="generate",
+        help="write completions (default) or log probabilities of the prompts",
     )
-    parser.add_argument(
+    add(
+        "--max-new-tokens",
+        type=_positive(int),
+        default=64,
+        metavar="N",
+        help="tokens of a completion at most (default: %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=_non_negative,
+        default=0.0,
+        metavar="T",
+        help="0 is greedy decoding (default)",
+    )
+    add(
+        "--top-p",
+        type=_share,
+        default=1.0,
+        metavar="P",
+        help="share of the probability to sample from (default: 1, all)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="with a prompt's id, fixes what is drawn for it (default: %(default)s)",
+    )
+
+
+def _add_execution(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--ep-size",
+        type=_positive(int),
+        metavar="N",
+        help="ranks that share the experts (default: --config's, else all)",
+    )
+    add(
+        "--batch-size",
+        type=_positive(int),
+        default=8,
+        metavar="N",
+        help="prompts a rank works on at a time (default: %(default)s)",
+    )
+    add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="default: --config's, else the model's on a GPU, float32 on a CPU",
+        help="default: --config's, else the model's on a GPU and float32 on a CPU",
     )
-    parser.add_argument(
+    add(
         "--dispatcher",
         choices=("auto", "alltoall"),
         default="auto",
-        help="how tokens reach their experts",
+        help="how tokens reach their experts (default: %(default)s)",
     )
-    parser.add_argument(
-        "--temperature", type=_non_negative, default=0.0, help="0 is greedy decoding"
+    add(
+        "--timeout",
+        dest="timeout_s",
+        type=_positive(float),
+        default=120.0,
+        metavar="S",
+        help="seconds any rank waits for another (default: %(default).0f)",
     )
-    parser.add_argument(
-        "--top-p", type=_share, default=1.0, help="share of the probability to sample from"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="with a prompt's id, fixes what is drawn for it"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on where an interrupted run stopped",
-    )
-    parser.add_argument("--metrics", type=Path, help="folder for metrics.jsonl, a line a rank")
-    parser.add_argument(
-        "--timeout", type=_positive(float), default=120.0, help="seconds any rank waits for another"
-    )
-    parser.add_argument(
+    add(
         "--load-timeout",
+        dest="load_timeout_s",
         type=_positive(float),
         default=1800.0,
-        help="seconds for all ranks to load their weights",
+        metavar="S",
+        help="seconds for all ranks to load their weights (default: %(default).0f)",
     )
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # from DeepSpeed's launcher
-    args = vars(parser.parse_args(argv))
-    args.pop("local_rank")
-    args["timeout_s"], args["load_timeout_s"] = args.pop("timeout"), args.pop("load_timeout")
-    return JobOptions(**args)
 
 
 def _positive(kind):
