@@ -77,7 +77,7 @@ def read_model_config(folder: str | Path) -> PreTrainedConfig:
         AdapterError: transformers cannot read it, or the checkpoint is quantized.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder}: transformers cannot read config.json: {error}") from error
     if quantization := getattr(config, "quantization_config", None):

@@ -139,7 +139,7 @@ def _warn_ignored(options: JobOptions) -> None:
 def _tokenizer(options: JobOptions, prompts: Sequence[Prompt]) -> PreTrainedTokenizerBase | None:
     if any((options.model / name).exists() for name in _TOKENIZER_FILES):
         try:
-            return AutoTokenizer.from_pretrained(options.model)
+            return AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{options.model}: the tokenizer cannot be read: {error}") from error
     text = next((prompt for prompt in prompts if prompt.text is not None), None)
