@@ -6,11 +6,13 @@ It reads headers, never values. Which tensors a rank needs is decided in mapping
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ds_moe_ep.checkpoint.header import StoredTensor, read_header
 from ds_moe_ep.errors import CheckpointError
 
 __all__ = ["CheckpointFiles", "open_checkpoint"]
@@ -27,11 +29,12 @@ class CheckpointFiles:
 
     Attributes:
         folder: The model directory.
-        file_of: File name of every tensor.
+        tensors: Where every tensor lies: in one piece, or in several that follow each other in
+            dimension 0.
     """
 
     folder: Path
-    file_of: dict[str, str]
+    tensors: Mapping[str, tuple[StoredTensor, ...]]
 
 
 def open_checkpoint(folder: Path) -> CheckpointFiles:
@@ -58,7 +61,7 @@ def open_checkpoint(folder: Path) -> CheckpointFiles:
             f"{folder}: {len(missing)} of {len(names)} files that {_INDEX} names are missing: "
             f"{_some(missing)}."
         )
-    found = {key: name for name in names for key in _tensor_names(folder / name)}
+    found = {key: (tensor,) for name in names for key, tensor in _tensors(folder / name).items()}
     if listed is not None and (lost := sorted(listed.keys() - found.keys())):
         raise CheckpointError(
             f"{folder}: {len(lost)} tensors of {_INDEX} are in none of its {len(names)} files: "
@@ -83,10 +86,10 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _tensor_names(path: Path) -> list[str]:
+def _tensors(path: Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+        with safe_open(path, framework="pt"):  # safetensors checks header and size
+            return read_header(path)[1]
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         raise CheckpointError(
