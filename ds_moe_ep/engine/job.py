@@ -65,8 +65,11 @@ def run_job(options: JobOptions) -> int:
             lambda: prepare(options, job), what="reading the input", timeout_s=options.timeout_s
         )
         journal = Journal.beside(options.output, info.rank)
-        earlier, batches = _schedule(options, job, work, journal)
+        settings = fingerprint(options, str(work.dtype), [each.prompt for each in work.prompts])
+        earlier, batches = _schedule(options, job, work, journal, settings)
         engine = _load(options, job, work)
+        if info.rank == 0:  # not sooner: a job that is refused leaves nothing behind
+            journal.start(settings, resume=options.resume)
         results, summary = _run(options, job, work, engine, batches, journal)
         _finish(options, job, work, engine, earlier | results, summary, journal)
     except DsMoeEpError as error:
@@ -98,23 +101,18 @@ def init_inference(model: nn.Module, config: dict[str, Any]) -> Any:
 
 
 def _schedule(
-    options: JobOptions, job: Job, work: Work, journal: Journal
+    options: JobOptions, job: Job, work: Work, journal: Journal, settings: dict[str, Any]
 ) -> tuple[dict[int, Result], list[Batch]]:
     """Settles what is left to do and what of it this rank does.
 
     Returns:
         On rank 0 the results of an earlier run that is resumed, and this rank's batches.
     """
-    settings = fingerprint(options, str(work.dtype), [encoded.prompt for encoded in work.prompts])
 
-    def begin() -> dict[int, Result]:
-        if job.info.rank != 0:
-            return {}
-        earlier = journal.read(settings) if options.resume else {}
-        journal.start(settings, resume=options.resume)
-        return earlier
+    def look_back() -> dict[int, Result]:
+        return journal.read(settings) if options.resume and job.info.rank == 0 else {}
 
-    earlier = job.all_or_none(begin, what="looking for work", timeout_s=options.timeout_s)
+    earlier = job.all_or_none(look_back, what="looking for work", timeout_s=options.timeout_s)
     finished = set(job.all_gather(list(earlier))[0])
     if finished and job.info.rank == 0:
         print(f"resuming: {len(finished)} of {len(work.prompts)} prompts are done", flush=True)
@@ -171,7 +169,6 @@ def _run(
             engine.deepspeed_engine.module,
             engine.layers,
             dist.group.WORLD,
-            hidden_size=work.spec.hidden_size,
             top_k=work.spec.top_k,
             dtype=work.dtype,
             device=job.device,
