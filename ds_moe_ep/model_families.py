@@ -5,10 +5,18 @@ defaults in this table are those of transformers' config classes for fields that
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-__all__ = ["FAMILIES", "FIELD_NAMES", "UNKNOWN_FAMILY", "Family", "Switch"]
+__all__ = [
+    "FAMILIES",
+    "FIELD_NAMES",
+    "OTHER_FAMILIES",
+    "UNKNOWN_FAMILY",
+    "UNSUPPORTED",
+    "Family",
+    "Switch",
+]
 
 Switch = bool | tuple[str, bool]
 """Whether a part is there: fixed, or (field that switches it, value where the field is absent)."""
@@ -18,14 +26,29 @@ FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd"),
     "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "top_k": ("num_experts_per_tok", "moe_k"),
-    "num_shared_experts": ("n_shared_experts", "moe_num_shared_experts"),
+    "top_k": (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_k",
+        "moe_topk",
+        "top_k_experts",
+    ),
+    "num_shared_experts": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
+    "shared_expert_intermediate_size": (
+        "shared_expert_intermediate_size",
+        "shared_experts_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+        "shared_intermediate_size",
+    ),
+    "expert_hidden_size": ("moe_latent_size", "moe_hidden_size"),
     "num_attention_heads": ("num_attention_heads", "n_head"),
     "embedding_size": ("word_embed_proj_dim",),
-    "max_position_embeddings": ("max_position_embeddings", "n_positions"),
-    "first_moe_layer": ("first_k_dense_replace", "moe_layer_start_index"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "model_max_length"),
+    "first_moe_layer": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
     "last_moe_layer": ("moe_layer_end_index",),
-    "moe_layer_interval": ("decoder_sparse_step", "moe_layer_interval"),
+    "moe_layer_interval": ("decoder_sparse_step", "moe_layer_interval", "expert_layer_period"),
+    "moe_layer_offset": ("expert_layer_offset",),
+    "mlp_layer_types": ("mlp_layer_types", "layers_block_type"),
 }
 """This project's word for a size -> Hugging Face's names; other words are the same in both."""
 
@@ -270,6 +293,7 @@ UNKNOWN_FAMILY = Family(
         "first_moe_layer",
         "last_moe_layer",
         "moe_layer_interval",
+        "moe_layer_offset",
         "mlp_only_layers",
         "mlp_layer_types",
     ),
@@ -279,3 +303,31 @@ UNKNOWN_FAMILY = Family(
     mlp_has_bias=("mlp_bias", False),
 )
 """The block most models have; with it, parameter counts are an estimate."""
+
+OTHER_FAMILIES: dict[str, Family] = {
+    "nemotron_h": replace(UNKNOWN_FAMILY, mlp_is_gated=False),
+}
+"""model_type -> family that is not quite the usual block; counts are an estimate here too."""
+
+_RUN_AS_IT_IS = "Run it with transformers itself."
+UNSUPPORTED: dict[str, str] = {
+    **dict.fromkeys(
+        ("llama4", "llama4_text"),
+        "every expert is given every token, scaled by the router beforehand, so there is no "
+        f"routing to dispatch by. {_RUN_AS_IT_IS}",
+    ),
+    **dict.fromkeys(
+        ("ernie4_5_vl_moe", "ernie4_5_vl_moe_text"),
+        "each layer has experts for text and others for images, which the checkpoint keeps in one "
+        "list and of which text meets only the first. Use the text model, ernie4_5_moe.",
+    ),
+    "diffusion_gemma": (
+        f"it writes whole blocks by diffusion, not one token after another. {_RUN_AS_IT_IS}"
+    ),
+    "openai_privacy_filter": f"it labels tokens and generates no text. {_RUN_AS_IT_IS}",
+    "qwen3_omni_moe": (
+        "it is a model that writes and another that speaks, each with experts of its own. Save "
+        "its thinker as a model directory (model_type qwen3_omni_moe_thinker) and use that."
+    ),
+}
+"""model_type -> why its experts cannot be spread over ranks, and what to do instead."""

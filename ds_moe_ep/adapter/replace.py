@@ -1,7 +1,7 @@
 """Puts DeepSpeed MoE layers with one rank's experts in place of a Hugging Face model's experts.
 
-It is written against transformers' experts contract (``transformers/integrations/moe.py``), not
-against model families.
+It is written against what transformers declares of experts modules, not against model families:
+the experts contract (``transformers/integrations/moe.py``) and the expert-parallel plan.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import re
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ds_moe_ep.dist.groups import create_expert_groups
 from ds_moe_ep.errors import AdapterError
+from ds_moe_ep.model_families import UNSUPPORTED
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 
@@ -21,6 +23,7 @@ __all__ = [
     "SwappedLayer",
     "adapt",
     "bind_expert_groups",
+    "check_supported",
     "expert_parameters",
     "moe_layers",
     "shard_experts",
@@ -35,6 +38,8 @@ _CONTRACT = (
     "is_concatenated",
     "_apply_gate",
 )
+# How a model's expert-parallel plan names an experts module that is called with a routing.
+_DISPATCHED = "ep_dispatch_experts"
 # The parameters that hold one slice per expert; anything else in the module (a norm, say) belongs
 # to all experts.
 _PER_EXPERT = re.compile(r"(gate_up_proj|up_proj|down_proj)(_bias)?$")
@@ -87,8 +92,8 @@ def adapt(
         What was swapped.
 
     Raises:
-        AdapterError: The model has no MoE layer of the experts contract, or ep_size does not divide
-            its experts.
+        AdapterError: The family cannot be supported, the model has no MoE layer that follows the
+            experts contract, or ep_size does not divide its experts.
     """
     swapped = shard_experts(model, plan.ep_size, ep_rank)
     for layer in swapped:
@@ -107,10 +112,14 @@ def shard_experts(model: nn.Module, ep_size: int, ep_rank: int) -> list[SwappedL
     Raises:
         AdapterError: See `adapt`.
     """
+    if config := getattr(model, "config", None):
+        check_supported(config)
+    ep_plan = getattr(model, "ep_plan", {})
     found = [
         (name, module)
         for name, module in model.named_modules()
         if all(hasattr(module, a) for a in _CONTRACT)
+        or ep_plan.get(re.sub(r"\d+", "*", name)) == _DISPATCHED
     ]
     if not found:
         raise AdapterError(
@@ -120,6 +129,16 @@ def shard_experts(model: nn.Module, ep_size: int, ep_rank: int) -> list[SwappedL
             "--upcycle-experts 64 --top-k 8."
         )
     return [_shard_module(name, module, ep_size, ep_rank) for name, module in found]
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuses a family that cannot be spread over ranks.
+
+    Raises:
+        AdapterError: With the reason and the way out.
+    """
+    if reason := UNSUPPORTED.get(config.model_type):
+        raise AdapterError(f"{config.model_type} models cannot be spread over ranks: {reason}")
 
 
 def bind_expert_groups(model: nn.Module) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -21,7 +23,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ds_moe_ep.adapter.replace import AdaptReport, SwappedLayer, adapt, shard_experts
+from ds_moe_ep.adapter.replace import (
+    AdaptReport,
+    SwappedLayer,
+    adapt,
+    check_supported,
+    shard_experts,
+)
 from ds_moe_ep.checkpoint.files import CheckpointFiles, open_checkpoint
 from ds_moe_ep.checkpoint.mapping import own_tensors
 from ds_moe_ep.errors import AdapterError, CheckpointError
@@ -90,9 +98,27 @@ def read_model_config(folder: str | Path) -> PreTrainedConfig:
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Builds the causal language model of a config, its parameters on the meta device."""
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    """Builds the language model of a config, its parameters on the meta device.
+
+    Of a multimodal family it is the text-only class where there is one; else the whole model, whose
+    text-only path needs no more than ``input_ids``.
+
+    Raises:
+        AdapterError: The family cannot be supported, or transformers cannot build it.
+    """
+    check_supported(config)
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
+    try:
+        with init_empty_weights(include_buffers=False):
+            return auto_class.from_config(config, dtype=dtype)
+    except ImportError as error:
+        raise AdapterError(
+            f"{config.model_type}: transformers needs a package that is missing here: {error}. "
+            "Install it on every host."
+        ) from error
+    except ValueError as error:
+        raise AdapterError(f"{config.model_type}: transformers cannot build it: {error}") from error
 
 
 def _fill(

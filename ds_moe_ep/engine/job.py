@@ -59,7 +59,7 @@ def run_job(options: JobOptions) -> int:
     info = read_rank_info()
     quiet_libraries()
     with only_rank_0_prints(info.rank):
-        job = init_distributed(info, timeout_s=options.timeout_s)
+        pass
     try:
         work = job.all_or_none(
             lambda: prepare(options, job), what="reading the input", timeout_s=options.timeout_s
@@ -144,7 +144,7 @@ def _load(options: JobOptions, job: Job, work: Work) -> Engine:
             print(f"{report}; weights in {work.dtype}", flush=True)
         return model
 
-    model = job.all_or_none(load, what="loading weights", timeout_s=options.load_timeout_s)
+    model = job.all_or_none(load, what="loading weights", timeout_s=options.start_timeout_s)
     with only_rank_0_prints(job.info.rank):
         bind_expert_groups(model)
         engine = init_inference(model, work.deepspeed_config)

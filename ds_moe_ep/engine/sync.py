@@ -29,7 +29,6 @@ class ForwardSync:
         layers: Its MoE layers in the order of a forward pass.
         group: All ranks of the job: with several expert groups none of them ends, and waits for
             the others, before all have nothing left. Alone in it, nothing is announced.
-        hidden_size: H.
         top_k: K.
         dtype: Dtype of the hidden states.
         device: Device of the hidden states.
@@ -43,7 +42,6 @@ class ForwardSync:
         layers: Sequence[ExpertParallelMoE],
         group: dist.ProcessGroup,
         *,
-        hidden_size: int,
         top_k: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -53,7 +51,7 @@ class ForwardSync:
         self._group = group
         self._alone = dist.get_world_size(group) == 1
         self._device = device
-        self._no_rows_0H = torch.zeros((0, hidden_size), dtype=dtype, device=device)
+        self._dtype = dtype
         self._no_ids_0K = torch.zeros((0, top_k), dtype=torch.int64, device=device)
         self._no_weights_0K = torch.zeros((0, top_k), dtype=torch.float32, device=device)
         self._on_progress = on_progress if dist.get_rank(group) == 0 else None
@@ -71,7 +69,10 @@ class ForwardSync:
         while self._announce(busy=False):
             self.num_steps += 1
             for layer in self._layers:
-                layer(self._no_rows_0H, self._no_ids_0K, self._no_weights_0K)
+                no_rows_0H = torch.zeros(
+                    (0, layer.hidden_size), dtype=self._dtype, device=self._device
+                )
+                layer(no_rows_0H, self._no_ids_0K, self._no_weights_0K)
 
     def _start_own_pass(self) -> None:
         self.num_steps += 1

@@ -82,6 +82,9 @@ class ExpertParallelMoE(MoE):
         self.num_experts = num_experts
         self.ep_size = ep_size
         self.num_local_experts = num_experts // ep_size
+        # Not the model's hidden size where experts work in a narrower space of their own.
+        is_transposed = getattr(experts, "is_transposed", False)
+        self.hidden_size = experts.down_proj.shape[-1 if is_transposed else -2]
         self.expert_group_name = f"ep_size_{ep_size}"
         self.deepspeed_moe = DispatchedExperts(experts, dispatcher)
         for param in experts.parameters():

@@ -25,6 +25,8 @@ _CASES = {
 class _Layer(nn.Module):
     """Meets the other ranks of its group, as an MoE layer does, and counts rows and meetings."""
 
+    hidden_size = _HIDDEN
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.group, self.calls, self.own_rows, self.all_rows = group, 0, 0, 0
@@ -60,7 +62,6 @@ def _serve(
         model,
         model.layers,
         group,
-        hidden_size=_HIDDEN,
         top_k=_TOP_K,
         dtype=torch.float32,
         device=torch.device("cpu"),

@@ -80,7 +80,6 @@ def run_families(
             model,
             layers,
             torch.distributed.group.WORLD,
-            hidden_size=spec.hidden_size,
             top_k=spec.top_k,
             dtype=torch.float32,
             device=torch.device("cpu"),
