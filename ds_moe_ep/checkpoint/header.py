@@ -14,28 +14,37 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["StoredTensor", "joined_shape", "make_header", "read_header"]
+__all__ = ["ByteRange", "StoredTensor", "joined_shape", "make_header", "read_header"]
 
 _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, or some rows of its dimension 0.
+class ByteRange:
+    """Some bytes of a file.
 
     Attributes:
         path: The file.
-        dtype: safetensors' name of its type, such as ``BF16``.
-        shape: Its shape.
-        start: Where its bytes begin in the file.
+        start: Where they begin in it.
         num_bytes: How many there are.
     """
 
     path: Path
-    dtype: str
-    shape: tuple[int, ...]
     start: int
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredTensor(ByteRange):
+    """A tensor in a file, or some rows of its dimension 0.
+
+    Attributes:
+        dtype: safetensors' name of its type, such as ``BF16``.
+        shape: Its shape.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
 
     @property
     def element_bytes(self) -> int:
@@ -71,7 +80,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        tensors[key] = StoredTensor(path, entry["dtype"], shape, begin + start, end - start)
+        tensors[key] = StoredTensor(path, begin + start, end - start, entry["dtype"], shape)
     return metadata, tensors
 
 

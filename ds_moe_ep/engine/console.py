@@ -9,9 +9,23 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-__all__ = ["let_rank_0_speak", "only_rank_0_prints", "progress_bar", "quiet_libraries"]
+__all__ = [
+    "byte_progress_bar",
+    "let_rank_0_speak",
+    "only_rank_0_prints",
+    "progress_bar",
+    "quiet_libraries",
+]
 
 _SPEAKING_S = 5.0
 
@@ -60,3 +74,19 @@ def progress_bar(total: int) -> Iterator[Callable[[int], None] | None]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda finished: bar.update(task, completed=finished)
+
+
+@contextlib.contextmanager
+def byte_progress_bar(total_bytes: int) -> Iterator[Callable[[float], None]]:
+    """Shows bytes, bytes a second and the time that is left while it is open, on a terminal only.
+
+    Yields:
+        A function to call with the number of bytes done since its last call.
+    """
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=total_bytes)
+        yield lambda num_bytes: bar.advance(task, num_bytes)

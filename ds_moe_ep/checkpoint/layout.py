@@ -1,0 +1,190 @@
+"""Which files a converted checkpoint consists of, and which bytes of the source make up each.
+
+Nothing is read or written here: writer.py copies the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_moe_ep.checkpoint.header import ByteRange, StoredTensor, make_header
+from ds_moe_ep.checkpoint.manifest import INDEX_JSON, Manifest
+from ds_moe_ep.checkpoint.mapping import ExpertTensor
+from ds_moe_ep.errors import CheckpointError
+
+__all__ = [
+    "PlannedFile",
+    "Tensors",
+    "check_experts",
+    "copied_file",
+    "hugging_face_files",
+    "safetensors_file",
+    "shard_tensors",
+]
+
+Tensors = Mapping[str, tuple[StoredTensor, ...]]
+"""Tensors by name, each with the pieces that follow each other in dimension 0."""
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file to write: some bytes, then ranges of other files.
+
+    Attributes:
+        name: Its name.
+        head: What it begins with.
+        ranges: What is copied after that.
+    """
+
+    name: str
+    head: bytes
+    ranges: tuple[ByteRange, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return len(self.head) + sum(part.num_bytes for part in self.ranges)
+
+
+def safetensors_file(name: str, metadata: Mapping[str, str], tensors: Tensors) -> PlannedFile:
+    """Plans a safetensors file whose tensors lie in the given order."""
+    ranges = tuple(piece for pieces in tensors.values() for piece in pieces)
+    return PlannedFile(name, make_header(metadata, tensors.items()), ranges)
+
+
+def copied_file(path: Path) -> PlannedFile:
+    """Plans a copy of a file."""
+    return PlannedFile(path.name, b"", (ByteRange(path, 0, path.stat().st_size),))
+
+
+def shard_tensors(
+    tensors: Tensors,
+    of_experts: Mapping[str, ExpertTensor],
+    ep_size: int,
+    *,
+    max_dense_bytes: int,
+) -> dict[str, Tensors]:
+    """Spreads tensors over the files of an expert-sharded checkpoint.
+
+    Args:
+        tensors: All tensors of the source, in one piece each.
+        of_experts: Which of them hold experts.
+        ep_size: Number of expert files; it divides the experts of every layer.
+        max_dense_bytes: Size at which another dense file begins.
+
+    Returns:
+        The tensors of each file, by its name, in the order in which they are to lie. A fused
+        tensor has rows in every expert file.
+    """
+    dense = {key: pieces for key, pieces in tensors.items() if key not in of_experts}
+    shards: list[dict[str, tuple[StoredTensor, ...]]] = [{} for _ in range(ep_size)]
+    for key, found in of_experts.items():
+        (tensor,) = tensors[key]
+        num_local = found.layer.num_experts // ep_size
+        if found.expert is not None:
+            shards[found.expert // num_local][key] = (tensor,)
+            continue
+        for ep_rank, shard in enumerate(shards):
+            rows = range(ep_rank * num_local, (ep_rank + 1) * num_local)
+            shard[key] = (tensor.cut(rows),)
+    files = _numbered("dense", list(_split(dense, max_dense_bytes)))
+    files |= _numbered("experts", shards, always=True)
+    return {name: _aligned(held) for name, held in files.items()}
+
+
+def check_experts(of_experts: Mapping[str, ExpertTensor], layers: Iterable[str]) -> None:
+    """Refuses a checkpoint that lacks experts or has too many.
+
+    Args:
+        of_experts: The tensors that hold experts.
+        layers: Names of the layers that must have experts.
+
+    Raises:
+        CheckpointError: With the layer and the experts at fault.
+    """
+    by_layer: dict[str, list[ExpertTensor]] = defaultdict(list)
+    for found in of_experts.values():
+        by_layer[found.layer.name].append(found)
+    for name in layers:
+        if not by_layer[name]:
+            raise CheckpointError(f"no tensor holds the experts of {name}. {_NOT_OF_THIS_CONFIG}")
+        single = Counter(found.expert for found in by_layer[name] if found.expert is not None)
+        if not single:
+            continue
+        num_experts = by_layer[name][0].layer.num_experts
+        if extra := sorted(expert for expert in single if expert >= num_experts):
+            raise CheckpointError(
+                f"{name} has a tensor of expert {extra[-1]}, but config.json says {num_experts} "
+                f"experts. {_NOT_OF_THIS_CONFIG}"
+            )
+        most = max(single.values())
+        if lacking := [expert for expert in range(num_experts) if single[expert] < most]:
+            raise CheckpointError(
+                f"{name}: expert {lacking[0]} has {single[lacking[0]]} tensors where others have "
+                f"{most}; so it is with {len(lacking)} of {num_experts} experts. "
+                f"{_NOT_OF_THIS_CONFIG}"
+            )
+
+
+def hugging_face_files(manifest: Manifest, tensors: Tensors) -> list[PlannedFile]:
+    """Plans the weight files and the index of the directory that a checkpoint was made from.
+
+    Args:
+        manifest: That of the expert-sharded checkpoint.
+        tensors: All of its tensors.
+    """
+    source = manifest.source
+    files = [
+        safetensors_file(name, file.metadata, {key: tensors[key] for key in file.tensors})
+        for name, file in source.files.items()
+    ]
+    if source.index is not None:
+        weight_map = {key: name for name, file in source.files.items() for key in file.tensors}
+        # The form in which transformers writes it.
+        text = json.dumps(source.index | {"weight_map": weight_map}, indent=2, sort_keys=True)
+        files.append(PlannedFile(INDEX_JSON, f"{text}\n".encode()))
+    return files
+
+
+def _split(tensors: Tensors, max_bytes: int) -> Iterator[Tensors]:
+    """Yields groups of tensors, each as large as may be but at least one tensor."""
+    group: dict[str, tuple[StoredTensor, ...]] = {}
+    size = 0
+    for key, pieces in tensors.items():
+        num_bytes = sum(piece.num_bytes for piece in pieces)
+        if group and size + num_bytes > max_bytes:
+            yield group
+            group, size = {}, 0
+        group[key] = pieces
+        size += num_bytes
+    if group:
+        yield group
+
+
+def _numbered(stem: str, groups: list, *, always: bool = False) -> dict[str, Tensors]:
+    if len(groups) == 1 and not always:
+        return {f"{stem}.safetensors": groups[0]}
+    return {
+        f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors": group
+        for number, group in enumerate(groups, start=1)
+    }
+
+
+def _aligned(tensors: Tensors) -> Tensors:
+    """Orders tensors so that each begins at a multiple of its element's size.
+
+    safetensors cannot read them otherwise. Among equal sizes the source is read in order.
+    """
+
+    def order(item: tuple[str, tuple[StoredTensor, ...]]) -> tuple[int, Path, int]:
+        first = item[1][0]
+        return -first.element_bytes, first.path, first.start
+
+    return dict(sorted(tensors.items(), key=order))
+
+
+_NOT_OF_THIS_CONFIG = "The weights are not those of this config."

@@ -1,0 +1,304 @@
+"""Writes a folder of planned files: several at a time, checked, and there whole or not at all.
+
+The files lie in ``DST.partial`` until all are done. A journal in it says which are finished, so
+that a killed conversion goes on with the file it was at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from ds_moe_ep.checkpoint.layout import PlannedFile
+from ds_moe_ep.checkpoint.manifest import FileEntry
+from ds_moe_ep.errors import CheckpointError
+
+__all__ = ["Progress", "ShowProgress", "hash_files", "silently", "write_folder"]
+
+Progress = Callable[[float], None]
+"""Is told of bytes that are done."""
+
+ShowProgress = Callable[[int], AbstractContextManager[Progress]]
+"""Opens a progress bar for a number of bytes."""
+
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
+
+_JOURNAL = "unfinished.jsonl"
+_CHUNK_BYTES = 8 << 20
+_MAX_THREADS = 8
+
+
+class _StoppedError(Exception):
+    """Another thread has failed, so this one need not go on."""
+
+
+def silently(total_bytes: int) -> AbstractContextManager[Progress]:
+    """Shows no progress."""
+    return contextlib.nullcontext(lambda num_bytes: None)
+
+
+def write_folder(
+    folder: Path,
+    weights: Sequence[PlannedFile],
+    others: Sequence[PlannedFile],
+    *,
+    summary: Callable[[dict[str, FileEntry]], PlannedFile] | None = None,
+    show_progress: ShowProgress = silently,
+) -> None:
+    """Writes a new folder; called again after a kill, it goes on where it was.
+
+    Every file is read again and compared with what went into it.
+
+    Args:
+        folder: What to write; it must not exist, or be empty.
+        weights: The large files, written several at a time.
+        others: The small ones, written after them: what has no config.json is not taken for a
+            model.
+        summary: Makes the file that is written last, from the entries of all others.
+        show_progress: Opens the progress bar.
+
+    Raises:
+        CheckpointError: The folder or its place is taken, the disk is too small or fails, or a
+            source file changes meanwhile. What is finished is kept.
+    """
+    folder = folder.resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(
+            f"{folder} exists and is not empty: nothing was written. Name a new folder, or check "
+            f"this one: ds-moe-ep convert {folder} --verify."
+        )
+    try:
+        with _Staging(folder, [*weights, *others]) as staging:
+            total = sum(file.num_bytes for file in (*weights, *others))
+            with show_progress(total) as progress:
+                staging.write(weights, progress)
+                staging.write(others, progress)
+            if summary is not None:
+                staging.write([summary(staging.finished)], lambda num_bytes: None)
+            staging.move_into_place()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} could not be written: {error}. What is finished is kept: run the same "
+            "command again when the cause is gone."
+        ) from error
+
+
+def hash_files(
+    paths: Sequence[Path], progress: Progress = lambda num_bytes: None
+) -> Iterator[tuple[Path, str]]:
+    """Yields each file with its sha256, several at a time.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    stop = threading.Event()
+    yield from _in_threads(paths, lambda path: _sha256(path, progress, stop), stop)
+
+
+class _Staging:
+    """The folder in which a conversion grows, held by one process at a time."""
+
+    def __init__(self, target: Path, files: Sequence[PlannedFile]) -> None:
+        self.finished: dict[str, FileEntry] = {}
+        self._target = target
+        self._folder = target.with_name(f"{target.name}.partial")
+        self._files = files
+        self._stop = threading.Event()
+
+    def __enter__(self) -> _Staging:
+        fresh = not self._folder.exists()
+        if fresh:
+            _check_space(self._target, sum(file.num_bytes for file in self._files))
+            self._folder.mkdir(parents=True)
+        elif not (self._folder / _JOURNAL).is_file() and any(self._folder.iterdir()):
+            raise self._taken("something else")
+        self._journal = open(self._folder / _JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            self._lock()
+            self._read_journal()
+            if not fresh:
+                self._remove_unfinished()
+                left = sum(f.num_bytes for f in self._files if f.name not in self.finished)
+                _check_space(self._target, left)
+        except BaseException:
+            self._journal.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._journal.close()
+
+    def write(self, files: Sequence[PlannedFile], progress: Progress) -> None:
+        """Writes those files that are not finished, or are no longer what they were."""
+        for file, entry in _in_threads(files, lambda f: self._write(f, progress), self._stop):
+            self.finished[file.name] = entry
+            self._note({"name": file.name, **entry.model_dump()})
+
+    def move_into_place(self) -> None:
+        """Gives the folder its name. The journal goes last: a whole folder with one is whole."""
+        _sync(self._folder)
+        self._folder.replace(self._target)
+        (self._target / _JOURNAL).unlink()
+        _sync(self._target.parent)
+
+    def _write(self, file: PlannedFile, progress: Progress) -> FileEntry:
+        path = self._folder / file.name
+        entry = self.finished.get(file.name)
+        if entry and path.is_file():
+            if _sha256(path, lambda num_bytes: None, self._stop) == entry.sha256:
+                progress(file.num_bytes)
+                return entry
+        part = path.with_name(f"{file.name}.part")
+        digest = hashlib.sha256()
+        with part.open("wb") as out:
+            for chunk in _chunks(file):
+                _check(self._stop)
+                out.write(chunk)
+                digest.update(chunk)
+                progress(len(chunk) / 2)  # the other half when it is read again
+            out.flush()
+            os.fsync(out.fileno())
+            # From the disk, not from memory, is it to be read again.
+            os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if _sha256(part, lambda num_bytes: progress(num_bytes / 2), self._stop) != (
+            sha256 := digest.hexdigest()
+        ):
+            raise CheckpointError(
+                f"{part}: what was read again is not what was written. Check the disk, then run "
+                "the same command again."
+            )
+        part.replace(path)
+        return FileEntry(num_bytes=file.num_bytes, sha256=sha256)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{self._folder} is being written by another process. Wait for it, or end it."
+            ) from None
+
+    def _read_journal(self) -> None:
+        job = {"job": _fingerprint(self._files)}
+        self._journal.seek(0)
+        records = list(_records(self._journal))
+        if not records:
+            self._note(job)
+        elif records[0] != job:
+            raise self._taken("an unfinished conversion of other files or for another plan")
+        for record in records[1:]:
+            self.finished[record.pop("name")] = FileEntry.model_validate(record)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        self._journal.write(json.dumps(record) + "\n")
+        self._journal.flush()
+
+    def _remove_unfinished(self) -> None:
+        for path in self._folder.glob("*.part"):
+            path.unlink()
+
+    def _taken(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._folder} holds {what}: nothing was written. Remove it, or name another folder "
+            f"than {self._target}."
+        )
+
+
+def _records(journal: IO[str]) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a journal up to one that a kill has cut short."""
+    for line in journal:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _fingerprint(files: Sequence[PlannedFile]) -> str:
+    """Returns what changes when a source file or any byte that is to be written does."""
+    sources = {part.path for file in files for part in file.ranges}
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(sources)]
+    digest = hashlib.sha256(repr(states).encode())
+    for file in files:
+        digest.update(repr(file).encode())
+    return digest.hexdigest()
+
+
+def _check_space(target: Path, needed_bytes: int) -> None:
+    existing = next(folder for folder in target.parents if folder.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if needed_bytes > free_bytes:
+        raise CheckpointError(
+            f"{target} needs {needed_bytes:,} bytes, but its disk has {free_bytes:,} free: "
+            f"{needed_bytes - free_bytes:,} too few. Free them, or name a folder on another disk."
+        )
+
+
+def _chunks(file: PlannedFile) -> Iterator[bytes]:
+    if file.head:
+        yield file.head
+    with contextlib.ExitStack() as stack:
+        opened: tuple[Path, IO[bytes]] | None = None
+        for part in file.ranges:
+            if opened is None or opened[0] != part.path:
+                stack.close()
+                opened = part.path, stack.enter_context(part.path.open("rb", buffering=0))
+            source = opened[1]
+            source.seek(part.start)
+            left = part.num_bytes
+            while left:
+                chunk = source.read(min(left, _CHUNK_BYTES))
+                if not chunk:
+                    raise CheckpointError(f"{part.path} became shorter while it was read.")
+                left -= len(chunk)
+                yield chunk
+
+
+def _sha256(path: Path, progress: Progress, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            _check(stop)
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
+
+
+def _check(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise _StoppedError
+
+
+def _in_threads(
+    items: Sequence[_Item], work: Callable[[_Item], _Made], stop: threading.Event
+) -> Iterator[tuple[_Item, _Made]]:
+    """Yields items with what `work` makes of them, as they are done; the first error ends all."""
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        futures = {pool.submit(work, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
