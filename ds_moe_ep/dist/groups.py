@@ -20,6 +20,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
+from ds_moe_ep.dist.rendezvous import join_process_group
 from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
 
 __all__ = ["Job", "RankInfo", "create_expert_groups", "init_distributed", "read_rank_info"]
@@ -142,15 +143,18 @@ class Job:
         return gathered or []
 
 
-def init_distributed(info: RankInfo, *, timeout_s: float) -> Job:
+def init_distributed(
+    info: RankInfo, *, timeout_s: float, start_timeout_s: float | None = None
+) -> Job:
     """Joins the job's process group, or takes the one that is there, and lets DeepSpeed use it.
 
     Args:
         info: Who this process is.
-        timeout_s: How long any wait for another rank may last, the rendezvous included.
+        timeout_s: How long any wait for another rank may last.
+        start_timeout_s: How long to wait for the last rank to come up; by default `timeout_s`.
 
     Raises:
-        DistributedError: The ranks did not find each other.
+        DistributedError: Some ranks did not come; it names them.
     """
     accelerator = get_accelerator()
     on_gpu = accelerator.device_name() == "cuda"
@@ -163,28 +167,20 @@ def init_distributed(info: RankInfo, *, timeout_s: float) -> Job:
     os.environ.update(
         RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size)
     )
-    timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        _rendezvous(info, "nccl" if on_gpu else "gloo", timeout)
-    control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
+        join_process_group(
+            info.rank,
+            info.world_size,
+            backend="nccl" if on_gpu else "gloo",
+            start_timeout_s=start_timeout_s or timeout_s,
+            timeout_s=timeout_s,
+        )
+    control = dist.group.WORLD
+    if on_gpu:
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     with _without_jit_build():
         deepspeed.init_distributed(verbose=False)
     return Job(info, device, control)
-
-
-def _rendezvous(info: RankInfo, backend: str, timeout: timedelta) -> None:
-    try:
-        dist.init_process_group(
-            backend, rank=info.rank, world_size=info.world_size, timeout=timeout
-        )
-    except (dist.DistError, RuntimeError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise DistributedError(
-            f"[{info}] the {info.world_size} ranks did not meet at {where} within "
-            f"{timeout.total_seconds():.0f} s "
-            f"({error}). Look for a rank that did not start, a port in use (--master_port) or a "
-            "wrong network interface."
-        ) from error
 
 
 def create_expert_groups(ep_size: int) -> None:

@@ -58,9 +58,11 @@ def run_job(options: JobOptions) -> int:
     """
     info = read_rank_info()
     quiet_libraries()
-    with only_rank_0_prints(info.rank):
-        pass
     try:
+        with only_rank_0_prints(info.rank):
+            job = init_distributed(
+                info, timeout_s=options.timeout_s, start_timeout_s=options.start_timeout_s
+            )
         work = job.all_or_none(
             lambda: prepare(options, job), what="reading the input", timeout_s=options.timeout_s
         )
@@ -73,9 +75,11 @@ def run_job(options: JobOptions) -> int:
         results, summary = _run(options, job, work, engine, batches, journal)
         _finish(options, job, work, engine, earlier | results, summary, journal)
     except DsMoeEpError as error:
-        if info.rank == 0:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         let_rank_0_speak(info.rank)
+        # What was refused, rank 0 tells. What broke, it may not live to tell: then a rank a host
+        # does.
+        if info.rank == 0 or (info.local_rank == 0 and isinstance(error, DistributedError)):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     dist.destroy_process_group()
     return 0

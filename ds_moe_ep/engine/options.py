@@ -33,7 +33,7 @@ class JobOptions:
     resume: bool = False
     metrics: Path | None = None
     timeout_s: float = 120.0
-    load_timeout_s: float = 1800.0
+    start_timeout_s: float = 1800.0
 
 
 def parse_options(argv: Sequence[str] | None = None) -> JobOptions:
@@ -157,12 +157,12 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
         help="seconds any rank waits for another (default: %(default).0f)",
     )
     add(
-        "--load-timeout",
-        dest="load_timeout_s",
+        "--start-timeout",
+        dest="start_timeout_s",
         type=_positive(float),
         default=1800.0,
         metavar="S",
-        help="seconds for all ranks to load their weights (default: %(default).0f)",
+        help="seconds for all ranks to come up, and to load (default: %(default).0f)",
     )
 
 
