@@ -177,12 +177,13 @@ def _numbered(stem: str, groups: list, *, always: bool = False) -> dict[str, Ten
 def _aligned(tensors: Tensors) -> Tensors:
     """Orders tensors so that each begins at a multiple of its element's size.
 
-    safetensors cannot read them otherwise. Among equal sizes the source is read in order.
+    safetensors cannot read them otherwise. Among equal sizes the source is read in order; tensors
+    without elements come first, where every size is right.
     """
 
-    def order(item: tuple[str, tuple[StoredTensor, ...]]) -> tuple[int, Path, int]:
+    def order(item: tuple[str, tuple[StoredTensor, ...]]) -> tuple[bool, int, Path, int]:
         first = item[1][0]
-        return -first.element_bytes, first.path, first.start
+        return first.num_bytes > 0, -first.element_bytes, first.path, first.start
 
     return dict(sorted(tensors.items(), key=order))
 
