@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_moe_ep.errors import ModelSpecError
-from ds_moe_ep.model_families import FAMILIES, FIELD_NAMES, UNKNOWN_FAMILY, Switch
+from ds_moe_ep.model_families import (
+    FAMILIES,
+    FIELD_NAMES,
+    OTHER_FAMILIES,
+    UNKNOWN_FAMILY,
+    UNSUPPORTED,
+    Switch,
+)
 
 __all__ = ["HfFields"]
 
@@ -20,27 +27,45 @@ class HfFields:
     Attributes:
         source: path of the file, for messages.
         model_type: the family's name.
-        family: what is known about the family.
+        family: what is known about the family of the language model.
         is_known_family: False where `family` is only the usual block.
+        is_nested: whether the language model is one part of a multimodal model.
     """
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         """Look up the family of a parsed config.json.
 
         Raises:
-            ModelSpecError: if there is no model_type.
+            ModelSpecError: if there is no model_type, or none that can be supported.
         """
         self._config = config
         self.source = source
-        model_type = config.get("model_type")
+        self.model_type = self._model_type()
+        if reason := UNSUPPORTED.get(self.model_type):
+            raise self.refuse("model_type", reason)
+        self.is_nested = self._is_nested()
+        family_type = self.model_type
+        if self.is_nested:
+            # What is said of the whole model stands where the language model says nothing.
+            self._config = {**config, **config["text_config"]}
+            family_type = config["text_config"].get("model_type", family_type)
+        other = OTHER_FAMILIES.get(family_type, UNKNOWN_FAMILY)
+        self.family = FAMILIES.get(family_type, other)
+        self.is_known_family = family_type in FAMILIES
+
+    def _model_type(self) -> str:
+        model_type = self._config.get("model_type")
         if not isinstance(model_type, str) or not model_type:
             raise ModelSpecError(
-                f"{source}: model_type={model_type!r}: the name of a model family is needed, "
+                f"{self.source}: model_type={model_type!r}: the name of a model family is needed, "
                 "like 'olmoe'"
             )
-        self.model_type = model_type
-        self.family = FAMILIES.get(model_type, UNKNOWN_FAMILY)
-        self.is_known_family = model_type in FAMILIES
+        return model_type
+
+    def _is_nested(self) -> bool:
+        text_config = self._config.get("text_config")
+        names = FIELD_NAMES["num_layers"]
+        return isinstance(text_config, Mapping) and not any(name in self._config for name in names)
 
     def refuse(self, field: str, problem: str) -> ModelSpecError:
         """Return the error for a field, as the file spells it, with its value."""
@@ -59,13 +84,21 @@ class HfFields:
         """Return whether the file has a field of this name with the value null."""
         return name in self._config and self._config[name] is None
 
-    def integer(self, word: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(
+        self,
+        word: str,
+        default: int | None = None,
+        *,
+        minimum: int = 1,
+        may_be_per_layer: bool = False,
+    ) -> int:
         """Return a whole number.
 
         Args:
             word: this project's word for it.
             default: value where neither the file nor the family's table has one; None refuses then.
             minimum: smallest value accepted.
+            may_be_per_layer: a list with the same number for every layer is accepted too.
 
         Raises:
             ModelSpecError: if it is missing, no whole number, too small, or given with two values.
@@ -79,10 +112,14 @@ class HfFields:
                 raise self._missing(word)
             return value
         value = self._config[names[0]]
+        if may_be_per_layer and isinstance(value, list) and value:
+            if any(other != value[0] for other in value):
+                raise self.refuse(names[0], "it must be the same for all layers")
+            value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.refuse(names[0], f"a whole number of at least {minimum} is needed")
         for other in names[1:]:
-            if self._config[other] != value:
+            if self._config[other] not in (value, self._config[names[0]]):
                 raise self.refuse(other, f"the file also says {names[0]}={value}; keep one of them")
         return value
 
@@ -131,11 +168,7 @@ class HfFields:
 
     def _missing(self, word: str) -> ModelSpecError:
         wanted = " or ".join(FIELD_NAMES.get(word, (word,)))
-        if isinstance(self._config.get("text_config"), Mapping):
-            hint = (
-                "its sizes are in text_config, as multimodal models have it; name a text-only model"
-            )
-        elif self.is_known_family:
+        if self.is_known_family:
             hint = "take the config.json that belongs to the checkpoint"
         else:
             known = ", ".join(sorted(FAMILIES))

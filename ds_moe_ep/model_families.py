@@ -48,7 +48,6 @@ FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "last_moe_layer": ("moe_layer_end_index",),
     "moe_layer_interval": ("decoder_sparse_step", "moe_layer_interval", "expert_layer_period"),
     "moe_layer_offset": ("expert_layer_offset",),
-    "mlp_layer_types": ("mlp_layer_types", "layers_block_type"),
 }
 """This project's word for a size -> Hugging Face's names; other words are the same in both."""
 
@@ -305,7 +304,9 @@ UNKNOWN_FAMILY = Family(
 """The block most models have; with it, parameter counts are an estimate."""
 
 OTHER_FAMILIES: dict[str, Family] = {
-    "nemotron_h": replace(UNKNOWN_FAMILY, mlp_is_gated=False),
+    "nemotron_h": replace(
+        UNKNOWN_FAMILY, moe_layer_fields=("layers_block_type",), mlp_is_gated=False
+    ),
 }
 """model_type -> family that is not quite the usual block; counts are an estimate here too."""
 

@@ -16,6 +16,7 @@ from ds_moe_ep.param_counts import num_dense_params, num_params_per_expert
 
 __all__ = ["MLASpec", "ModelSpec", "model_spec_from_config", "read_model_spec"]
 
+_KINDS_WITH_EXPERTS = ("sparse", "moe", "hash_moe")
 _BYTES_PER_PARAM = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -36,7 +37,8 @@ class ModelSpec:
 
     Attributes:
         name: folder or hub name, for display.
-        model_type: Hugging Face's name of the family.
+        model_type: Hugging Face's name of the family; of a multimodal model, the whole one's. All
+            sizes below are then those of the language model in it.
         architecture: Hugging Face's name of the model class; empty if the config has none.
         num_layers: decoder layers; layers for multi-token prediction are not among them.
         moe_layers: indices of the layers with routed experts, ascending.
@@ -57,7 +59,8 @@ class ModelSpec:
         dtype: "bfloat16", "float16" or "float32".
         num_dense_params: parameters of everything but the routed experts; routers are dense.
         num_params_per_expert: parameters of one routed expert of one layer.
-        params_are_exact: False where the family is unknown, so that the counts are an estimate.
+        params_are_exact: False where the family is unknown or the model multimodal, so that the
+            counts are an estimate (without the encoders of images and sound).
     """
 
     name: str
@@ -156,7 +159,7 @@ def model_spec_from_config(config: Mapping[str, Any], *, source: str, name: str)
 def _sizes(fields: HfFields, name: str) -> ModelSpec:
     """Return the spec without its parameter counts."""
     hidden_size = fields.integer("hidden_size")
-    num_layers = fields.integer("num_layers")
+    num_layers = fields.integer("num_layers", len(_layer_kinds(fields)) or None)
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -190,7 +193,7 @@ def _sizes(fields: HfFields, name: str) -> ModelSpec:
         dtype=_dtype(fields),
         num_dense_params=0,
         num_params_per_expert=0,
-        params_are_exact=fields.is_known_family,
+        params_are_exact=fields.is_known_family and not fields.is_nested,
     )
 
 
@@ -200,13 +203,15 @@ def _mla(fields: HfFields) -> MLASpec | None:
         has_mla = fields.has("kv_lora_rank")
     if not has_mla:
         return None
-    # Here null is a value of its own; absent would mean whatever the config class has.
-    without_q_lora = fields.is_null("q_lora_rank")
+    # Here null is a value of its own; absent would mean whatever the config class has, which may
+    # know no such field where the family is not known.
+    has_q_lora = fields.has("q_lora_rank") or fields.is_known_family
+    without_q_lora = fields.is_null("q_lora_rank") or not has_q_lora
     return MLASpec(
         q_lora_rank=None if without_q_lora else fields.integer("q_lora_rank"),
         kv_lora_rank=fields.integer("kv_lora_rank"),
         qk_nope_head_dim=fields.integer("qk_nope_head_dim"),
-        qk_rope_head_dim=fields.integer("qk_rope_head_dim"),
+        qk_rope_head_dim=fields.integer("qk_rope_head_dim", minimum=0),  # 0: no positions
         v_head_dim=fields.integer("v_head_dim"),
     )
 
@@ -237,31 +242,44 @@ def _moe_layers(fields: HfFields, num_layers: int) -> tuple[int, ...]:
             return fields.integer(word, default, minimum=minimum)
         return family.defaults.get(word, default)
 
-    if "mlp_layer_types" in family.moe_layer_fields:
-        kinds = fields.items("mlp_layer_types", str)
-        if kinds and len(kinds) != num_layers:
+    if kinds := _layer_kinds(fields):
+        if len(kinds) != num_layers:
             raise fields.refuse(
                 "mlp_layer_types", f"must have one item for each of {num_layers} layers"
             )
-        if kinds:
-            return tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
+        return tuple(layer for layer, kind in enumerate(kinds) if kind in _KINDS_WITH_EXPERTS)
     dense = (
         fields.items("mlp_only_layers", int) if "mlp_only_layers" in family.moe_layer_fields else []
     )
     first = setting("first_moe_layer", 0)
     last = setting("last_moe_layer", -1, minimum=-1)  # -1: the last layer of all
     interval = setting("moe_layer_interval", 1, minimum=1)
+    offset = setting("moe_layer_offset", interval - 1)
     return tuple(
         layer
         for layer in range(first, num_layers if last == -1 else min(last + 1, num_layers))
-        if (layer + 1) % interval == 0 and layer not in dense
+        if layer % interval == offset % interval and layer not in dense
     )
+
+
+def _layer_kinds(fields: HfFields) -> list[str]:
+    """Return what each layer's MLP is, in Hugging Face's words; empty if the config has no list."""
+    moe_layer_fields = fields.family.moe_layer_fields
+    if "layers_block_type" in moe_layer_fields:
+        # Older files have a letter for each layer instead.
+        pattern = fields.text("hybrid_override_pattern") or ""
+        return fields.items("layers_block_type", str) or [
+            "moe" if letter == "E" else "other" for letter in pattern
+        ]
+    if "mlp_layer_types" in moe_layer_fields:
+        return fields.items("mlp_layer_types", str)
+    return []
 
 
 def _experts(fields: HfFields) -> tuple[int, int]:
     """Return the number of routed experts and how many of them a token is sent to."""
     num_experts = fields.integer("num_experts")
-    top_k = fields.integer("top_k")
+    top_k = fields.integer("top_k", may_be_per_layer=True)
     if top_k > num_experts:
         experts_field = fields.name("num_experts")
         raise fields.refuse(fields.name("top_k"), f"more than {experts_field}={num_experts}")
@@ -273,14 +291,18 @@ def _expert_width(fields: HfFields) -> int:
     if width_field is None:
         has_own_field = fields.has("moe_intermediate_size")
         width_field = "moe_intermediate_size" if has_own_field else "intermediate_size"
-    return fields.integer(width_field)
+    return fields.integer(width_field, may_be_per_layer=True)
 
 
 def _shared_experts(fields: HfFields, expert_width: int) -> tuple[int, int]:
     """Return number and total width of the shared experts."""
     if fields.family.has_shared_expert_gate or fields.has("shared_expert_intermediate_size"):
-        return 1, fields.integer("shared_expert_intermediate_size")
-    num_shared = fields.integer("num_shared_experts", 0, minimum=0)
+        width = fields.integer("shared_expert_intermediate_size", minimum=0)
+        num_shared = fields.integer(
+            "num_shared_experts", 1 if width else 0, minimum=0, may_be_per_layer=True
+        )
+        return num_shared, num_shared * width
+    num_shared = fields.integer("num_shared_experts", 0, minimum=0, may_be_per_layer=True)
     return num_shared, num_shared * expert_width
 
 

@@ -20,8 +20,9 @@ def num_params_per_expert(spec: ModelSpec, fields: HfFields) -> int:
     if not spec.moe_layers:
         return 0
     family = fields.family
+    hidden_size = fields.integer("expert_hidden_size", spec.hidden_size)
     return _num_mlp_params(
-        spec.hidden_size, spec.moe_intermediate_size, family.mlp_is_gated, family.expert_has_bias
+        hidden_size, spec.moe_intermediate_size, family.mlp_is_gated, family.expert_has_bias
     )
 
 

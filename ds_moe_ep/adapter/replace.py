@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from ds_moe_ep.dist.groups import create_expert_groups
 from ds_moe_ep.errors import AdapterError
 from ds_moe_ep.model_families import UNSUPPORTED
+from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 
@@ -24,7 +25,6 @@ __all__ = [
     "adapt",
     "bind_expert_groups",
     "check_supported",
-    "expert_parameters",
     "moe_layers",
     "shard_experts",
 ]
@@ -40,9 +40,6 @@ _CONTRACT = (
 )
 # How a model's expert-parallel plan names an experts module that is called with a routing.
 _DISPATCHED = "ep_dispatch_experts"
-# The parameters that hold one slice per expert; anything else in the module (a norm, say) belongs
-# to all experts.
-_PER_EXPERT = re.compile(r"(gate_up_proj|up_proj|down_proj)(_bias)?$")
 
 
 @dataclass(frozen=True)
@@ -151,15 +148,6 @@ def bind_expert_groups(model: nn.Module) -> None:
 def moe_layers(model: nn.Module) -> list[ExpertParallelMoE]:
     """Returns the swapped layers in the order in which a forward pass meets them."""
     return [module for module in model.modules() if isinstance(module, ExpertParallelMoE)]
-
-
-def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that hold one slice per expert in dimension 0, by name."""
-    return {
-        name: param
-        for name, param in module.named_parameters(recurse=False)
-        if _PER_EXPERT.fullmatch(name)
-    }
 
 
 def _shard_module(name: str, module: nn.Module, ep_size: int, ep_rank: int) -> SwappedLayer:

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ds_moe_ep.adapter.replace import SwappedLayer, expert_parameters
+from ds_moe_ep.adapter.replace import SwappedLayer
 from ds_moe_ep.checkpoint.files import CheckpointFiles
 from ds_moe_ep.checkpoint.header import StoredTensor, joined_shape
 from ds_moe_ep.errors import CheckpointError
+from ds_moe_ep.moe.experts import expert_parameters
 
 __all__ = ["ExpertTensor", "JoinedSlices", "TensorSlice", "expert_tensors", "own_tensors"]
 

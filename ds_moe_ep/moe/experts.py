@@ -1,20 +1,34 @@
 """Runs the experts that live on this rank over the rows that reached it.
 
-The arithmetic of an expert is the Hugging Face module's own; this file only says which row meets
-which local expert.
+The arithmetic of an expert is the Hugging Face module's own; this file only says which of its
+parameters are one expert's, and which row meets which local expert.
 """
 
 # Shapes: R rows received, H hidden, K top_k, e local experts, P (row, local expert) pairs
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NOT_HERE", "run_local_experts"]
+__all__ = ["NOT_HERE", "expert_parameters", "run_local_experts"]
+
+# Anything else in an experts module (a norm, say) belongs to all experts.
+_PER_EXPERT = re.compile(r"(gate_up_proj|up_proj|down_proj)(_bias)?$")
 
 NOT_HERE = -1
 """The local expert id of a top-k slot whose expert lives on another rank."""
+
+
+def expert_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that hold one slice per expert in dimension 0, by name."""
+    return {
+        name: param
+        for name, param in experts.named_parameters(recurse=False)
+        if _PER_EXPERT.fullmatch(name)
+    }
 
 
 def run_local_experts(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ds_moe_ep.dist.collectives import CommStats, Communicator
 from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.moe.dispatch import Dispatcher, make_dispatcher
+from ds_moe_ep.moe.experts import expert_parameters
 
 __all__ = ["DispatchedExperts", "ExpertParallelMoE"]
 
@@ -87,7 +88,7 @@ class ExpertParallelMoE(MoE):
         self.hidden_size = experts.down_proj.shape[-1 if is_transposed else -2]
         self.expert_group_name = f"ep_size_{ep_size}"
         self.deepspeed_moe = DispatchedExperts(experts, dispatcher)
-        for param in experts.parameters():
+        for param in expert_parameters(experts).values():
             # DeepSpeed knows an expert parameter by these two attributes.
             param.allreduce = False
             param.group_name = self.expert_group_name

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.helpers import launch_infer
-from tests.helpers.families import FAMILIES, VOCAB_SIZE
+from tests.helpers.families import CORE_FAMILIES, VOCAB_SIZE
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def _read(model: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=CORE_FAMILIES)
 def generated(request, tiny_model, write_prompts, tmp_path_factory):
     """A family's model, and what jobs of each number of ranks wrote; two jobs run at a time."""
     model, folder = tiny_model(request.param), tmp_path_factory.mktemp("parity")

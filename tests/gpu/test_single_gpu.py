@@ -15,7 +15,7 @@ from ds_moe_ep.dist.groups import RankInfo, init_distributed
 from ds_moe_ep.engine.job import init_inference
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.plan import ParallelPlan
-from tests.helpers.families import FAMILIES, VOCAB_SIZE, save_tiny
+from tests.helpers.families import CORE_FAMILIES, VOCAB_SIZE, save_tiny
 
 PLAN = ParallelPlan(ep_size=1)
 
@@ -34,7 +34,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return init_inference(model, config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE_FAMILIES)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [

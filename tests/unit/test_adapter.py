@@ -3,12 +3,19 @@
 import pytest
 import torch
 from deepspeed.moe.utils import has_moe_layers, is_moe_param
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    LlamaConfig,
+)
 
 from ds_moe_ep.adapter import AdaptReport, adapt, moe_layers, shard_experts
 from ds_moe_ep.adapter.replace import SwappedLayer
 from ds_moe_ep.checkpoint.load import build_on_meta
 from ds_moe_ep.errors import AdapterError, DistributedError
+from ds_moe_ep.model_families import UNSUPPORTED
+from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import FAMILIES, NUM_EXPERTS, build_tiny
 
@@ -40,7 +47,8 @@ def test_every_family_is_swapped_on_the_meta_device(family):
     assert [layer.local_experts for layer in report.layers] == [range(6, 8)] * len(report.layers)
     assert {param.device.type for param in model.parameters()} == {"meta"}
     for layer in moe_layers(model):
-        assert {len(param) for param in layer.parameters()} == {NUM_EXPERTS // 4}
+        experts = expert_parameters(layer.deepspeed_moe.experts)
+        assert {len(param) for param in experts.values()} == {NUM_EXPERTS // 4}
 
 
 def test_a_group_of_one_computes_what_the_model_did():
@@ -126,6 +134,55 @@ def test_a_dense_model():
         adapt(AutoModelForCausalLM.from_config(config), ParallelPlan(2), ep_rank=0)
     assert "LlamaForCausalLM has no layer that follows" in str(refused.value)
     assert "ds-moe-ep convert SRC DST --to ep --upcycle-experts 64 --top-k 8" in str(refused.value)
+
+
+@pytest.mark.parametrize("model_type", UNSUPPORTED)
+def test_a_family_without_a_way_to_spread_it(model_type):
+    config = AutoConfig.for_model(model_type)
+    with pytest.raises(AdapterError) as refused:
+        build_on_meta(config, torch.float32)
+    reason = UNSUPPORTED[model_type]
+    assert str(refused.value) == f"{model_type} models cannot be spread over ranks: {reason}"
+
+
+def test_a_loaded_model_of_such_a_family():
+    config = AutoConfig.for_model("llama4_text", num_hidden_layers=1, vocab_size=8)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(AdapterError, match="llama4_text models cannot be spread over ranks: every"):
+        adapt(model, ParallelPlan(2), ep_rank=0)
+
+
+def test_a_model_that_needs_a_package_that_is_missing(monkeypatch):
+    def fail(config, **kwargs):
+        raise ModuleNotFoundError("No module named 'scipy'")
+
+    monkeypatch.setattr(AutoModelForMultimodalLM, "from_config", fail)
+    with pytest.raises(AdapterError) as refused:
+        build_on_meta(AutoConfig.for_model("inkling_mm_model"), torch.float32)
+    assert str(refused.value) == (
+        "inkling_mm_model: transformers needs a package that is missing here: No module named "
+        "'scipy'. Install it on every host."
+    )
+
+
+def test_a_model_that_is_no_language_model():
+    with pytest.raises(AdapterError, match="vit: transformers cannot build it"):
+        build_on_meta(AutoConfig.for_model("vit"), torch.float32)
+
+
+def test_a_parameter_of_all_experts_is_not_an_expert_parameter():
+    model = build_tiny("muse_spark")
+    adapt(model, ParallelPlan(4), ep_rank=1)
+    for name, param in model.named_parameters():
+        assert is_moe_param(param) == (".deepspeed_moe." in name and "norm" not in name)
+
+
+def test_experts_in_a_space_narrower_than_the_model():
+    for family, width in {"nemotron_h": 12, "muse_spark": 20, "aria_text": 32}.items():
+        model = build_tiny(family)
+        adapt(model, ParallelPlan(2), ep_rank=0)
+        assert {layer.hidden_size for layer in moe_layers(model)} == {width}
 
 
 def test_a_model_that_was_cut_for_another_ep_size():

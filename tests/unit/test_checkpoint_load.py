@@ -12,14 +12,14 @@ from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.checkpoint.mapping import TensorSlice
 from ds_moe_ep.errors import AdapterError, CheckpointError
 from ds_moe_ep.plan import ParallelPlan
-from tests.helpers.families import FAMILIES, NUM_EXPERTS, save_tiny
+from tests.helpers.families import CORE_FAMILIES, NUM_EXPERTS, save_tiny
 
 _EP_SIZE = 4
 _SAVED_NAME = "deepspeed_moe.experts."  # what the swap adds to the name of an expert parameter
 _WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=CORE_FAMILIES)
 def family(request, tmp_path_factory):
     """A saved tiny model and plain transformers' reading of it."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ds_moe_ep.errors import ModelSpecError
-from ds_moe_ep.model_families import FAMILIES
+from ds_moe_ep.model_families import FAMILIES, UNSUPPORTED
 from ds_moe_ep.model_spec import MLASpec, ModelSpec, model_spec_from_config, read_model_spec
 from tests.helpers.launch import REPO
 
@@ -329,7 +329,7 @@ def test_an_unknown_family_with_latent_attention_is_recognised():
         ),
         (
             {"model_type": "gemma3", "text_config": {"hidden_size": 8}},
-            "its sizes are in text_config, as multimodal models have it",
+            "no field num_hidden_layers or n_layer (model_type 'gemma3')",
         ),
     ],
 )
@@ -339,7 +339,59 @@ def test_an_unknown_family_without_them_is_refused(config, message):
     assert message in str(refused.value)
 
 
+def test_the_language_model_of_a_multimodal_model():
+    text = {**_TINY_MOE, "model_type": "qwen3_moe", "num_experts": 6, "head_dim": 10}
+    config = {
+        "model_type": "some_vl",
+        "architectures": ["SomeVLForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": {"hidden_size": 1280},
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
+    spec = model_spec_from_config(config, source="config.json", name="m")
+    alone = model_spec_from_config(
+        {**text, "tie_word_embeddings": True}, source="config.json", name="m"
+    )
+    assert (spec.model_type, spec.architecture) == ("some_vl", "SomeVLForConditionalGeneration")
+    assert (spec.hidden_size, spec.num_experts, spec.top_k) == (48, 6, 3)
+    assert (spec.tie_word_embeddings, spec.dtype) == (True, "bfloat16")
+    assert spec.num_params == alone.num_params
+    assert (spec.params_are_exact, alone.params_are_exact) == (False, True)
+
+
+def test_layers_of_several_kinds():
+    config = {**_TINY_MOE, "model_type": "nemotron_h", "n_routed_experts": 6}
+    del config["num_hidden_layers"]
+    blocks = ["linear_attention", "moe", "full_attention", "mlp", "moe"]
+    for kinds in ({"layers_block_type": blocks}, {"hybrid_override_pattern": "ME*-E"}):
+        spec = model_spec_from_config({**config, **kinds}, source="config.json", name="m")
+        assert (spec.num_layers, spec.moe_layers) == (5, (1, 4))
+        assert spec.num_params_per_expert == 2 * 48 * 24
+    latent = {**config, "layers_block_type": blocks, "moe_latent_size": 20}
+    spec = model_spec_from_config(latent, source="config.json", name="m")
+    assert spec.num_params_per_expert == 2 * 20 * 24
+
+
+def test_a_number_that_is_given_for_each_layer():
+    config = {**_TINY, "model_type": "hunyuan_v1_moe", "num_experts": 6}
+    spec = model_spec_from_config({**config, "moe_topk": [2] * 5}, source="config.json", name="m")
+    assert spec.top_k == 2
+    with pytest.raises(ModelSpecError) as refused:
+        model_spec_from_config({**config, "moe_topk": [2, 1]}, source="config.json", name="m")
+    assert str(refused.value) == "config.json: moe_topk=[2, 1]: it must be the same for all layers"
+
+
 # Refusals
+
+
+@pytest.mark.parametrize("model_type", UNSUPPORTED)
+def test_a_family_that_cannot_be_supported(model_type):
+    with pytest.raises(ModelSpecError) as refused:
+        model_spec_from_config({"model_type": model_type}, source="config.json", name="m")
+    assert str(refused.value) == (
+        f"config.json: model_type={model_type!r}: {UNSUPPORTED[model_type]}"
+    )
 
 
 @pytest.mark.parametrize(

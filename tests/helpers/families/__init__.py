@@ -1,0 +1,87 @@
+"""Tiny random models of every supported MoE family, with every parameter away from zero.
+
+A family is data, in the modules beside this: small, but with the features of its config class, like
+dense layers in between, shared experts, biases, groups, latent attention, sinks, windows. Families
+are called by their model_type.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from tests.helpers.families.attention import ATTENTION
+from tests.helpers.families.core import CORE
+from tests.helpers.families.hybrid import HYBRID
+from tests.helpers.families.multimodal import MULTIMODAL
+from tests.helpers.families.settings import COMMON, NUM_EXPERTS, VOCAB_SIZE
+
+__all__ = [
+    "CORE_FAMILIES",
+    "FAMILIES",
+    "NUM_EXPERTS",
+    "VOCAB_SIZE",
+    "auto_class",
+    "build_tiny",
+    "save_tiny",
+]
+
+_LANGUAGE_MODELS = {**CORE, **ATTENTION, **HYBRID}
+
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    **{
+        name: partial(AutoConfig.for_model, name, **{**COMMON, **settings})
+        for name, settings in _LANGUAGE_MODELS.items()
+    },
+    **{
+        name: partial(AutoConfig.for_model, name, **settings)
+        for name, settings in MULTIMODAL.items()
+    },
+}
+"""A tiny config for each family, by model_type."""
+
+CORE_FAMILIES: tuple[str, ...] = tuple(CORE)
+"""The families that are also launched end to end."""
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """Returns transformers' auto class for text in, text out: the causal one where there is one."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForMultimodalLM
+
+
+def build_tiny(family: str, *, seed: int = 0) -> PreTrainedModel:
+    """Builds a random model whose norms, biases, sinks and correction biases are random too."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family]()
+    model = auto_class(config).from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            # Norm weights around 1, the rest around 0, wide enough for the logits to differ
+            # clearly.
+            noise = torch.randn(tensor.shape)
+            tensor.copy_(
+                1.0 + 0.1 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise
+            )
+            if name.endswith("balancing_biases"):
+                tensor[-1] = -1.0  # transformers sets it so, whatever the checkpoint says
+    return model.eval()
+
+
+def save_tiny(family: str, folder: Path, *, seed: int = 0) -> PreTrainedModel:
+    """Builds a tiny model, writes it as a Hugging Face model directory, and returns it."""
+    model = build_tiny(family, seed=seed)
+    model.save_pretrained(folder)
+    return model
