@@ -198,10 +198,12 @@ class _Staging:
         elif records[0] != job:
             raise self._taken("an unfinished conversion of other files or for another plan")
         for record in records[1:]:
-            self.finished[record.pop("name")] = FileEntry.model_validate(record)
+            name = record.pop("name")
+            self.finished[name] = FileEntry.model_validate(record)
 
     def _note(self, record: dict[str, Any]) -> None:
-        self._journal.write(json.dumps(record) + "\n")
+        # On a line of its own, also where a kill has cut the last one short.
+        self._journal.write(f"\n{json.dumps(record)}\n")
         self._journal.flush()
 
     def _remove_unfinished(self) -> None:
@@ -216,12 +218,10 @@ class _Staging:
 
 
 def _records(journal: IO[str]) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a journal up to one that a kill has cut short."""
+    """Yields the lines of a journal but empty ones and those that a kill has cut short."""
     for line in journal:
-        try:
+        with contextlib.suppress(ValueError):
             yield json.loads(line)
-        except ValueError:
-            return
 
 
 def _fingerprint(files: Sequence[PlannedFile]) -> str:

@@ -1,0 +1,366 @@
+"""Conversions in this process: round trips, refusals, and going on where one was stopped."""
+
+import fcntl
+import filecmp
+import json
+import shutil
+import tracemalloc
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ds_moe_ep.checkpoint import load_expert_parallel_model, writer
+from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face, verify
+from ds_moe_ep.checkpoint.layout import PlannedFile, copied_file
+from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, read_manifest
+from ds_moe_ep.errors import AdapterError, CheckpointError, DsMoeEpError, PlanError
+from ds_moe_ep.plan import ParallelPlan
+from tests.helpers.families import NUM_EXPERTS, save_tiny
+
+# One tensor per expert, under two naming schemes; fused, with and without biases; tied embeddings;
+# correction biases.
+_FAMILIES = ["olmoe", "mixtral", "granitemoe", "gpt_oss", "qwen3_moe", "deepseek_v3"]
+_EP_SIZE = 4
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_EXPERTS = [f"experts-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A small model with a tokenizer's file and things that do not belong to a model."""
+    folder = tmp_path / "source"
+    save_tiny("olmoe", folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "LICENSE").write_text("free")
+    (folder / "modeling_olmoe.py").write_text("raise SystemExit")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / ".git").mkdir()
+    return folder
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "target"
+
+
+def _names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _same_files(one, other):
+    assert _names(one) == _names(other)
+    _, differ, errors = filecmp.cmpfiles(one, other, _names(one), shallow=False)
+    assert not differ + errors
+
+
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_there_and_back_and_loaded_at_other_sizes(family, tmp_path):
+    save_tiny(family, tmp_path / "source")
+    to_expert_sharded(tmp_path / "source", tmp_path / "ep", _EP_SIZE, max_dense_bytes=50_000)
+    verify(tmp_path / "ep")
+    to_hugging_face(tmp_path / "ep", tmp_path / "hf")
+    _same_files(tmp_path / "source", tmp_path / "hf")
+    for ep_size, ep_rank in ((1, 0), (2, 1), (4, 2), (8, 5)):
+        wanted, loaded = (
+            load_expert_parallel_model(tmp_path / name, ParallelPlan(ep_size), ep_rank=ep_rank)[0]
+            for name in ("source", "ep")
+        )
+        assert loaded.generation_config.to_dict() == wanted.generation_config.to_dict()
+        wanted, loaded = wanted.state_dict(), loaded.state_dict()
+        assert wanted.keys() == loaded.keys()
+        assert all(torch.equal(wanted[name], loaded[name]) for name in wanted)
+
+
+def test_a_source_of_several_files_comes_back_with_its_index(source, target, tmp_path):
+    sharded = tmp_path / "sharded"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    to_expert_sharded(sharded, target, _EP_SIZE)
+    to_hugging_face(target, tmp_path / "hf")
+    _same_files(sharded, tmp_path / "hf")
+
+
+def test_what_an_expert_sharded_checkpoint_consists_of(source, target):
+    done = to_expert_sharded(source, target, _EP_SIZE)
+    beside = ["LICENSE", "config.json", "generation_config.json", "tokenizer.json"]
+    assert _names(target) == sorted([*_EXPERTS, "dense.safetensors", MANIFEST_JSON, *beside])
+    assert done.num_files == len(_names(target))
+    assert done.not_copied == ("modeling_olmoe.py", "pytorch_model.bin")
+    manifest = read_manifest(target)
+    assert manifest.plan.ep_size == _EP_SIZE
+    assert manifest.source.name == "source"
+    assert sorted([*manifest.files, MANIFEST_JSON]) == _names(target)
+    for name in _EXPERTS:
+        with safe_open(target / name, framework="pt") as file:
+            experts = {int(key.split(".")[5]) for key in file.keys()}  # noqa: SIM118
+        first = _EXPERTS.index(name) * 2
+        assert experts == {first, first + 1}
+    key = "model.layers.1.mlp.experts.5.up_proj.weight"
+    assert manifest.tensors[key].files == [_EXPERTS[2]]
+    assert torch.equal(load_file(target / _EXPERTS[2])[key], load_file(source / _WEIGHTS)[key])
+
+
+def test_the_default_is_a_file_for_each_expert_up_to_64(source, target):
+    to_expert_sharded(source, target)
+    assert read_manifest(target).plan.ep_size == NUM_EXPERTS
+
+
+def test_the_same_source_gives_the_same_bytes(source, target, tmp_path):
+    to_expert_sharded(source, target, 2)
+    to_expert_sharded(source, tmp_path / "again", 2)
+    _same_files(target, tmp_path / "again")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    large = tmp_path / "large.bin"
+    large.touch()
+    with large.open("r+b") as file:
+        file.truncate(200_000_000)
+    tracemalloc.start()
+    writer.write_folder(tmp_path / "target", [copied_file(large)], [])
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 30_000_000
+
+
+def test_progress_counts_every_byte_once(source, target):
+    seen = []
+
+    class Bar:
+        def __init__(self, total_bytes):
+            self.total_bytes, self.done = total_bytes, []
+            seen.append(self)
+
+        def __enter__(self):
+            return self.done.append
+
+        def __exit__(self, *exc_info):
+            pass
+
+    to_expert_sharded(source, target, _EP_SIZE, show_progress=Bar)
+    verify(target, show_progress=Bar)
+    total = sum(file.num_bytes for file in read_manifest(target).files.values())
+    assert [(bar.total_bytes, sum(bar.done)) for bar in seen] == [(total, total)] * 2
+
+
+def _refused(convert, *args, error=CheckpointError):
+    with pytest.raises(error) as refused:
+        convert(*args)
+    return str(refused.value)
+
+
+def _change_tensors(folder, change):
+    tensors = load_file(folder / _WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "error", "expected"),
+    [
+        (3, AdapterError, "ep_size=3 does not divide num_experts=8"),
+        (16, AdapterError, "Use ep_size in [1, 2, 4, 8]"),
+        (0, PlanError, "ep_size=0: at least 1 is needed"),
+    ],
+)
+def test_an_ep_size_that_does_not_fit(source, target, ep_size, error, expected):
+    assert expected in _refused(to_expert_sharded, source, target, ep_size, error=error)
+    assert _names(target.parent) == ["source"]
+
+
+def test_a_dense_model(tmp_path, target):
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama")
+    _refused(to_expert_sharded, tmp_path / "llama", target, 2, error=AdapterError)
+    assert not target.exists()
+
+
+def test_a_pickled_checkpoint(source, target):
+    (source / _WEIGHTS).unlink()
+    assert "can run code and are not read" in _refused(to_expert_sharded, source, target, 2)
+
+
+def test_a_model_with_code_of_its_own(source, target):
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "modeling_olmoe.Config"}}
+    (source / "config.json").write_text(json.dumps(config))
+    assert "config.json" in _refused(to_expert_sharded, source, target, 2, error=AdapterError)
+
+
+def test_a_quantized_model(source, target):
+    config = json.loads((source / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "fp8"}}
+    (source / "config.json").write_text(json.dumps(config))
+    assert "quantized" in _refused(to_expert_sharded, source, target, 2, error=AdapterError)
+
+
+def test_a_missing_expert(source, target):
+    key = "model.layers.1.mlp.experts.3.up_proj.weight"
+    _change_tensors(source, lambda tensors: tensors.pop(key))
+    assert "model.layers.1.mlp.experts: expert 3 has 2 tensors where others have 3" in _refused(
+        to_expert_sharded, source, target, 2
+    )
+
+
+@pytest.mark.parametrize("convert", [to_hugging_face, to_expert_sharded])
+def test_a_folder_that_is_taken(source, target, convert):
+    target.mkdir()
+    (target / "thesis.txt").write_text("years")
+    from_ = source
+    if convert is to_hugging_face:
+        from_ = target.with_name("ep")
+        to_expert_sharded(source, from_, 2)
+    assert f"{target} exists and is not empty" in _refused(convert, from_, target)
+    assert _names(target) == ["thesis.txt"]
+
+
+def test_an_empty_folder_is_filled(source, target):
+    target.mkdir()
+    to_expert_sharded(source, target, 2)
+    verify(target)
+
+
+def test_a_checkpoint_that_is_sharded_already(source, target, tmp_path):
+    to_expert_sharded(source, target, 2)
+    assert "already, and it loads at any ep_size" in _refused(
+        to_expert_sharded, target, tmp_path / "again", 4
+    )
+
+
+def test_only_an_expert_sharded_checkpoint_goes_back(source, target):
+    assert f"{source} has no manifest.json" in _refused(to_hugging_face, source, target)
+
+
+def test_a_disk_that_is_too_small(source, target, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    message = _refused(to_expert_sharded, source, target, 2)
+    needed = int(message.split(" needs ")[1].split(" bytes")[0].replace(",", ""))
+    assert needed > (source / _WEIGHTS).stat().st_size
+    assert f"but its disk has 1,000 free: {needed - 1000:,} too few" in message
+    assert _names(target.parent) == ["source"]
+
+
+@pytest.mark.parametrize("name", [*_EXPERTS, "dense.safetensors", "tokenizer.json"])
+def test_one_wrong_bit_is_found_and_its_file_named(source, target, name):
+    to_expert_sharded(source, target, _EP_SIZE)
+    content = bytearray((target / name).read_bytes())
+    content[-1] ^= 1
+    (target / name).write_bytes(content)
+    assert f"1 of 9 files are corrupt (their sha256 is not that in manifest.json): {name}." in (
+        _refused(verify, target)
+    )
+
+
+class _Killed(BaseException):
+    """Nobody catches it, as nobody catches a kill."""
+
+
+@pytest.fixture
+def killed(source, target, monkeypatch):
+    """A conversion that was killed when it was to write its second expert file."""
+    write = writer._Staging._write
+
+    def write_one_by_one(self, file, progress):
+        if file.name == _EXPERTS[1]:
+            (self._folder / f"{file.name}.part").write_bytes(b"half")
+            raise _Killed
+        return write(self, file, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_MAX_THREADS", 1)
+        patch.setattr(writer._Staging, "_write", write_one_by_one)
+        with pytest.raises(_Killed):
+            to_expert_sharded(source, target, _EP_SIZE)
+    return target.with_name("target.partial")
+
+
+def test_what_is_half_written_is_not_taken_for_a_whole_one(source, target, killed):
+    assert not target.exists()
+    assert "config.json" not in _names(killed)
+    assert MANIFEST_JSON not in _names(killed)
+    assert "has no manifest.json" in _refused(verify, killed)
+    with pytest.raises(DsMoeEpError):
+        load_expert_parallel_model(killed, ParallelPlan(1), ep_rank=0)
+
+
+def test_a_killed_conversion_goes_on(source, target, killed, tmp_path):
+    finished = {path: path.stat().st_ino for path in killed.glob("*.safetensors")}
+    assert sorted(path.name for path in finished) == ["dense.safetensors", _EXPERTS[0]]
+    to_expert_sharded(source, target, _EP_SIZE)
+    for path, inode in finished.items():
+        assert (target / path.name).stat().st_ino == inode
+    to_expert_sharded(source, tmp_path / "at-once", _EP_SIZE)
+    _same_files(target, tmp_path / "at-once")
+    assert not killed.exists()
+
+
+@pytest.mark.parametrize("damage", ["corrupt", "remove"])
+def test_a_finished_file_that_was_damaged_is_written_again(source, target, killed, damage):
+    path = killed / _EXPERTS[0]
+    path.write_bytes(b"x" * path.stat().st_size) if damage == "corrupt" else path.unlink()
+    to_expert_sharded(source, target, _EP_SIZE)
+    verify(target)
+
+
+def test_a_journal_that_was_cut_short_is_read_but_for_its_end(source, target, killed):
+    journal = killed / "unfinished.jsonl"
+    journal.write_text(journal.read_text()[:-9])
+    kept = (killed / "dense.safetensors").stat().st_ino
+    to_expert_sharded(source, target, _EP_SIZE)
+    verify(target)
+    assert (target / "dense.safetensors").stat().st_ino == kept
+
+
+@pytest.mark.parametrize("change", ["plan", "source"])
+def test_another_conversion_does_not_go_on_with_it(source, target, killed, change):
+    if change == "source":
+        _change_tensors(source, lambda tensors: tensors["lm_head.weight"].add_(1))
+    message = _refused(to_expert_sharded, source, target, 2 if change == "plan" else _EP_SIZE)
+    assert message.startswith(f"{killed} holds an unfinished conversion of other files or for ")
+    assert message.endswith(f"Remove it, or name another folder than {target}.")
+
+
+def test_a_folder_of_that_name_that_holds_something_else(source, target):
+    partial = target.with_name("target.partial")
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("years")
+    assert f"{partial} holds something else" in _refused(to_expert_sharded, source, target, 2)
+    assert _names(partial) == ["thesis.txt"]
+
+
+def test_two_processes_do_not_write_the_same_folder(source, target, killed):
+    with (killed / "unfinished.jsonl").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert f"{killed} is being written by another process" in _refused(
+            to_expert_sharded, source, target, _EP_SIZE
+        )
+
+
+def test_a_source_that_shrinks_meanwhile(tmp_path, target):
+    short = tmp_path / "short.bin"
+    short.write_bytes(b"12345678")
+    planned = copied_file(short)
+    short.write_bytes(b"1234")
+    message = _refused(writer.write_folder, target, [planned], [])
+    assert message == f"{short} became shorter while it was read."
+
+
+def test_a_disk_that_does_not_keep_what_was_written(target, monkeypatch):
+    monkeypatch.setattr(writer, "_sha256", lambda path, progress, stop: "0" * 64)
+    message = _refused(writer.write_folder, target, [PlannedFile("a", b"1")], [])
+    assert "what was read again is not what was written" in message
+
+
+def test_a_folder_that_cannot_be_made(source, tmp_path):
+    (tmp_path / "file").touch()
+    message = _refused(to_expert_sharded, source, tmp_path / "file" / "target", 2)
+    assert "could not be written: " in message
