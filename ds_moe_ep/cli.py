@@ -208,6 +208,8 @@ def _convert(args: argparse.Namespace) -> int:
         args.refuse("--verify takes SRC alone; --to takes SRC and DST")
     if args.ep_size is not None and args.to != "ep":
         args.refuse("--ep-size is for --to ep only")
+    # Nothing is computed here, so DeepSpeed need not look for GPUs nor tell that there is none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face, verify
     from ds_moe_ep.engine.console import byte_progress_bar as show_progress
 

@@ -11,10 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ds_moe_ep.adapter.replace import shard_experts
 from ds_moe_ep.checkpoint.files import CheckpointFiles, open_checkpoint, open_expert_sharded
 from ds_moe_ep.checkpoint.header import joined_shape, read_header
 from ds_moe_ep.checkpoint.layout import (
@@ -26,7 +24,6 @@ from ds_moe_ep.checkpoint.layout import (
     safetensors_file,
     shard_tensors,
 )
-from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
 from ds_moe_ep.checkpoint.manifest import (
     INDEX_JSON,
     MANIFEST_JSON,
@@ -39,14 +36,17 @@ from ds_moe_ep.checkpoint.manifest import (
     is_file_name,
     read_manifest,
 )
-from ds_moe_ep.checkpoint.mapping import expert_tensors
 from ds_moe_ep.checkpoint.writer import ShowProgress, hash_files, silently, write_folder
 from ds_moe_ep.errors import CheckpointError, PlanError
 from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 
+if TYPE_CHECKING:
+    from ds_moe_ep.checkpoint.mapping import ExpertTensor
+
 __all__ = ["Conversion", "to_expert_sharded", "to_hugging_face", "verify"]
 
 MAX_DENSE_BYTES = 5_000_000_000
+_MAX_EXPERT_FILES = 64  # unless an ep_size asks for more
 # What stands beside the weights: configs, tokenizers, chat templates, licences; never code.
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
 _COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -92,23 +92,7 @@ def to_expert_sharded(
         PlanError: ep_size is below 1.
         CheckpointError: The source is not whole, or `folder` cannot be written.
     """
-    config = read_model_config(source)
-    files = open_checkpoint(source)
-    if files.manifest is not None:
-        raise CheckpointError(
-            f"{source} is an expert-sharded checkpoint already, and it loads at any ep_size. For "
-            f"other files first go back: ds-moe-ep convert {source} DST --to hf."
-        )
-    if ep_size is not None and ep_size < 1:
-        raise PlanError(f"ep_size={ep_size}: at least 1 is needed.")
-    model = build_on_meta(config, torch.float32)
-    plan = ParallelPlan(ep_size or 1)
-    layers = shard_experts(model, plan.ep_size, ep_rank=0)
-    if ep_size is None:
-        num_experts = math.gcd(*(layer.num_experts for layer in layers))
-        plan = ParallelPlan(max(valid_ep_sizes(num_experts, at_most=64)))
-    of_experts = expert_tensors(model, files, layers)
-    check_experts(of_experts, (layer.name for layer in layers))
+    plan, files, of_experts = _experts_of(source, ep_size)
     shards = shard_tensors(files.tensors, of_experts, plan.ep_size, max_dense_bytes=max_dense_bytes)
     weights = [
         safetensors_file(name, {"format": "pt"}, tensors) for name, tensors in shards.items()
@@ -169,6 +153,36 @@ def verify(folder: Path, *, show_progress: ShowProgress = silently) -> Conversio
             "their source, or convert the model again."
         )
     return Conversion(folder, len(manifest.files) + 1, total)
+
+
+def _experts_of(
+    source: Path, ep_size: int | None
+) -> tuple[ParallelPlan, CheckpointFiles, dict[str, ExpertTensor]]:
+    """Finds which tensors of a model directory hold experts, and how to spread these."""
+    # Seconds, which going back and checking need not wait for.
+    import torch
+
+    from ds_moe_ep.adapter.replace import shard_experts
+    from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
+    from ds_moe_ep.checkpoint.mapping import expert_tensors
+
+    if ep_size is not None and ep_size < 1:
+        raise PlanError(f"ep_size={ep_size}: at least 1 is needed.")
+    config = read_model_config(source)
+    files = open_checkpoint(source)
+    if files.manifest is not None:
+        raise CheckpointError(
+            f"{source} is an expert-sharded checkpoint already, and it loads at any ep_size. For "
+            f"other files first go back: ds-moe-ep convert {source} DST --to hf."
+        )
+    model = build_on_meta(config, torch.float32)
+    layers = shard_experts(model, ep_size or 1, ep_rank=0)
+    if ep_size is None:
+        num_experts = math.gcd(*(layer.num_experts for layer in layers))
+        ep_size = max(valid_ep_sizes(num_experts, at_most=_MAX_EXPERT_FILES))
+    of_experts = expert_tensors(model, files, layers)
+    check_experts(of_experts, (layer.name for layer in layers))
+    return ParallelPlan(ep_size), files, of_experts
 
 
 def _beside_the_weights(

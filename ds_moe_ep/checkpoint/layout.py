@@ -10,11 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ds_moe_ep.checkpoint.header import ByteRange, StoredTensor, make_header
 from ds_moe_ep.checkpoint.manifest import INDEX_JSON, Manifest
-from ds_moe_ep.checkpoint.mapping import ExpertTensor
 from ds_moe_ep.errors import CheckpointError
+
+if TYPE_CHECKING:  # it takes transformers to say which tensor is an expert's, but not to place it
+    from ds_moe_ep.checkpoint.mapping import ExpertTensor
 
 __all__ = [
     "PlannedFile",

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ds_moe_ep.checkpoint import load_expert_parallel_model, writer
+from ds_moe_ep.checkpoint import load_expert_parallel_model, mapping, writer
 from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face, verify
 from ds_moe_ep.checkpoint.layout import PlannedFile, copied_file
 from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, read_manifest
@@ -104,6 +104,19 @@ def test_what_an_expert_sharded_checkpoint_consists_of(source, target):
     key = "model.layers.1.mlp.experts.5.up_proj.weight"
     assert manifest.tensors[key].files == [_EXPERTS[2]]
     assert torch.equal(load_file(target / _EXPERTS[2])[key], load_file(source / _WEIGHTS)[key])
+
+
+def test_a_rank_reads_its_own_expert_file_and_no_other(source, target, monkeypatch):
+    to_expert_sharded(source, target, _EP_SIZE)
+    opened = []
+
+    def note(path, **kwargs):
+        opened.append(path.name)
+        return safe_open(path, **kwargs)
+
+    monkeypatch.setattr(mapping, "safe_open", note)
+    load_expert_parallel_model(target, ParallelPlan(_EP_SIZE), ep_rank=2)
+    assert sorted(opened) == ["dense.safetensors", _EXPERTS[2]]
 
 
 def test_the_default_is_a_file_for_each_expert_up_to_64(source, target):

@@ -1,0 +1,183 @@
+"""`ds-moe-ep convert` as a user runs it: there, back, checked, killed, refused, and then run."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ds_moe_ep.checkpoint.header import StoredTensor, make_header
+from tests.helpers import launch_infer, run_command
+from tests.helpers.families import VOCAB_SIZE
+from tests.helpers.launch import REPO
+
+_COMMAND = [sys.executable, "-m", "ds_moe_ep", "convert"]
+_NEW_TOKENS = 6
+_JOURNAL = "unfinished.jsonl"
+
+
+def _convert(*args):
+    return run_command([*_COMMAND, *args], timeout_s=300)
+
+
+def _refused(*args):
+    result = _convert(*args)
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip()
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_model, tmp_path_factory):
+    """A tiny model and its expert-sharded checkpoint of 4 expert files; no test may change it."""
+    target = tmp_path_factory.mktemp("converted") / "ep"
+    result = _convert(tiny_model("olmoe"), target, "--to", "ep", "--ep-size", "4")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"wrote {target}: 8 files, ")
+    assert result.stderr == ""  # no progress bar, which is for terminals
+    return tiny_model("olmoe"), target
+
+
+def test_back_and_the_thin_script(converted, tmp_path):
+    source, target = converted
+    script = [sys.executable, REPO / "launch" / "convert.py"]
+    result = run_command([*script, target, tmp_path / "hf", "--to", "hf"])
+    assert result.returncode == 0, result.stderr
+    for path in source.iterdir():
+        assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+def test_verify_names_the_corrupt_file_and_exits_2(converted, tmp_path):
+    _, whole = converted
+    result = _convert(whole, "--verify")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{whole} is whole: 8 files, ")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(whole, damaged)
+    name = "experts-00003-of-00004.safetensors"
+    content = bytearray((damaged / name).read_bytes())
+    content[-5] ^= 16
+    (damaged / name).write_bytes(content)
+    message = _refused(damaged, "--verify")
+    assert message.startswith(f"CheckpointError: {damaged}: 1 of 7 files are corrupt")
+    assert f": {name}. Copy them again" in message
+    (damaged / name).unlink()
+    assert f"{damaged / name} is missing" in _refused(damaged, "--verify")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 1])
+def test_infer_runs_it_on_any_number_of_ranks(converted, write_prompts, tmp_path, num_ranks):
+    source, target = converted
+    ids = torch.randint(3, VOCAB_SIZE, (3, 5), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = write_prompts(tmp_path / "in.jsonl", dict(zip("abc", ids, strict=True)))
+    files = ["--model", target, "--input", prompts, "--output", tmp_path / "out.jsonl"]
+    result = launch_infer([*files, "--max-new-tokens", str(_NEW_TOKENS)], num_ranks=num_ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["a", "b", "c"]
+    for prompt, line in zip(ids, lines, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=_NEW_TOKENS, do_sample=False
+        )
+        assert line["token_ids"] == expected[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def large(tiny_model, tmp_path):
+    """Returns a function that makes a model of that many bytes out of a tiny one.
+
+    Its expert weights have rows that are too long, with nothing in them: they take no disk, and a
+    conversion does not mind.
+    """
+
+    def make(num_bytes):
+        folder = tmp_path / "large"
+        shutil.copytree(tiny_model("olmoe"), folder)
+        path = folder / "model.safetensors"
+        shapes = {key: tuple(tensor.shape) for key, tensor in load_file(path).items()}
+        experts = [key for key in shapes if ".experts." in key]
+        shapes |= {key: (1, num_bytes // len(experts)) for key in experts}
+        sizes = {
+            key: shape[0] * (shape[1] if len(shape) > 1 else 1) for key, shape in shapes.items()
+        }
+        stored = {key: (StoredTensor(path, 0, sizes[key], "U8", shapes[key]),) for key in shapes}
+        header = make_header({"format": "pt"}, stored.items())
+        path.write_bytes(header)
+        os.truncate(path, len(header) + sum(sizes.values()))
+        return folder
+
+    return make
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(large, tmp_path):
+    free_bytes = shutil.disk_usage(tmp_path).free
+    message = _refused(large(free_bytes + 2**36), tmp_path / "ep", "--to", "ep")
+    assert message.startswith(f"CheckpointError: {tmp_path / 'ep'} needs ")
+    assert "too few. Free them, or name a folder on another disk." in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large"]
+
+
+def test_a_kill_costs_no_more_than_the_file_it_was_at(large, tmp_path):
+    source, target, partial = large(400_000_000), tmp_path / "ep", tmp_path / "ep.partial"
+    command = [*map(str, [*_COMMAND, source, target]), "--to", "ep", "--ep-size", "8"]
+    with subprocess.Popen(command, cwd=REPO, start_new_session=True) as process:
+        try:
+            _wait_until(lambda: len(_finished(partial)) >= 2, process)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not target.exists()
+    kept = {name: (partial / name).stat().st_ino for name in _finished(partial)}
+    assert len(kept) < 9
+    assert "has no manifest.json" in _refused(partial, "--verify")
+
+    result = _convert(source, target, "--to", "ep", "--ep-size", "8")
+    assert result.returncode == 0, result.stderr
+    assert {name: (target / name).stat().st_ino for name in kept} == kept
+    assert not partial.exists()
+    assert _convert(target, "--verify").returncode == 0
+
+
+def _finished(partial):
+    """Names of the files that the journal says are done."""
+    with contextlib.suppress(FileNotFoundError):
+        return re.findall(r'"name": "([^"]+)".*}$', (partial / _JOURNAL).read_text(), re.MULTILINE)
+    return []
+
+
+def _wait_until(condition, process, timeout_s=120.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "it was done before it could be killed"
+        assert time.monotonic() < deadline, "nothing was written"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["SRC"], "one of the arguments --to --verify is required"),
+        (["SRC", "--to", "ep"], "--verify takes SRC alone; --to takes SRC and DST"),
+        (["SRC", "DST", "--verify"], "--verify takes SRC alone; --to takes SRC and DST"),
+        (["SRC", "DST", "--to", "gguf"], "argument --to: invalid choice: 'gguf'"),
+        (["SRC", "DST", "--to", "hf", "--ep-size", "2"], "--ep-size is for --to ep only"),
+        (["SRC", "DST", "--to", "hf"], "CheckpointError: SRC has no manifest.json"),
+        (["SRC", "--verify"], "CheckpointError: SRC has no manifest.json"),
+        (["SRC", "DST", "--to", "ep"], "AdapterError: SRC: transformers cannot read config.json"),
+    ],
+)
+def test_arguments_that_make_no_sense(args, expected):
+    assert expected in _refused(*args)
