@@ -38,8 +38,8 @@ TEXT_FILE = Path(__file__).with_name("alice.txt")
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 HIDDEN_SIZE = 64
-CONTEXT_TOKENS = 512
-WINDOW_TOKENS = 256  # a training sample; rotary positions carry the model somewhat beyond it
+CONTEXT_TOKENS = 512  # what the model accepts
+WINDOW_TOKENS = 256  # a training sample; predictions hold up to about 320 tokens, not beyond
 HELD_OUT_SHARE = 0.05
 CHECKPOINT_EVERY_STEPS = 100
 

@@ -1,7 +1,7 @@
 """The bundled model: what is in its folder, that it is trained, and how it is copied out."""
 
 import json
-import re
+import string
 import subprocess
 import sys
 
@@ -59,15 +59,20 @@ def evaluation(model, held_out):
 
 def complete(model, tokenizer, prompt: str) -> str:
     inputs = tokenizer(prompt, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=80, do_sample=False)
+    tokens = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def split_words(text: str) -> list[str]:
+    words = (word.strip(string.punctuation).lower() for word in text.replace("--", " ").split())
+    return [word for word in words if word]
+
+
 def share_of_book_words(completion: str) -> float:
-    """Share of the completion that is words of the book, leaving out its last word, perhaps cut."""
-    book_words = set(re.findall(r"[a-z]+", TEXT_FILE.read_text().lower()))
-    words = re.findall(r"[a-z]+", completion.lower())[:-1]
-    return sum(len(word) for word in words if word in book_words) / len(completion)
+    """Share of the completion's words that are in the book; few words are not counted as a text."""
+    words = split_words(completion)[:-1]  # the last one may be cut
+    book_words = set(split_words(TEXT_FILE.read_text()))
+    return sum(word in book_words for word in words) / max(len(words), 5)
 
 
 class TestFolder:
@@ -120,14 +125,14 @@ class TestTokenizer:
 class TestTrained:
     @pytest.mark.parametrize("prompt", ["The Mock Turtle", "'I beg your pardon,' said Alice"])
     def test_completions_are_words_of_the_book(self, model, random_model, tokenizer, prompt):
-        assert share_of_book_words(complete(model, tokenizer, prompt)) > 0.6
+        assert share_of_book_words(complete(model, tokenizer, prompt)) > 0.8
         assert share_of_book_words(complete(random_model, tokenizer, prompt)) < 0.2
 
     def test_predicts_text_it_has_not_seen(self, evaluation, random_model, held_out):
         frequencies = held_out.bincount() / len(held_out)
         unigram_bits = torch.special.entr(frequencies).sum().item() / torch.log(torch.tensor(2.0))
         assert evaluation.bits_per_byte < 2.4 < unigram_bits
-        assert evaluate(random_model, held_out).bits_per_byte > 7.5
+        assert evaluate(random_model, held_out[:1025]).bits_per_byte > 7.5
 
     def test_routing_is_spread_over_the_experts(self, evaluation):
         assert evaluation.tokens_per_expert.shape == (16, 64)
@@ -141,7 +146,7 @@ class TestTrained:
 
 
 class TestTrain:
-    RECIPE = Recipe(steps=4, batch=1)
+    RECIPE = Recipe(steps=2, batch=1)
 
     def test_targets_are_the_next_tokens_and_some_inputs_are_noise(self):
         tokens = torch.arange(10_000)
@@ -154,7 +159,7 @@ class TestTrain:
 
     def test_a_run_that_was_cut_ends_with_the_same_weights(self, tokenizer, tmp_path, monkeypatch):
         tokens, held_out = split_held_out(read_book(tokenizer)[:6000])
-        monkeypatch.setattr(train_module, "CHECKPOINT_EVERY_STEPS", 2)
+        monkeypatch.setattr(train_module, "CHECKPOINT_EVERY_STEPS", 1)
         whole = train(self.RECIPE, tokens, held_out, tmp_path / "whole.pt")
 
         def write_then_cut(state, checkpoint):
@@ -168,8 +173,8 @@ class TestTrain:
         for expected, parameter in zip(whole.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(parameter, expected)
 
-        with pytest.raises(CheckpointError, match="was written with .*'steps': 4"):
-            train(Recipe(steps=5, batch=1), tokens, held_out, tmp_path / "cut.pt")
+        with pytest.raises(CheckpointError, match="was written with .*'steps': 2"):
+            train(Recipe(steps=3, batch=1), tokens, held_out, tmp_path / "cut.pt")
 
 
 class TestWriteDemoModel:
