@@ -175,7 +175,8 @@ def _experts_of(
             f"{source} is an expert-sharded checkpoint already, and it loads at any ep_size. For "
             f"other files first go back: ds-moe-ep convert {source} DST --to hf."
         )
-    model = build_on_meta(config, torch.float32)
+    with torch.device("meta"):  # buffers too, which are only needed to run the model
+        model = build_on_meta(config, torch.float32)
     layers = shard_experts(model, ep_size or 1, ep_rank=0)
     if ep_size is None:
         num_experts = math.gcd(*(layer.num_experts for layer in layers))

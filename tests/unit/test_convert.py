@@ -142,6 +142,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert peak_bytes < 30_000_000
 
 
+def test_a_model_larger_than_any_memory_is_not_built(source, target):
+    config = json.loads((source / "config.json").read_text())
+    config |= {"intermediate_size": 10**10}  # 20 TB a layer
+    (source / "config.json").write_text(json.dumps(config))
+    to_expert_sharded(source, target, 2)
+    verify(target)
+
+
 def test_progress_counts_every_byte_once(source, target):
     seen = []
 
