@@ -226,11 +226,15 @@ def _records(journal: IO[str]) -> Iterator[dict[str, Any]]:
 
 def _fingerprint(files: Sequence[PlannedFile]) -> str:
     """Returns what changes when a source file or any byte that is to be written does."""
-    sources = {part.path for file in files for part in file.ranges}
-    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(sources)]
-    digest = hashlib.sha256(repr(states).encode())
+    digest = hashlib.sha256()
+    states = {}
     for file in files:
-        digest.update(repr(file).encode())
+        digest.update(repr((file.name, file.head)).encode())
+        for part in file.ranges:
+            if part.path not in states:
+                state = part.path.stat()
+                states[part.path] = (part.path.resolve(), state.st_size, state.st_mtime_ns)
+            digest.update(repr((states[part.path], part.start, part.num_bytes)).encode())
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import tracemalloc
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +20,8 @@ from ds_moe_ep.checkpoint.layout import PlannedFile, copied_file
 from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, read_manifest
 from ds_moe_ep.errors import AdapterError, CheckpointError, DsMoeEpError, PlanError
 from ds_moe_ep.plan import ParallelPlan
-from tests.helpers.families import NUM_EXPERTS, save_tiny
+from tests.helpers.families import FAMILIES, NUM_EXPERTS, save_tiny
 
-# One tensor per expert, under two naming schemes; fused, with and without biases; tied embeddings;
-# correction biases.
-_FAMILIES = ["olmoe", "mixtral", "granitemoe", "gpt_oss", "qwen3_moe", "deepseek_v3"]
 _EP_SIZE = 4
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -58,22 +56,35 @@ def _same_files(one, other):
     assert not differ + errors
 
 
-@pytest.mark.parametrize("family", _FAMILIES)
-def test_there_and_back_and_loaded_at_other_sizes(family, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_there_and_back_and_loaded(family, tmp_path):
     save_tiny(family, tmp_path / "source")
-    to_expert_sharded(tmp_path / "source", tmp_path / "ep", _EP_SIZE, max_dense_bytes=50_000)
-    verify(tmp_path / "ep")
+    to_expert_sharded(tmp_path / "source", tmp_path / "ep", 2)
     to_hugging_face(tmp_path / "ep", tmp_path / "hf")
     _same_files(tmp_path / "source", tmp_path / "hf")
+    _load_the_same(tmp_path / "source", tmp_path / "ep", ep_size=4, ep_rank=1)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "granitemoe", "gpt_oss"])
+def test_it_loads_at_every_size(family, tmp_path):
+    save_tiny(family, tmp_path / "source")
+    to_expert_sharded(tmp_path / "source", tmp_path / "ep", _EP_SIZE, max_dense_bytes=20_000)
+    assert len(list((tmp_path / "ep").glob("dense-*"))) > 1
+    verify(tmp_path / "ep")
     for ep_size, ep_rank in ((1, 0), (2, 1), (4, 2), (8, 5)):
-        wanted, loaded = (
-            load_expert_parallel_model(tmp_path / name, ParallelPlan(ep_size), ep_rank=ep_rank)[0]
-            for name in ("source", "ep")
-        )
-        assert loaded.generation_config.to_dict() == wanted.generation_config.to_dict()
-        wanted, loaded = wanted.state_dict(), loaded.state_dict()
-        assert wanted.keys() == loaded.keys()
-        assert all(torch.equal(wanted[name], loaded[name]) for name in wanted)
+        _load_the_same(tmp_path / "source", tmp_path / "ep", ep_size=ep_size, ep_rank=ep_rank)
+
+
+def _load_the_same(*folders, ep_size, ep_rank):
+    models = [
+        load_expert_parallel_model(folder, ParallelPlan(ep_size), ep_rank=ep_rank)[0]
+        for folder in folders
+    ]
+    wanted, loaded = (model.state_dict() for model in models)
+    assert wanted.keys() == loaded.keys()
+    assert all(torch.equal(wanted[name], loaded[name]) for name in wanted)
+    wanted, loaded = (model.generation_config.to_dict() for model in models)
+    assert wanted == loaded
 
 
 def test_a_source_of_several_files_comes_back_with_its_index(source, target, tmp_path):
@@ -322,6 +333,14 @@ def test_a_killed_conversion_goes_on(source, target, killed, tmp_path):
     to_expert_sharded(source, tmp_path / "at-once", _EP_SIZE)
     _same_files(target, tmp_path / "at-once")
     assert not killed.exists()
+
+
+def test_it_goes_on_however_the_folders_are_spelt(source, target, killed, monkeypatch):
+    kept = (killed / _EXPERTS[0]).stat().st_ino
+    monkeypatch.chdir(source)
+    to_expert_sharded(Path("."), Path("../target"), _EP_SIZE)
+    assert (target / _EXPERTS[0]).stat().st_ino == kept
+    assert read_manifest(target).source.name == "source"
 
 
 @pytest.mark.parametrize("damage", ["corrupt", "remove"])
