@@ -82,7 +82,7 @@ def ep_size_that_does_not_divide_the_experts(job):
 
 def ep_size_that_does_not_divide_the_ranks(job):
     job.num_ranks, job.args = 3, ["--ep-size", "2"]
-    return "PlanError", "ep_size=2", "3"
+    return "PlanError", "EP2", "but 3 are there", "Plans that fit 3 GPUs"
 
 
 def ep_size_that_contradicts_the_config(job):
