@@ -15,6 +15,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("ds_moe_ep", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("ds_moe_ep")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds what tests/parity/test_families.py asks for."""
+    parser.addoption(
+        "--write-models-doc",
+        action="store_true",
+        help="write docs/models.md from what tests/parity sees, instead of comparing with it",
+    )
+
+
 _GPU_TESTS = Path(__file__).parent / "gpu"
 
 
