@@ -17,7 +17,7 @@ from ds_moe_ep.errors import AdapterError, DistributedError
 from ds_moe_ep.model_families import UNSUPPORTED
 from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.plan import ParallelPlan
-from tests.helpers.families import FAMILIES, NUM_EXPERTS, build_tiny
+from tests.helpers.families import CORE_FAMILIES, FAMILIES, NUM_EXPERTS, build_tiny
 
 
 def _experts(model, layer):
@@ -40,7 +40,7 @@ def test_a_loaded_model_keeps_the_experts_of_its_rank():
                 assert param.untyped_storage().nbytes() == wanted.nbytes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE_FAMILIES)
 def test_every_family_is_swapped_on_the_meta_device(family):
     model = build_on_meta(FAMILIES[family](), torch.float32)
     report = adapt(model, ParallelPlan(4), ep_rank=3)
