@@ -209,8 +209,10 @@ class PlanReport:
             ),
             ("total", fullest.dense_bytes + fullest.expert_bytes, ""),
         )
+        # One unit for all three, so that they can be compared; MiB for models of toy size.
+        unit, unit_bytes = ("GiB", 2**30) if lines[-1][1] >= 2**28 else ("MiB", 2**20)
         return [
-            f"{name:<7} {num_bytes / 2**30:9.2f} GiB  {text}".rstrip()
+            f"{name:<7} {num_bytes / unit_bytes:9.2f} {unit}  {text}".rstrip()
             for name, num_bytes, text in lines
         ]
 

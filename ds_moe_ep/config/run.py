@@ -39,8 +39,8 @@ class MoeSettings(Strict):
     """DeepSpeed's `moe` section; `num_experts` is a list with the experts of one layer."""
 
     enabled: Literal[True] = True
-    ep_size: PositiveInt | None = None
-    moe_experts: list[PositiveInt] | None = Field(default=None, alias="num_experts")
+    ep_size: PositiveInt = 1
+    moe_experts: list[PositiveInt] = Field(default=[], alias="num_experts")
     type: Literal["standard"] = "standard"
 
 
@@ -52,9 +52,12 @@ class TensorParallelSettings(Strict):
 
 
 class InferenceSettings(Strict):
-    """What is supported of `DeepSpeedInferenceConfig`, by DeepSpeed's names and aliases."""
+    """What is supported of `DeepSpeedInferenceConfig`, by DeepSpeed's names and aliases.
 
-    dtype: Annotated[str, AfterValidator(_dtype)] | None = None
+    The defaults are DeepSpeed's; what a file leaves out is left out of `RunConfig.inference` too.
+    """
+
+    dtype: Annotated[str, AfterValidator(_dtype)] = "float16"
     tensor_parallel: TensorParallelSettings = Field(default=TensorParallelSettings(), alias="tp")
     moe: MoeSettings = MoeSettings()
     replace_with_kernel_inject: Literal[False] = Field(default=False, alias="kernel_inject")
@@ -113,7 +116,7 @@ def _load_json(path: Path) -> RunConfig:
             f"inference does not support it. Remove it."
         )
     settings = parse(InferenceSettings, content, path)
-    counts = set(settings.moe.moe_experts or ())
+    counts = set(settings.moe.moe_experts)
     if len(counts) > 1:
         raise ConfigError(
             f"{path}: moe.num_experts={settings.moe.moe_experts}: every MoE layer must have the "

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,25 +32,27 @@ __all__ = [
     "FAMILIES",
     "NOT_BUILT",
     "NUM_EXPERTS",
+    "UNKNOWN_FAMILIES",
     "VOCAB_SIZE",
     "auto_class",
     "build_tiny",
     "save_tiny",
 ]
 
-_LANGUAGE_MODELS = {**CORE, **ATTENTION, **HYBRID}
+_SETTINGS = {
+    **{name: {**COMMON, **settings} for name, settings in (CORE | ATTENTION | HYBRID).items()},
+    **MULTIMODAL,
+}
 
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
-    **{
-        name: partial(AutoConfig.for_model, name, **{**COMMON, **settings})
-        for name, settings in _LANGUAGE_MODELS.items()
-    },
-    **{
-        name: partial(AutoConfig.for_model, name, **settings)
-        for name, settings in MULTIMODAL.items()
-    },
+    name: partial(AutoConfig.for_model, name, **settings)
+    for name, settings in _SETTINGS.items()
+    if name in CONFIG_MAPPING
 }
-"""A tiny config for each family, by model_type."""
+"""A tiny config for each family that the installed transformers has, by model_type."""
+
+UNKNOWN_FAMILIES: tuple[str, ...] = tuple(sorted(_SETTINGS.keys() - FAMILIES.keys()))
+"""Families that an older transformers does not have."""
 
 NOT_BUILT: dict[str, str] = {
     "inkling_mm_model": (
