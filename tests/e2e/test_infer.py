@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -11,9 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.helpers import launch_infer, run_command
+from tests.helpers.families import VOCAB_SIZE
 from tests.helpers.launch import REPO
 
 pytestmark = pytest.mark.slow
@@ -91,6 +96,28 @@ def test_accelerate_starts_it_with_the_generated_file(job, configured, tiny_mode
     }
 
 
+def test_plain_python_runs_one_rank_on_plain_text(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model("olmoe"), tmp_path / "model")
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(model)
+    prompts = tmp_path / "in.txt"
+    prompts.write_text("w5 w9 w33\n\nw17\n")
+    job = Job(model, prompts, tmp_path / "out.jsonl")
+    result = run_command([sys.executable, _SCRIPT, *job.args], env=_CPU, timeout_s=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 on 1 ranks, 4 prompt tokens" in result.stdout
+    for record, id, ids in zip(job.results(), ("0", "1"), ([5, 9, 33], [17]), strict=True):
+        expected = _greedy(model, ids)
+        assert record == {
+            "id": id,
+            "prompt": " ".join(f"w{i}" for i in ids),
+            "token_ids": expected,
+            "completion": " ".join(f"w{i}" for i in expected),
+            "finish_reason": "length",
+        }
+
+
 def test_one_prompt_on_eight_ranks(tiny_model, write_prompts, tmp_path):
     prompts = write_prompts(tmp_path / "in.jsonl", {"only": [5, 9, 33]})
     job, metrics = Job(tiny_model("olmoe"), prompts, tmp_path / "out.jsonl"), tmp_path / "metrics"
@@ -124,7 +151,8 @@ def test_sampling_depends_on_the_seed_and_on_nothing_else(job):
     expected = alone(seed=7, batch_size=1)
     assert alone(seed=7, batch_size=3) == expected
     assert alone(seed=8, batch_size=1) != expected
-    result = job.launch(4, *sample, "--seed", "7", "--batch-size", "2")
+    # Four ranks with two copies of the experts.
+    result = job.launch(4, *sample, "--seed", "7", "--batch-size", "2", "--ep-size", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert job.token_ids() == expected
 
