@@ -13,6 +13,7 @@ from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.model_spec import ModelSpec
 
 __all__ = [
+    "HOW_TO_UPCYCLE",
     "Coordinates",
     "ParallelPlan",
     "check_plan",
@@ -20,6 +21,12 @@ __all__ = [
     "nearest_plans",
     "valid_ep_sizes",
 ]
+
+HOW_TO_UPCYCLE = (
+    "To get some, upcycle the model: copy each FFN into every expert of an MoE layer and add a "
+    "router (sparse upcycling, arXiv 2212.05055); this version has no command for it yet"
+)
+"""What to do about a dense model; the end of a message, without its full stop."""
 
 _SIZES_SPLIT_BY_TP = (
     "num_attention_heads",
@@ -258,8 +265,7 @@ def _ep_misfits(plan: ParallelPlan, spec: ModelSpec, ep_note: str = "") -> Itera
         if plan.ep_size > 1:
             yield (
                 f"ep_size={plan.ep_size}{ep_note} but {spec.name} ({spec.model_type}) has no MoE "
-                "layer, so there are no experts to spread. Make some first: ds-moe-ep convert SRC "
-                f"DST --to hf --upcycle-experts {plan.ep_size} --top-k 2"
+                f"layer, so there are no experts to spread. {HOW_TO_UPCYCLE}"
             )
     elif spec.num_experts % plan.ep_size:
         yield (

@@ -17,7 +17,7 @@ from ds_moe_ep.errors import AdapterError
 from ds_moe_ep.model_families import UNSUPPORTED
 from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.moe.layer import ExpertParallelMoE
-from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
+from ds_moe_ep.plan import HOW_TO_UPCYCLE, ParallelPlan, valid_ep_sizes
 
 __all__ = [
     "AdaptReport",
@@ -121,9 +121,7 @@ def shard_experts(model: nn.Module, ep_size: int, ep_rank: int) -> list[SwappedL
     if not found:
         raise AdapterError(
             f"{type(model).__name__} has no layer that follows transformers' experts contract, "
-            "so there is nothing to spread "
-            "over ranks. A dense model can be made MoE first: ds-moe-ep convert SRC DST --to ep "
-            "--upcycle-experts 64 --top-k 8."
+            f"so there is nothing to spread over ranks. {HOW_TO_UPCYCLE}."
         )
     return [_shard_module(name, module, ep_size, ep_rank) for name, module in found]
 

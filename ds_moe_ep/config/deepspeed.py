@@ -7,7 +7,7 @@ from typing import Any
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model_spec import ModelSpec
-from ds_moe_ep.plan import ParallelPlan
+from ds_moe_ep.plan import HOW_TO_UPCYCLE, ParallelPlan
 
 __all__ = [
     "AUTOEP_PRESETS",
@@ -63,7 +63,7 @@ def require_pure_ep(plan: ParallelPlan, spec: ModelSpec) -> None:
     if not spec.is_moe:
         raise ConfigError(
             f"{spec.name} has no MoE layer, so ep_size={plan.ep_size} has no experts to spread. "
-            f"Make some first: ds-moe-ep convert SRC DST --to hf --upcycle-experts {plan.ep_size}."
+            f"{HOW_TO_UPCYCLE}."
         )
     if plan.tp_size != 1 or plan.pp_size != 1:
         raise ConfigError(

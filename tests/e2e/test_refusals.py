@@ -130,7 +130,7 @@ def a_model_without_experts(job):
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(job.model)
-    return "has no MoE layer", "ds-moe-ep convert SRC DST --to", "--upcycle-experts"
+    return "has no MoE layer", "upcycle the model: copy each FFN into every expert"
 
 
 def quantized_weights(job):

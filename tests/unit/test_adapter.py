@@ -133,7 +133,7 @@ def test_a_dense_model():
     with pytest.raises(AdapterError) as refused:
         adapt(AutoModelForCausalLM.from_config(config), ParallelPlan(2), ep_rank=0)
     assert "LlamaForCausalLM has no layer that follows" in str(refused.value)
-    assert "ds-moe-ep convert SRC DST --to ep --upcycle-experts 64 --top-k 8" in str(refused.value)
+    assert "upcycle the model: copy each FFN into every expert" in str(refused.value)
 
 
 @pytest.mark.parametrize("model_type", UNSUPPORTED)

@@ -195,5 +195,5 @@ def test_a_model_without_experts(tmp_path):
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match="LlamaForCausalLM has no layer .* --upcycle-experts"):
+    with pytest.raises(AdapterError, match="LlamaForCausalLM has no layer .* upcycle the model"):
         _load(tmp_path)

@@ -273,7 +273,7 @@ def test_refuses_tensor_ranks_that_key_value_heads_do_not_divide():
 def test_refuses_experts_for_a_dense_model_and_says_how_to_get_some():
     message = _refusal(cluster(8, 8), dense_spec())
     assert "small-llama (llama) has no MoE layer, so there are no experts to spread" in message
-    assert "ds-moe-ep convert SRC DST --to hf --upcycle-experts 64 --top-k 2" in message
+    assert "upcycle the model: copy each FFN into every expert" in message
     assert "Plans that fit 64 GPUs: EP1 TP1 PP1 DP64;" in message
 
 
