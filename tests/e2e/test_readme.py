@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tests.helpers.families import VOCAB_SIZE, save_tiny
-from tests.helpers.launch import REPO, run_command
+from tests.helpers.launch import REPO, free_port, run_command
 
 NEW_TOKENS = 5
 # What a reader would add: rank 0 has two prompts, rank 1 one that is longer.
@@ -36,7 +36,7 @@ def test_python_example(tmp_path: Path) -> None:
 
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
     done = run_command(
-        [*launcher, "--num_gpus=2", "--master_port=29731", script],
+        [*launcher, "--num_gpus=2", f"--master_port={free_port()}", script],
         env={"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         timeout_s=180,
     )

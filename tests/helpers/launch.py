@@ -5,6 +5,7 @@ It owns the processes of the commands it starts. Functions run on ranks are in r
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["REPO", "launch_infer", "run_command"]
+__all__ = ["REPO", "free_port", "launch_infer", "run_command"]
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -50,7 +51,7 @@ def launch_infer(
         job_env["TORCH_EXTENSIONS_DIR"] = str(extensions_dir)
     # The module is what the `deepspeed` command calls; it is found where that is not on the PATH.
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    options = [f"--num_gpus={num_ranks}", f"--master_port={_free_port()}"]
+    options = [f"--num_gpus={num_ranks}", f"--master_port={free_port()}"]
     script = REPO / "launch" / "infer.py"
     return run_command([*launcher, *options, script, *args], env=job_env, timeout_s=timeout_s)
 
@@ -125,7 +126,13 @@ def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> Non
         os.killpg(process.pid, number)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_port() -> int:
+    """Returns a port that is free, and not one that the system hands out to others meanwhile.
+
+    Seconds pass until a job listens on it, and other jobs open connections all the time.
+    """
+    for port in random.sample(range(10_000, 20_000), k=100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("none of 100 ports is free")
