@@ -17,9 +17,8 @@ from ds_moe_ep.engine.options import JobOptions, parse_options
 def main() -> int:
     """Runs this rank; returns its exit code."""
     options = _parse()
-    from ds_moe_ep.engine.job import (
-        run_job,
-    )  # torch, transformers, deepspeed: after the arguments are known to be good
+    # torch, transformers, deepspeed: seconds, so after the arguments are known to be good.
+    from ds_moe_ep.engine.job import run_job
 
     try:
         return run_job(options)
@@ -28,9 +27,7 @@ def main() -> int:
     except Exception:
         rank = f"[rank {os.environ.get('RANK', '0')} {os.uname().nodename}]"
         print(f"{rank} {traceback.format_exc()}", file=sys.stderr, flush=True)
-        os._exit(
-            1
-        )  # without the orderly shutdown, which could wait for ranks that wait for this one
+        return 1
 
 
 def _parse() -> JobOptions:
@@ -48,4 +45,9 @@ def _parse() -> JobOptions:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: the interpreter's orderly shutdown can wait for ranks that wait for this one,
+    # and races with the threads of torch's backends (seen: an abort after a finished job).
+    os._exit(code)
