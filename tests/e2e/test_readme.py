@@ -18,7 +18,8 @@ ids = torch.load({{ids!r}})[job.info.rank]
 tokens = engine.generate(ids, max_new_tokens={NEW_TOKENS}, do_sample=False, synced_gpus=True)
 open({{out!r}} + str(job.info.rank), "w").write(json.dumps(tokens.tolist()))
 if job.info.rank == 0:
-    print(report)
+    print(report, flush=True)
+import os; os._exit(0)  # the interpreter's shutdown races with gloo's threads
 """
 
 
