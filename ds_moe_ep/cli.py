@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_moe_ep import __version__
+from ds_moe_ep.cli_convert import add_convert_command
 from ds_moe_ep.errors import DsMoeEpError, PlanError
 from ds_moe_ep.hostfile import Cluster, filter_cluster, local_cluster, read_hostfile
 
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--dtype", help="type of the weights at run time (default: the model's)")
     config.set_defaults(run=_config)
 
-    _add_convert(commands)
+    add_convert_command(commands)
 
     demo = commands.add_parser(
         "demo-model", help="write the bundled small model", allow_abbrev=False
@@ -78,34 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     demo.set_defaults(run=_demo_model)
     return parser
-
-
-def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    convert = commands.add_parser(
-        "convert",
-        help="convert a model directory to an expert-sharded checkpoint, or back; check one",
-        description="Convert a Hugging Face model directory to an expert-sharded checkpoint "
-        "(--to ep), or such a checkpoint back (--to hf). Tensors stay bit by bit the same. A "
-        "conversion that was interrupted goes on when it is started again.",
-        allow_abbrev=False,
-    )
-    convert.add_argument("source", type=Path, metavar="SRC", help="folder to read")
-    convert.add_argument(
-        "target", type=Path, nargs="?", metavar="DST", help="folder to write; a new one"
-    )
-    what = convert.add_mutually_exclusive_group(required=True)
-    what.add_argument("--to", choices=("ep", "hf"), help="what to write")
-    what.add_argument(
-        "--verify", action="store_true", help="compare every byte of SRC with its manifest"
-    )
-    convert.add_argument(
-        "--ep-size",
-        type=int,
-        metavar="N",
-        help="number of expert files (default: the largest up to 64 that divides the experts); "
-        "the checkpoint loads on any other number of ranks too",
-    )
-    convert.set_defaults(run=_convert, refuse=convert.error)
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,32 +173,6 @@ def _config(args: argparse.Namespace) -> int:
         print(f"wrote {report.out / name}")
     for name, reason in report.not_written.items():
         print(f"no {name}: {reason}")
-    return 0
-
-
-def _convert(args: argparse.Namespace) -> int:
-    if args.verify != (args.target is None):
-        args.refuse("--verify takes SRC alone; --to takes SRC and DST")
-    if args.ep_size is not None and args.to != "ep":
-        args.refuse("--ep-size is for --to ep only")
-    # Nothing is computed here, so DeepSpeed need not look for GPUs nor tell that there is none.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face, verify
-    from ds_moe_ep.engine.console import byte_progress_bar as show_progress
-
-    if args.verify:
-        checked = verify(args.source, show_progress=show_progress)
-        print(f"{checked.folder} is whole: {checked.num_files} files, {checked.num_bytes:,} bytes")
-        return 0
-    if args.to == "hf":
-        done = to_hugging_face(args.source, args.target, show_progress=show_progress)
-    else:
-        done = to_expert_sharded(
-            args.source, args.target, args.ep_size, show_progress=show_progress
-        )
-    print(f"wrote {done.folder}: {done.num_files} files, {done.num_bytes:,} bytes, read again")
-    if done.not_copied:
-        print(f"not copied: {', '.join(done.not_copied)}")
     return 0
 
 

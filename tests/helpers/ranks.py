@@ -102,9 +102,11 @@ def _wait(ranks: list[BaseProcess], deadline_s: float) -> list[BaseProcess]:
         if left_s <= 0:
             break
         wait([process.sentinel for process in running], timeout=left_s)
-        if any(process.exitcode for process in running):
+        # Asked once: a rank may end between two looks, and its failure must not fall between them.
+        exit_codes = {process: process.exitcode for process in running}
+        if any(exit_codes.values()):
             deadline_s = min(deadline_s, time.monotonic() + _GRACE_S)
-        running = [process for process in running if process.exitcode is None]
+        running = [process for process, code in exit_codes.items() if code is None]
     return running
 
 

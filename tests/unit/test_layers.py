@@ -31,6 +31,7 @@ _LAYER_OF_FOLDER = {
     "bench": 5,
     "demo": 5,
     "cli": 6,
+    "cli_convert": 6,
     "plan_report": 6,
     "__main__": 6,
 }

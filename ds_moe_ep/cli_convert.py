@@ -1,0 +1,67 @@
+"""`ds-moe-ep convert`: reads its command line and calls what does the work.
+
+The arguments are declared without importing torch; the conversion imports it when it runs.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+__all__ = ["add_convert_command"]
+
+
+def add_convert_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    """Adds `convert` to the subcommands of a parser."""
+    convert = commands.add_parser(
+        "convert",
+        help="convert a model directory to an expert-sharded checkpoint, or back; check one",
+        description="Convert a Hugging Face model directory to an expert-sharded checkpoint "
+        "(--to ep), or such a checkpoint back (--to hf). Tensors stay bit by bit the same. A "
+        "conversion that was interrupted goes on when it is started again.",
+        allow_abbrev=False,
+    )
+    convert.add_argument("source", type=Path, metavar="SRC", help="folder to read")
+    convert.add_argument(
+        "target", type=Path, nargs="?", metavar="DST", help="folder to write; a new one"
+    )
+    what = convert.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", choices=("ep", "hf"), help="what to write")
+    what.add_argument(
+        "--verify", action="store_true", help="compare every byte of SRC with its manifest"
+    )
+    convert.add_argument(
+        "--ep-size",
+        type=int,
+        metavar="N",
+        help="number of expert files (default: the largest up to 64 that divides the experts); "
+        "the checkpoint loads on any other number of ranks too",
+    )
+    convert.set_defaults(run=_convert, refuse=convert.error)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    if args.verify != (args.target is None):
+        args.refuse("--verify takes SRC alone; --to takes SRC and DST")
+    if args.ep_size is not None and args.to != "ep":
+        args.refuse("--ep-size is for --to ep only")
+    # Nothing is computed here, so DeepSpeed need not look for GPUs nor tell that there is none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face, verify
+    from ds_moe_ep.engine.console import byte_progress_bar as show_progress
+
+    if args.verify:
+        checked = verify(args.source, show_progress=show_progress)
+        print(f"{checked.folder} is whole: {checked.num_files} files, {checked.num_bytes:,} bytes")
+        return 0
+    if args.to == "hf":
+        done = to_hugging_face(args.source, args.target, show_progress=show_progress)
+    else:
+        done = to_expert_sharded(
+            args.source, args.target, args.ep_size, show_progress=show_progress
+        )
+    print(f"wrote {done.folder}: {done.num_files} files, {done.num_bytes:,} bytes, read again")
+    if done.not_copied:
+        print(f"not copied: {', '.join(done.not_copied)}")
+    return 0
