@@ -258,5 +258,5 @@ def _index_without_map(path: Path) -> dict[str, object] | None:
 
 
 def _told(folder: Path, not_copied: tuple[str, ...] = ()) -> Conversion:
-    sizes = [path.stat().st_size for path in folder.iterdir()]
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return Conversion(folder, len(sizes), sum(sizes), not_copied)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from ds_moe_ep.checkpoint.header import ByteRange, StoredTensor, make_header
 from ds_moe_ep.checkpoint.manifest import INDEX_JSON, Manifest
@@ -35,21 +35,23 @@ Tensors = Mapping[str, tuple[StoredTensor, ...]]
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to write: some bytes, then ranges of other files.
+    """A file to write: some bytes, then ranges of other files; or what a function makes of them.
 
     Attributes:
-        name: Its name.
+        name: Its path in the folder, with slashes.
         head: What it begins with.
         ranges: What is copied after that.
+        make: Writes the file, in order, from the bytes of `ranges`; None if these are copied.
     """
 
     name: str
     head: bytes
     ranges: tuple[ByteRange, ...] = ()
+    make: Callable[[IO[bytes]], None] | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Its size, or about that if a function makes it."""
         return len(self.head) + sum(part.num_bytes for part in self.ranges)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from ds_moe_ep.checkpoint.layout import PlannedFile
 from ds_moe_ep.checkpoint.manifest import FileEntry
@@ -159,27 +160,26 @@ class _Staging:
             if _sha256(path, lambda num_bytes: None, self._stop) == entry.sha256:
                 progress(file.num_bytes)
                 return entry
-        part = path.with_name(f"{file.name}.part")
-        digest = hashlib.sha256()
+        part = path.with_name(f"{path.name}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as out:
-            for chunk in _chunks(file):
-                _check(self._stop)
-                out.write(chunk)
-                digest.update(chunk)
-                progress(len(chunk) / 2)  # the other half when it is read again
+            # One half of the progress when it is written, the other when it is read again.
+            sink = _Sink(out, lambda num_bytes: progress(num_bytes / 2), self._stop)
+            write = file.make or functools.partial(_copy, file)
+            write(cast(IO[bytes], sink))
             out.flush()
             os.fsync(out.fileno())
             # From the disk, not from memory, is it to be read again.
             os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if _sha256(part, lambda num_bytes: progress(num_bytes / 2), self._stop) != (
-            sha256 := digest.hexdigest()
-        ):
+            num_bytes = out.tell()
+        sha256 = sink.sha256
+        if _sha256(part, lambda num_bytes: progress(num_bytes / 2), self._stop) != sha256:
             raise CheckpointError(
                 f"{part}: what was read again is not what was written. Check the disk, then run "
                 "the same command again."
             )
         part.replace(path)
-        return FileEntry(num_bytes=file.num_bytes, sha256=sha256)
+        return FileEntry(num_bytes=num_bytes, sha256=sha256)
 
     def _lock(self) -> None:
         try:
@@ -207,7 +207,7 @@ class _Staging:
         self._journal.flush()
 
     def _remove_unfinished(self) -> None:
-        for path in self._folder.glob("*.part"):
+        for path in self._folder.rglob("*.part"):
             path.unlink()
 
     def _taken(self, what: str) -> CheckpointError:
@@ -215,6 +215,37 @@ class _Staging:
             f"{self._folder} holds {what}: nothing was written. Remove it, or name another folder "
             f"than {self._target}."
         )
+
+
+class _Sink:
+    """What a file is written to: it hashes what passes and tells of it.
+
+    Args:
+        out: The file.
+        progress: Is told of the bytes.
+        stop: Set when another thread has failed.
+    """
+
+    def __init__(self, out: IO[bytes], progress: Progress, stop: threading.Event) -> None:
+        self._out, self._progress, self._stop = out, progress, stop
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what was written, in hexadecimal."""
+        return self._digest.hexdigest()
+
+    def write(self, chunk: bytes | memoryview) -> int:
+        """Writes some bytes."""
+        _check(self._stop)
+        self._out.write(chunk)
+        self._digest.update(chunk)
+        self._progress(len(chunk))
+        return len(chunk)
+
+    def flush(self) -> None:
+        """Writes what is still in memory."""
+        self._out.flush()
 
 
 def _records(journal: IO[str]) -> Iterator[dict[str, Any]]:
@@ -225,7 +256,7 @@ def _records(journal: IO[str]) -> Iterator[dict[str, Any]]:
 
 
 def _fingerprint(files: Sequence[PlannedFile]) -> str:
-    """Returns what changes when a source file or any byte that is to be written does."""
+    """Returns what changes when a source file or any byte that is to be copied does."""
     digest = hashlib.sha256()
     states = {}
     for file in files:
@@ -248,9 +279,8 @@ def _check_space(target: Path, needed_bytes: int) -> None:
         )
 
 
-def _chunks(file: PlannedFile) -> Iterator[bytes]:
-    if file.head:
-        yield file.head
+def _copy(file: PlannedFile, out: IO[bytes]) -> None:
+    out.write(file.head)
     with contextlib.ExitStack() as stack:
         opened: tuple[Path, IO[bytes]] | None = None
         for part in file.ranges:
@@ -265,7 +295,7 @@ def _chunks(file: PlannedFile) -> Iterator[bytes]:
                 if not chunk:
                     raise CheckpointError(f"{part.path} became shorter while it was read.")
                 left -= len(chunk)
-                yield chunk
+                out.write(chunk)
 
 
 def _sha256(path: Path, progress: Progress, stop: threading.Event) -> str:

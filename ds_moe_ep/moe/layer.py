@@ -16,6 +16,7 @@ from ds_moe_ep.dist.collectives import CommStats, Communicator
 from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.moe.dispatch import Dispatcher, make_dispatcher
 from ds_moe_ep.moe.experts import expert_parameters
+from ds_moe_ep.moe.state_dict import name_experts_as_deepspeed_does
 
 __all__ = ["DispatchedExperts", "ExpertParallelMoE"]
 
@@ -31,6 +32,7 @@ class DispatchedExperts(nn.Module):
     def __init__(self, experts: nn.Module, dispatcher: str) -> None:
         super().__init__()
         self.experts = experts
+        name_experts_as_deepspeed_does(experts)
         self.dispatcher_name = dispatcher
         self.ep_group: dist.ProcessGroup | None = None
         self.stats = CommStats()
