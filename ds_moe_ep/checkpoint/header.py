@@ -13,8 +13,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
-__all__ = ["ByteRange", "StoredTensor", "joined_shape", "make_header", "read_header"]
+__all__ = ["ByteRange", "Piece", "StoredTensor", "joined_shape", "make_header", "read_header"]
 
 _LENGTH_BYTES = 8
 
@@ -34,6 +35,30 @@ class ByteRange:
     num_bytes: int
 
 
+class Piece(Protocol):
+    """A tensor that can be written, or some rows of its dimension 0: in a file, or yet to be made.
+
+    `path` and `start` say where its bytes come from, so that files are read in order.
+    """
+
+    path: Path
+    start: int
+    num_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element; 0 for types of less than a byte."""
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What its bytes are, in order: `ByteRange`, or `ProducedBytes` of layout.py."""
+
+    def cut(self, rows: range) -> Piece:
+        """Returns some rows of dimension 0."""
+
+
 @dataclass(frozen=True)
 class StoredTensor(ByteRange):
     """A tensor in a file, or some rows of its dimension 0.
@@ -51,6 +76,11 @@ class StoredTensor(ByteRange):
         """Bytes of one element; 0 for types of less than a byte."""
         return self.num_bytes // (math.prod(self.shape) or 1)
 
+    @property
+    def parts(self) -> tuple[ByteRange, ...]:
+        """Its bytes are one range of its file."""
+        return (self,)
+
     def cut(self, rows: range) -> StoredTensor:
         """Returns some rows of dimension 0; in row-major order their bytes lie together."""
         row_bytes = self.num_bytes // self.shape[0]
@@ -62,7 +92,7 @@ class StoredTensor(ByteRange):
         )
 
 
-def joined_shape(pieces: Sequence[StoredTensor]) -> tuple[int, ...]:
+def joined_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
     """Returns the shape of a tensor from its pieces, which follow each other in dimension 0."""
     if len(pieces) == 1:
         return pieces[0].shape
@@ -85,7 +115,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
 
 
 def make_header(
-    metadata: Mapping[str, str], tensors: Iterable[tuple[str, Sequence[StoredTensor]]]
+    metadata: Mapping[str, str], tensors: Iterable[tuple[str, Sequence[Piece]]]
 ) -> bytes:
     """Makes the header, with its length in front, of a file whose tensors follow in this order.
 

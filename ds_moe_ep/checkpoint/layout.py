@@ -1,18 +1,19 @@
 """Which files a converted checkpoint consists of, and which bytes of the source make up each.
 
-Nothing is read or written here: writer.py copies the bytes.
+Nothing is read or written here: writer.py copies the bytes, and calls what produces others.
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from ds_moe_ep.checkpoint.header import ByteRange, StoredTensor, make_header
+from ds_moe_ep.checkpoint.header import ByteRange, Piece, make_header
 from ds_moe_ep.checkpoint.manifest import INDEX_JSON, Manifest
 from ds_moe_ep.errors import CheckpointError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # it takes transformers to say which tensor is an expert's, b
 
 __all__ = [
     "PlannedFile",
+    "ProducedBytes",
     "Tensors",
     "check_experts",
     "copied_file",
@@ -29,8 +31,30 @@ __all__ = [
     "shard_tensors",
 ]
 
-Tensors = Mapping[str, tuple[StoredTensor, ...]]
+Tensors = Mapping[str, tuple[Piece, ...]]
 """Tensors by name, each with the pieces that follow each other in dimension 0."""
+
+
+class ProducedBytes(ABC):
+    """Part of a file that is computed when it is written, the same bytes every time."""
+
+    @property
+    @abstractmethod
+    def source(self) -> ByteRange | None:
+        """What they are computed from, if from a file."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def recipe(self) -> str:
+        """Returns what changes when other bytes would be produced from the same source."""
+
+    @abstractmethod
+    def chunks(self) -> Iterator[bytes]:
+        """Yields them, a few megabytes at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,7 @@ class PlannedFile:
 
     name: str
     head: bytes
-    ranges: tuple[ByteRange, ...] = ()
+    ranges: tuple[ByteRange | ProducedBytes, ...] = ()
     make: Callable[[IO[bytes]], None] | None = None
 
     @property
@@ -57,7 +81,7 @@ class PlannedFile:
 
 def safetensors_file(name: str, metadata: Mapping[str, str], tensors: Tensors) -> PlannedFile:
     """Plans a safetensors file whose tensors lie in the given order."""
-    ranges = tuple(piece for pieces in tensors.values() for piece in pieces)
+    ranges = tuple(part for pieces in tensors.values() for piece in pieces for part in piece.parts)
     return PlannedFile(name, make_header(metadata, tensors.items()), ranges)
 
 
@@ -86,7 +110,7 @@ def shard_tensors(
         tensor has rows in every expert file.
     """
     dense = {key: pieces for key, pieces in tensors.items() if key not in of_experts}
-    shards: list[dict[str, tuple[StoredTensor, ...]]] = [{} for _ in range(ep_size)]
+    shards: list[dict[str, tuple[Piece, ...]]] = [{} for _ in range(ep_size)]
     for key, found in of_experts.items():
         (tensor,) = tensors[key]
         num_local = found.layer.num_experts // ep_size
@@ -157,7 +181,7 @@ def hugging_face_files(manifest: Manifest, tensors: Tensors) -> list[PlannedFile
 
 def _split(tensors: Tensors, max_bytes: int) -> Iterator[Tensors]:
     """Yields groups of tensors, each as large as may be but at least one tensor."""
-    group: dict[str, tuple[StoredTensor, ...]] = {}
+    group: dict[str, tuple[Piece, ...]] = {}
     size = 0
     for key, pieces in tensors.items():
         num_bytes = sum(piece.num_bytes for piece in pieces)
@@ -186,7 +210,7 @@ def _aligned(tensors: Tensors) -> Tensors:
     without elements come first, where every size is right.
     """
 
-    def order(item: tuple[str, tuple[StoredTensor, ...]]) -> tuple[bool, int, Path, int]:
+    def order(item: tuple[str, tuple[Piece, ...]]) -> tuple[bool, int, Path, int]:
         first = item[1][0]
         return first.num_bytes > 0, -first.element_bytes, first.path, first.start
 

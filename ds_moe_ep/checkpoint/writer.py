@@ -20,7 +20,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from ds_moe_ep.checkpoint.layout import PlannedFile
+from ds_moe_ep.checkpoint.header import ByteRange
+from ds_moe_ep.checkpoint.layout import PlannedFile, ProducedBytes
 from ds_moe_ep.checkpoint.manifest import FileEntry
 from ds_moe_ep.errors import CheckpointError
 
@@ -262,10 +263,18 @@ def _fingerprint(files: Sequence[PlannedFile]) -> str:
     for file in files:
         digest.update(repr((file.name, file.head)).encode())
         for part in file.ranges:
-            if part.path not in states:
-                state = part.path.stat()
-                states[part.path] = (part.path.resolve(), state.st_size, state.st_mtime_ns)
-            digest.update(repr((states[part.path], part.start, part.num_bytes)).encode())
+            source: ByteRange | None
+            if isinstance(part, ProducedBytes):
+                digest.update(part.recipe().encode())
+                source = part.source
+            else:
+                source = part
+            if source is None:
+                continue
+            if source.path not in states:
+                state = source.path.stat()
+                states[source.path] = (source.path.resolve(), state.st_size, state.st_mtime_ns)
+            digest.update(repr((states[source.path], source.start, source.num_bytes)).encode())
     return digest.hexdigest()
 
 
@@ -284,6 +293,10 @@ def _copy(file: PlannedFile, out: IO[bytes]) -> None:
     with contextlib.ExitStack() as stack:
         opened: tuple[Path, IO[bytes]] | None = None
         for part in file.ranges:
+            if isinstance(part, ProducedBytes):
+                for chunk in part.chunks():
+                    out.write(chunk)
+                continue
             if opened is None or opened[0] != part.path:
                 stack.close()
                 opened = part.path, stack.enter_context(part.path.open("rb", buffering=0))
