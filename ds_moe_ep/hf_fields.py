@@ -15,6 +15,7 @@ from ds_moe_ep.model_families import (
     UNSUPPORTED,
     Switch,
 )
+from ds_moe_ep.upcycle_settings import UPCYCLE_FIELD, UpcycleSettings
 
 __all__ = ["HfFields"]
 
@@ -30,6 +31,7 @@ class HfFields:
         family: what is known about the family of the language model.
         is_known_family: False where `family` is only the usual block.
         is_nested: whether the language model is one part of a multimodal model.
+        upcycled: how the dense model was made an MoE model; None if it was not.
     """
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
@@ -52,6 +54,10 @@ class HfFields:
         other = OTHER_FAMILIES.get(family_type, UNKNOWN_FAMILY)
         self.family = FAMILIES.get(family_type, other)
         self.is_known_family = family_type in FAMILIES
+        value = config.get(UPCYCLE_FIELD)
+        self.upcycled = (
+            None if value is None else UpcycleSettings.from_dict(value, source=self.source)
+        )
 
     def _model_type(self) -> str:
         model_type = self._config.get("model_type")

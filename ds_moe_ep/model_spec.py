@@ -13,6 +13,7 @@ from typing import Any
 from ds_moe_ep.errors import ModelSpecError
 from ds_moe_ep.hf_fields import HfFields
 from ds_moe_ep.param_counts import num_dense_params, num_params_per_expert
+from ds_moe_ep.upcycle_settings import UPCYCLE_FIELD, UpcycleSettings
 
 __all__ = ["MLASpec", "ModelSpec", "model_spec_from_config", "read_model_spec"]
 
@@ -59,6 +60,7 @@ class ModelSpec:
         dtype: "bfloat16", "float16" or "float32".
         num_dense_params: parameters of everything but the routed experts; routers are dense.
         num_params_per_expert: parameters of one routed expert of one layer.
+        is_upcycled: whether its MoE layers are this package's, in place of a dense model's FFNs.
         params_are_exact: False where the family is unknown or the model multimodal, so that the
             counts are an estimate (without the encoders of images and sound).
     """
@@ -85,6 +87,7 @@ class ModelSpec:
     dtype: str
     num_dense_params: int
     num_params_per_expert: int
+    is_upcycled: bool = False
     params_are_exact: bool = True
 
     @property
@@ -149,6 +152,8 @@ def model_spec_from_config(config: Mapping[str, Any], *, source: str, name: str)
     """
     fields = HfFields(config, source)
     spec = _sizes(fields, name)
+    if fields.upcycled is not None:
+        spec = _with_experts(spec, fields.upcycled, source)
     return replace(
         spec,
         num_dense_params=num_dense_params(spec, fields),
@@ -194,6 +199,33 @@ def _sizes(fields: HfFields, name: str) -> ModelSpec:
         num_dense_params=0,
         num_params_per_expert=0,
         params_are_exact=fields.is_known_family and not fields.is_nested,
+    )
+
+
+def _with_experts(dense: ModelSpec, upcycled: UpcycleSettings, source: str) -> ModelSpec:
+    """Return the spec of an upcycled model from that of the dense one."""
+    if dense.is_moe:
+        raise ModelSpecError(
+            f"{source}: {UPCYCLE_FIELD} is for dense models, but {dense.model_type} has experts of "
+            "its own. Remove the field."
+        )
+    if upcycled.layers[-1] >= dense.num_layers:
+        raise ModelSpecError(
+            f"{source}: {UPCYCLE_FIELD}.layers={list(upcycled.layers)}: the model has "
+            f"num_layers={dense.num_layers}, so the last one is layer {dense.num_layers - 1}"
+        )
+    if upcycled.method == "split" and dense.intermediate_size % upcycled.num_experts:
+        raise ModelSpecError(
+            f"{source}: {UPCYCLE_FIELD}.num_experts={upcycled.num_experts} does not divide "
+            f"intermediate_size={dense.intermediate_size}, which method 'split' needs"
+        )
+    return replace(
+        dense,
+        moe_layers=upcycled.layers,
+        num_experts=upcycled.num_experts,
+        top_k=upcycled.top_k,
+        moe_intermediate_size=upcycled.expert_width(dense.intermediate_size),
+        is_upcycled=True,
     )
 
 

@@ -21,9 +21,8 @@ def num_params_per_expert(spec: ModelSpec, fields: HfFields) -> int:
         return 0
     family = fields.family
     hidden_size = fields.integer("expert_hidden_size", spec.hidden_size)
-    return _num_mlp_params(
-        hidden_size, spec.moe_intermediate_size, family.mlp_is_gated, family.expert_has_bias
-    )
+    has_bias = fields.switch(family.mlp_has_bias) if spec.is_upcycled else family.expert_has_bias
+    return _num_mlp_params(hidden_size, spec.moe_intermediate_size, family.mlp_is_gated, has_bias)
 
 
 def num_dense_params(spec: ModelSpec, fields: HfFields) -> int:

@@ -24,7 +24,8 @@ __all__ = [
 
 HOW_TO_UPCYCLE = (
     "To get some, upcycle the model: copy each FFN into every expert of an MoE layer and add a "
-    "router (sparse upcycling, arXiv 2212.05055); this version has no command for it yet"
+    "router (sparse upcycling, arXiv 2212.05055): ds-moe-ep convert MODEL DST --to ep "
+    "--upcycle-experts 64 --top-k 2"
 )
 """What to do about a dense model; the end of a message, without its full stop."""
 
