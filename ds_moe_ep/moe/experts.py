@@ -1,10 +1,11 @@
 """Runs the experts that live on this rank over the rows that reached it.
 
-The arithmetic of an expert is the Hugging Face module's own; this file only says which of its
-parameters are one expert's, and which row meets which local expert.
+Which row meets which local expert is settled here; what an expert computes is in expert_gemm.py,
+or the Hugging Face module's own affair where that does not follow transformers' experts contract.
 """
 
-# Shapes: R rows received, H hidden, K top_k, e local experts, P (row, local expert) pairs
+# Shapes: R rows received, H hidden, K top_k, e local experts, S slots (R * K), P (row, local
+# expert) pairs
 
 from __future__ import annotations
 
@@ -13,13 +14,19 @@ import re
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NOT_HERE", "expert_parameters", "run_local_experts"]
+from ds_moe_ep.moe.expert_gemm import follows_contract, run_grouped, run_single
+
+__all__ = ["NOT_HERE", "expert_parameters", "run_local_experts", "run_static"]
 
 # Anything else in an experts module (a norm, say) belongs to all experts.
 _PER_EXPERT = re.compile(r"(gate_up_proj|up_proj|down_proj)(_bias)?$")
 
 NOT_HERE = -1
 """The local expert id of a top-k slot whose expert lives on another rank."""
+
+# Up to this many rows, a GPU multiplies all of them with a rank's one expert in about the time that
+# reading the expert's weights takes, so picking out the rows that chose it would cost more.
+_DENSE_ROWS = 512
 
 
 def expert_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
@@ -36,6 +43,9 @@ def run_local_experts(
 ) -> tuple[Tensor, Tensor]:
     """Sums, for each row, the weighted outputs of its experts on this rank.
 
+    On a GPU, experts that follow the contract run without a device-to-host sync and with shapes
+    that depend on R and K alone, so that a CUDA graph can hold them.
+
     Args:
         experts: Module with transformers' experts contract ``(x [P, H], ids [P, 1], weights [P, 1])
             -> [P, H]`` that holds the e experts of this rank.
@@ -47,16 +57,105 @@ def run_local_experts(
         The sums ``[R, H]`` in x's dtype, and the number of rows each local expert got, int64
         ``[e]``.
     """
-    row_P, slot_P = (local_ids_RK != NOT_HERE).nonzero(as_tuple=True)
-    expert_P = local_ids_RK[row_P, slot_P].long()
-    tokens_per_expert_e = torch.zeros(experts.num_experts, dtype=torch.int64, device=x_RH.device)
-    tokens_per_expert_e.index_add_(0, expert_P, torch.ones_like(expert_P))
-    if row_P.numel() == 0:
-        # No row, no kernel; the result still hangs on the inputs, so that backward's collectives
-        # run on this rank too.
-        return x_RH * weights_RK.sum(dim=1, keepdim=True).to(x_RH.dtype), tokens_per_expert_e
-    y_PH = experts(x_RH[row_P], expert_P[:, None], weights_RK[row_P, slot_P][:, None])
-    sum_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device).index_add(
-        0, row_P, y_PH.float()
+    if not follows_contract(experts):
+        return _run_module(experts, x_RH, local_ids_RK, weights_RK)
+    if experts.num_experts == 1 and (not x_RH.is_cuda or x_RH.shape[0] <= _DENSE_ROWS):
+        return _run_one_expert(experts, x_RH, local_ids_RK, weights_RK, all_rows=x_RH.is_cuda)
+    if x_RH.is_cuda:
+        return run_static(experts, x_RH, local_ids_RK, weights_RK)
+    return _run_chosen(experts, x_RH, local_ids_RK, weights_RK)
+
+
+def _run_one_expert(
+    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor, *, all_rows: bool
+) -> tuple[Tensor, Tensor]:
+    """One expert needs no sorting: one pair of matrix products over the rows that chose it."""
+    here_RK = local_ids_RK != NOT_HERE
+    rows_e = here_RK.sum().reshape(1)
+    # Where a row chose the expert in several slots, their weights add up.
+    weight_R1 = weights_RK.masked_fill(~here_RK, 0.0).sum(dim=1, keepdim=True)
+    here_R1 = here_RK.any(dim=1, keepdim=True)
+    if all_rows:
+        y_RH = run_single(experts, x_RH) * weight_R1
+        return y_RH.masked_fill(~here_R1, 0.0).to(x_RH.dtype), rows_e
+    row_P = here_R1.squeeze(1).nonzero().squeeze(1)
+    if row_P.numel() == x_RH.shape[0] > 0:
+        return (run_single(experts, x_RH) * weight_R1).to(x_RH.dtype), rows_e
+    x_PH = x_RH[row_P]
+    y_PH = (run_single(experts, x_PH) if row_P.numel() else x_PH) * weight_R1[row_P]
+    return torch.zeros_like(x_RH).index_copy(0, row_P, y_PH.to(x_RH.dtype)), rows_e
+
+
+def _run_chosen(
+    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gathers the chosen (row, expert) pairs, expert after expert, and computes just those."""
+    ids_S = local_ids_RK.flatten()
+    chosen_P = (ids_S != NOT_HERE).nonzero().squeeze(1)
+    expert_P, order_P = ids_S[chosen_P].sort()
+    slot_P = chosen_P[order_P]
+    row_P = slot_P // local_ids_RK.shape[1]
+    offsets_e = _offsets(expert_P, experts.num_experts)
+    x_PH = x_RH[row_P]
+    # No pair, no kernel; the result still hangs on the inputs, so that backward's collectives run
+    # on this rank too.
+    y_PH = run_grouped(experts, x_PH, expert_P, offsets_e) if row_P.numel() else x_PH
+    weighted_PH = y_PH * weights_RK.flatten()[slot_P, None]
+    sum_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
+    sum_RH = sum_RH.index_add(0, row_P, weighted_PH.float())
+    return sum_RH.to(x_RH.dtype), _counts(offsets_e)
+
+
+def run_static(
+    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Runs all slots, those of other ranks sorted behind the last expert, where nothing is read.
+
+    Args and result are those of ``run_local_experts``.
+    """
+    num_rows, top_k = local_ids_RK.shape
+    if num_rows == 0:
+        return _run_chosen(experts, x_RH, local_ids_RK, weights_RK)
+    num_experts = experts.num_experts
+    ids_S = local_ids_RK.flatten()
+    expert_S, slot_S = ids_S.masked_fill(ids_S == NOT_HERE, num_experts).sort()
+    offsets_e = _offsets(expert_S, num_experts)
+    elsewhere_S1 = (expert_S == num_experts)[:, None]
+    y_SH = run_grouped(
+        experts,
+        x_RH[slot_S // top_k],
+        expert_S.clamp(max=num_experts - 1),
+        offsets_e,
+        unread_P1=elsewhere_S1,
     )
-    return sum_RH.to(x_RH.dtype), tokens_per_expert_e
+    weighted_SH = (y_SH * weights_RK.flatten()[slot_S, None]).masked_fill(elsewhere_S1, 0.0)
+    # Back in the order of slots and summed there: unlike index_add on a GPU, always in one order.
+    in_order_SH = torch.zeros_like(weighted_SH).index_copy(0, slot_S, weighted_SH)
+    sum_RH = in_order_SH.view(num_rows, top_k, -1).sum(dim=1, dtype=torch.float32)
+    return sum_RH.to(x_RH.dtype), _counts(offsets_e)
+
+
+def _run_module(
+    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Calls the module itself, once, with each chosen pair as a row of its own."""
+    row_P, slot_P = (local_ids_RK != NOT_HERE).nonzero(as_tuple=True)  # a sync on a GPU
+    expert_P = local_ids_RK[row_P, slot_P].long()
+    rows_e = torch.zeros(experts.num_experts, dtype=torch.int64, device=x_RH.device)
+    rows_e.index_add_(0, expert_P, torch.ones_like(expert_P))
+    x_PH, weight_P1 = x_RH[row_P], weights_RK[row_P, slot_P][:, None]
+    y_PH = experts(x_PH, expert_P[:, None], weight_P1) if row_P.numel() else x_PH * weight_P1
+    sum_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
+    return sum_RH.index_add(0, row_P, y_PH.float()).to(x_RH.dtype), rows_e
+
+
+def _offsets(sorted_experts_P: Tensor, num_experts: int) -> Tensor:
+    """Returns where the pairs of each expert end, int32 ``[e]``."""
+    experts_e = torch.arange(
+        num_experts, dtype=sorted_experts_P.dtype, device=sorted_experts_P.device
+    )
+    return torch.searchsorted(sorted_experts_P, experts_e, right=True, out_int32=True)
+
+
+def _counts(offsets_e: Tensor) -> Tensor:
+    return offsets_e.long().diff(prepend=offsets_e.new_zeros(1, dtype=torch.int64))

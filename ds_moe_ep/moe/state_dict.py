@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from ds_moe_ep.moe.experts import expert_parameters
 
-__all__ = ["EXPERT_LIST", "name_experts_as_deepspeed_does"]
+__all__ = ["EXPERT_LIST", "PATH_OF_EXPERTS", "name_experts_as_deepspeed_does"]
+
+PATH_OF_EXPERTS = "deepspeed_moe.experts"
+"""Where a swapped layer, like DeepSpeed's own, holds its experts."""
 
 EXPERT_LIST = "deepspeed_experts"
 """DeepSpeed's name of its list of experts; it looks for it in the names of tensors."""

@@ -15,7 +15,7 @@ from ds_moe_ep.moe.dispatch import DISPATCHERS, make_dispatcher
 from ds_moe_ep.moe.reference import reference_moe
 from tests.helpers import run_ranks
 
-HIDDEN, WIDTH, TOP_K = 16, 12, 3
+HIDDEN, WIDTH, TOP_K = 16, 8, 3
 EXPERTS_PER_RANK = (1, 4)
 
 

@@ -1,0 +1,107 @@
+"""The arithmetic of Hugging Face experts as matrix products over rows sorted by expert.
+
+It follows what transformers' experts contract declares of a module (layout, bias, gate, norm) and
+uses the module's own gate and activation; it knows no model family.
+"""
+
+# Shapes: P pairs of a row and an expert, H hidden, I expert width, e local experts
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["follows_contract", "run_grouped", "run_single"]
+
+_DECLARED = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
+
+# torch's grouped product wants rows that start at multiples of this.
+_ALIGNMENT_BYTES = 16
+
+
+def follows_contract(experts: nn.Module) -> bool:
+    """Says whether `experts` declare all that is needed to compute them here, and can be aligned.
+
+    Source:
+        ``use_experts_implementation`` in ``transformers/integrations/moe.py``.
+    """
+    if not all(hasattr(experts, name) for name in _DECLARED):
+        return False
+    widths = (*experts.down_proj.shape[1:], _up_projection(experts).shape[-1])
+    item_bytes = experts.down_proj.element_size()
+    return all(width * item_bytes % _ALIGNMENT_BYTES == 0 for width in widths)
+
+
+def run_grouped(
+    experts: nn.Module,
+    x_PH: Tensor,
+    expert_P: Tensor,
+    offsets_e: Tensor,
+    *,
+    unread_P1: Tensor | None = None,
+) -> Tensor:
+    """Computes expert ``expert_P[p]`` of row p, for rows sorted by expert.
+
+    Args:
+        experts: Module that follows the contract.
+        x_PH: Rows, at least one.
+        expert_P: Local expert of each row, ascending.
+        offsets_e: Where the rows of each expert end, int32.
+        unread_P1: True for rows behind the last offset, which belong to no expert: nothing is
+            computed for them, and they get no gradient.
+
+    Returns:
+        The unweighted outputs ``[P, H]``.
+    """
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not experts.is_transposed:
+            weight = weight.transpose(1, 2)
+        out = functional.grouped_mm(rows.to(weight.dtype), weight, offs=offsets_e)
+        if bias is not None:
+            out = out + bias[expert_P]
+        # The kernel leaves unread rows, and their gradients, as it finds the memory: NaN, perhaps.
+        return out if unread_P1 is None else out.masked_fill(unread_P1, 0.0)
+
+    if unread_P1 is not None:
+        x_PH = x_PH.masked_fill(unread_P1, 0.0)  # its backward clears their gradients
+    bias_up, bias_down = _biases(experts)
+    h_PI = _activate(experts, product(x_PH, _up_projection(experts), bias_up))
+    return _normalise(experts, product(h_PI, experts.down_proj, bias_down))
+
+
+def run_single(experts: nn.Module, x_PH: Tensor) -> Tensor:
+    """Computes the only expert of a module that follows the contract for every row.
+
+    Returns:
+        The unweighted outputs ``[P, H]``.
+    """
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        matrix = weight[0].t() if experts.is_transposed else weight[0]
+        return functional.linear(rows.to(weight.dtype), matrix, None if bias is None else bias[0])
+
+    bias_up, bias_down = _biases(experts)
+    h_PI = _activate(experts, product(x_PH, _up_projection(experts), bias_up))
+    return _normalise(experts, product(h_PI, experts.down_proj, bias_down))
+
+
+def _up_projection(experts: nn.Module) -> Tensor:
+    return experts.gate_up_proj if experts.has_gate else experts.up_proj
+
+
+def _biases(experts: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    if not experts.has_bias:
+        return None, None
+    up = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
+    return up, experts.down_proj_bias
+
+
+def _activate(experts: nn.Module, up: Tensor) -> Tensor:
+    return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+
+
+def _normalise(experts: nn.Module, y_PH: Tensor) -> Tensor:
+    # An older transformers does not declare it.
+    has_norm = getattr(experts, "has_post_expert_norm", False)
+    return experts.post_expert_norm(y_PH) if has_norm else y_PH

@@ -1,0 +1,122 @@
+"""The local experts' arithmetic in every layout that transformers declares, against the reference.
+
+No process group: which rows reach a rank is the dispatchers' business (tests/dist).
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ds_moe_ep.adapter import shard_experts
+from ds_moe_ep.moe.expert_gemm import follows_contract
+from ds_moe_ep.moe.experts import NOT_HERE, expert_parameters, run_local_experts, run_static
+from ds_moe_ep.moe.reference import reference_moe
+from tests.helpers.families import build_tiny
+
+# A family for each way of storing and computing experts.
+LAYOUTS = {
+    "olmoe": "plain",
+    "aria_text": "transposed",
+    "gpt_oss": "transposed, interleaved, biases, gate of its own",
+    "deepseek_v4": "gate of its own",
+    "nemotron_h": "no gate",
+    "muse_spark": "a norm behind",
+    "step3p7": "does not follow the contract",
+}
+WAYS = {"chosen": run_local_experts, "static": run_static}
+FP32 = {"rtol": 1e-5, "atol": 1e-5}  # gradients are sums of terms of up to ten
+
+
+def build_experts(family: str, ep_size: int = 1) -> nn.Module:
+    """The first MoE layer's experts of a tiny model, cut to those of rank 0."""
+    model = build_tiny(family)
+    return model.get_submodule(shard_experts(model, ep_size, 0)[0].name)
+
+
+def hidden_size(experts: nn.Module) -> int:
+    return experts.down_proj.shape[-1 if getattr(experts, "is_transposed", False) else -2]
+
+
+def routed(experts: nn.Module, num_rows: int, share_here: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, local expert ids (some elsewhere, some twice in a row) and weights."""
+    generator = torch.Generator().manual_seed(num_rows)
+    x_RH = torch.randn(num_rows, hidden_size(experts), generator=generator)
+    ids_RK = torch.randint(0, experts.num_experts, (num_rows, 3), generator=generator)
+    elsewhere_RK = torch.rand(num_rows, 3, generator=generator) > share_here
+    weights_RK = torch.rand(num_rows, 3, generator=generator)
+    return x_RH, ids_RK.masked_fill(elsewhere_RK, NOT_HERE).int(), weights_RK
+
+
+def expected(experts: nn.Module, x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
+    """The reference with weight 0 for what is elsewhere."""
+    weights_RK = weights_RK * (ids_RK != NOT_HERE)
+    return reference_moe(experts, x_RH, ids_RK.clamp(min=0).long(), weights_RK)
+
+
+def skip_unless_applicable(experts: nn.Module, way: str) -> None:
+    if way == "static" and not follows_contract(experts):
+        pytest.skip("does not follow the contract: the module itself is called")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ep_size", [1, 8], ids=["all", "one"])
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_outputs_and_gradients_equal_the_reference(family: str, ep_size: int, way: str) -> None:
+    experts = build_experts(family, ep_size)
+    skip_unless_applicable(experts, way)
+    seen = []
+    for run in (WAYS[way], None):
+        x_RH, ids_RK, weights_RK = routed(experts, 11, share_here=0.6)
+        x_RH.requires_grad_()
+        weights_RK.requires_grad_()
+        experts.zero_grad()
+        if run is None:
+            y_RH = expected(experts, x_RH, ids_RK, weights_RK)
+        else:
+            y_RH, rows_e = run(experts, x_RH, ids_RK, weights_RK)
+            assert rows_e.dtype == torch.int64
+            assert rows_e.tolist() == [int((ids_RK == i).sum()) for i in range(len(rows_e))]
+        y_RH.backward(torch.linspace(-1, 1, y_RH.numel()).view_as(y_RH))
+        slices = expert_parameters(experts).values()
+        seen.append([y_RH, x_RH.grad, weights_RK.grad, *(param.grad.clone() for param in slices)])
+    for found, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(found, wanted, **FP32)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("num_rows", [0, 5])
+@pytest.mark.parametrize("ep_size", [1, 8], ids=["all", "one"])
+@pytest.mark.parametrize("family", ["olmoe", "step3p7"])
+def test_rows_that_chose_no_expert_here_give_zeros(
+    family: str, ep_size: int, num_rows: int, way: str
+) -> None:
+    experts = build_experts(family, ep_size)
+    skip_unless_applicable(experts, way)
+    x_RH, ids_RK, weights_RK = routed(experts, num_rows, share_here=0.0)
+    y_RH, rows_e = WAYS[way](experts, x_RH.requires_grad_(), ids_RK, weights_RK.requires_grad_())
+    assert y_RH.shape == x_RH.shape
+    assert not y_RH.any()
+    assert rows_e.tolist() == [0] * experts.num_experts
+    y_RH.sum().backward()  # other ranks' collectives in backward wait for this rank's
+    assert not x_RH.grad.any()
+    assert not weights_RK.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "step3p7"])
+def test_weights_may_be_more_exact_than_rows(family: str, dtype: torch.dtype) -> None:
+    experts = build_experts(family).to(dtype)
+    x_RH, ids_RK, weights_RK = routed(experts, 9, share_here=0.7)
+    with torch.no_grad():
+        y_RH, _ = run_local_experts(experts, x_RH.to(dtype), ids_RK, weights_RK)
+        wanted_RH = expected(experts, x_RH.to(dtype), ids_RK, weights_RK)
+    assert y_RH.dtype == dtype
+    # Three roundings to bf16 (2^-8 each) on the way of a sum of a few terms of order one.
+    torch.testing.assert_close(y_RH, wanted_RH, rtol=3e-2, atol=3e-2)
+
+
+def test_widths_that_cannot_be_aligned_are_left_to_the_module() -> None:
+    experts = build_experts("olmoe")
+    assert follows_contract(experts)
+    experts.down_proj = nn.Parameter(experts.down_proj[..., :-1])
+    assert not follows_contract(experts)
