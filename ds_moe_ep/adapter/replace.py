@@ -24,6 +24,7 @@ __all__ = [
     "SwappedLayer",
     "adapt",
     "bind_expert_groups",
+    "check_ep_size",
     "check_supported",
     "moe_layers",
     "shard_experts",
@@ -136,6 +137,20 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise AdapterError(f"{config.model_type} models cannot be spread over ranks: {reason}")
 
 
+def check_ep_size(layer: str, num_experts: int, ep_size: int) -> None:
+    """Refuses an ep_size that does not divide the experts of a layer.
+
+    Raises:
+        AdapterError: With those that do.
+    """
+    if num_experts % ep_size:
+        raise AdapterError(
+            f"ep_size={ep_size} does not divide num_experts={num_experts} ({layer}): every rank "
+            "must own the same number of "
+            f"experts. Use ep_size in {valid_ep_sizes(num_experts)}."
+        )
+
+
 def bind_expert_groups(model: nn.Module) -> None:
     """Gives every swapped layer its expert group; all ranks call it after `init_distributed`."""
     for layer in moe_layers(model):
@@ -150,12 +165,7 @@ def moe_layers(model: nn.Module) -> list[ExpertParallelMoE]:
 
 def _shard_module(name: str, module: nn.Module, ep_size: int, ep_rank: int) -> SwappedLayer:
     num_experts = getattr(module, "num_global_experts", module.num_experts)
-    if num_experts % ep_size:
-        raise AdapterError(
-            f"ep_size={ep_size} does not divide num_experts={num_experts} ({name}): every rank "
-            "must own the same number of "
-            f"experts. Use ep_size in {valid_ep_sizes(num_experts)}."
-        )
+    check_ep_size(name, num_experts, ep_size)
     num_local = num_experts // ep_size
     local = range(ep_rank * num_local, (ep_rank + 1) * num_local)
     if not hasattr(module, "num_global_experts"):
