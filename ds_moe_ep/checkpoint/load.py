@@ -1,15 +1,17 @@
 """Builds the model of one rank: on the meta device, cut to its experts, filled, then adapted.
 
-Reading is transformers' own loader over the tensors that mapping.py picks; building without memory
-is accelerate's.
+Building, reading and filling what no file holds are transformers' own, over the tensors that
+mapping.py picks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -18,10 +20,12 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    initialization,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ds_moe_ep.adapter.replace import (
     AdaptReport,
@@ -30,14 +34,23 @@ from ds_moe_ep.adapter.replace import (
     check_supported,
     shard_experts,
 )
+from ds_moe_ep.adapter.upcycle import put_upcycled_layers
 from ds_moe_ep.checkpoint.files import CheckpointFiles, open_checkpoint
 from ds_moe_ep.checkpoint.mapping import own_tensors
+from ds_moe_ep.checkpoint.reader import TensorReader
 from ds_moe_ep.errors import AdapterError, CheckpointError
 from ds_moe_ep.plan import ParallelPlan
+from ds_moe_ep.upcycle_settings import UPCYCLE_FIELD, UpcycleSettings
 
-__all__ = ["build_on_meta", "load_expert_parallel_model", "read_model_config"]
+__all__ = [
+    "build_on_meta",
+    "load_expert_parallel_model",
+    "read_model_config",
+    "refuse_incomplete",
+]
 
 _SHOWN = 5
+_NO_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def load_expert_parallel_model(
@@ -78,16 +91,31 @@ def load_expert_parallel_model(
     return model.eval(), report
 
 
-def read_model_config(folder: str | Path) -> PreTrainedConfig:
+def read_model_config(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Reads a model directory's config.json.
 
+    Args:
+        folder: The directory.
+        trust_remote_code: Whether code in it may be run, where transformers has none of its own.
+
     Raises:
-        AdapterError: transformers cannot read it, or the checkpoint is quantized.
+        AdapterError: transformers cannot read it, it needs code that is not trusted, or the
+            checkpoint is quantized.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder}: transformers cannot read config.json: {error}") from error
+        if "trust_remote_code" not in str(error):
+            raise AdapterError(
+                f"{folder}: transformers cannot read config.json: {error}"
+            ) from error
+        if not trust_remote_code:
+            raise AdapterError(
+                f"{folder}: config.json asks for code of the model's own (auto_map), which is not "
+                "run. If you trust it, ds-moe-ep convert converts the weights with "
+                "--trust-remote-code; other commands run models that transformers itself knows."
+            ) from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     if quantization := getattr(config, "quantization_config", None):
         method = dict(quantization).get("quant_method", "unknown method")
         raise AdapterError(
@@ -98,20 +126,21 @@ def read_model_config(folder: str | Path) -> PreTrainedConfig:
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Builds the language model of a config, its parameters on the meta device.
+    """Builds the language model of a config on the meta device, where it takes no memory.
 
     Of a multimodal family it is the text-only class where there is one; else the whole model, whose
-    text-only path needs no more than ``input_ids``.
+    text-only path needs no more than ``input_ids``. An upcycled model has its MoE layers.
 
     Raises:
         AdapterError: The family cannot be supported, or transformers cannot build it.
     """
     check_supported(config)
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    own_code = _has_own_code(config)
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or own_code
     auto_class = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
     try:
-        with init_empty_weights(include_buffers=False):
-            return auto_class.from_config(config, dtype=dtype)
+        with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=own_code)
     except ImportError as error:
         raise AdapterError(
             f"{config.model_type}: transformers needs a package that is missing here: {error}. "
@@ -119,6 +148,14 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         ) from error
     except ValueError as error:
         raise AdapterError(f"{config.model_type}: transformers cannot build it: {error}") from error
+    if upcycled := getattr(config, UPCYCLE_FIELD, None):
+        put_upcycled_layers(model, UpcycleSettings.from_dict(upcycled, source="config.json"))
+    return model
+
+
+def _has_own_code(config: PreTrainedConfig) -> bool:
+    """Returns whether a config's class came with the model; then its code was trusted before."""
+    return type(config).__module__.split(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 def _fill(
@@ -133,17 +170,43 @@ def _fill(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),
+        ignore_mismatched_sizes=True,  # they are refused here, by name
     )
-    info, _ = convert_and_load_state_dict_in_model(
-        model, own_tensors(model, files, layers), settings
-    )
-    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-    model._adjust_missing_and_unexpected_keys(info)
-    _refuse_incomplete(files.folder, info)
-    model.to(device)  # buffers that are computed, not loaded
+    with TensorReader() as reader, _one_parameter_at_a_time():
+        info, _ = convert_and_load_state_dict_in_model(
+            model, own_tensors(model, files, layers, reader), settings
+        )
+    if info.conversion_errors:
+        refuse_incomplete(files.folder, info)
+    # Ties weights and computes what no file holds: the rotary frequencies, say.
+    model._finalize_model_loading(model, settings, info)
+    refuse_incomplete(files.folder, info)
 
 
-def _refuse_incomplete(folder: Path, info) -> None:
+@contextlib.contextmanager
+def _one_parameter_at_a_time() -> Iterator[None]:
+    """Keeps transformers from reading ahead, which could hold all experts twice."""
+    before = os.environ.get(_NO_READ_AHEAD)
+    os.environ[_NO_READ_AHEAD] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_READ_AHEAD]
+        else:
+            os.environ[_NO_READ_AHEAD] = before
+
+
+def refuse_incomplete(folder: Path, info: LoadStateDictInfo) -> None:
+    """Refuses weights that are not all of a model's, and no others, in its shapes.
+
+    Args:
+        folder: What the message names.
+        info: What transformers' loader says of them.
+
+    Raises:
+        CheckpointError: With names and counts.
+    """
     mismatched = [
         f"{name} is {list(found)}, the model's is {list(wanted)}"
         for name, found, wanted in info.mismatched_keys

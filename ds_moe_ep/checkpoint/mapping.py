@@ -6,13 +6,10 @@ model family.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -20,10 +17,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ds_moe_ep.adapter.replace import SwappedLayer
 from ds_moe_ep.checkpoint.files import CheckpointFiles
 from ds_moe_ep.checkpoint.header import StoredTensor, joined_shape
+from ds_moe_ep.checkpoint.reader import StoredSlice, TensorReader
 from ds_moe_ep.errors import CheckpointError
 from ds_moe_ep.moe.experts import expert_parameters
 
-__all__ = ["ExpertTensor", "JoinedSlices", "TensorSlice", "expert_tensors", "own_tensors"]
+__all__ = ["ExpertTensor", "expert_tensors", "own_tensors"]
 
 
 @dataclass(frozen=True)
@@ -37,59 +35,6 @@ class ExpertTensor:
 
     layer: SwappedLayer
     expert: int | None
-
-
-class TensorSlice:
-    """A tensor on disk, or some rows of its dimension 0, that is read when indexed with ``...``.
-
-    It stands in for safetensors' own slice object in transformers' loader.
-
-    Args:
-        source: safetensors' slice object.
-        rows: What to read of dimension 0; None for all of it.
-    """
-
-    def __init__(self, source: Any, rows: range | None = None) -> None:
-        self._source, self._rows = source, rows
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        """Reads the bytes."""
-        if self._rows is None:
-            return self._source[...]
-        return self._source[self._rows.start : self._rows.stop]
-
-    def get_shape(self) -> list[int]:
-        """Returns the shape of what would be read."""
-        shape = list(self._source.get_shape())
-        return shape if self._rows is None else [len(self._rows), *shape[1:]]
-
-    def get_dtype(self) -> str:
-        """Returns safetensors' name of the dtype on disk."""
-        return self._source.get_dtype()
-
-
-class JoinedSlices:
-    """Slices of several files that follow each other in dimension 0, read when indexed.
-
-    Args:
-        slices: At least one.
-    """
-
-    def __init__(self, slices: Sequence[TensorSlice]) -> None:
-        self._slices = slices
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        """Reads the bytes."""
-        return torch.cat([part[index] for part in self._slices])
-
-    def get_shape(self) -> list[int]:
-        """Returns the shape of what would be read."""
-        shapes = [part.get_shape() for part in self._slices]
-        return [sum(shape[0] for shape in shapes), *shapes[0][1:]]
-
-    def get_dtype(self) -> str:
-        """Returns safetensors' name of the dtype on disk."""
-        return self._slices[0].get_dtype()
 
 
 def expert_tensors(
@@ -112,19 +57,22 @@ def expert_tensors(
         CheckpointError: A fused tensor has another number of experts than its layer.
     """
     parameters = model.state_dict()
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
     layer_of = {
         f"{layer.name}.{name}": layer
         for layer in layers
         for name in expert_parameters(model.get_submodule(layer.name))
     }
+    target_of = _renamer(model, parameters)
+    # Tensors of one expert each that differ in the expert only belong to one parameter, and finding
+    # out which one takes longer than reading them.
+    known: dict[str, SwappedLayer] = {}
     found: dict[str, ExpertTensor] = {}
     for key, pieces in files.tensors.items():
-        target, _ = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, parameters
-        )
+        of_any_expert, expert = _take_out_expert(key)
+        if layer := known.get(of_any_expert):
+            found[key] = ExpertTensor(layer, expert)
+            continue
+        target = target_of(key)
         layer = layer_of.get(target)
         if layer is None:
             continue
@@ -133,13 +81,17 @@ def expert_tensors(
             _check_fused(key, shape[0], layer)
             found[key] = ExpertTensor(layer, None)
         else:
-            found[key] = ExpertTensor(layer, _expert_index(key))
+            known[of_any_expert] = layer
+            found[key] = ExpertTensor(layer, expert)
     return found
 
 
 def own_tensors(
-    model: PreTrainedModel, files: CheckpointFiles, layers: list[SwappedLayer]
-) -> dict[str, TensorSlice | JoinedSlices]:
+    model: PreTrainedModel,
+    files: CheckpointFiles,
+    layers: list[SwappedLayer],
+    reader: TensorReader,
+) -> dict[str, StoredSlice]:
     """Picks the tensors that this rank's model is made of, unread.
 
     These are all dense ones and the local experts: their own tensors, or their rows of fused ones.
@@ -149,6 +101,7 @@ def own_tensors(
         model: The model, its experts already cut down to the local ones.
         files: The checkpoint.
         layers: The cut layers.
+        reader: What will read them.
 
     Returns:
         Tensors by their names on disk.
@@ -157,40 +110,47 @@ def own_tensors(
         CheckpointError: See `expert_tensors`.
     """
     of_experts = expert_tensors(model, files, layers)
-    opened: dict[Path, Any] = {}
-    picked: dict[str, TensorSlice | JoinedSlices] = {}
+    picked: dict[str, StoredSlice] = {}
     for key, pieces in files.tensors.items():
         found = of_experts.get(key)
         if found is not None and found.expert is None:
-            wanted = list(_rows_of(pieces, found.layer.local_experts))
+            picked[key] = StoredSlice(reader, _cut(pieces, found.layer.local_experts))
         elif found is None or found.expert in found.layer.local_experts:
-            wanted = [(piece, None) for piece in pieces]
-        else:
-            continue
-        for piece, _ in wanted:
-            if piece.path not in opened:
-                opened[piece.path] = safe_open(piece.path, framework="pt")
-        slices = [TensorSlice(opened[piece.path].get_slice(key), rows) for piece, rows in wanted]
-        picked[key] = slices[0] if len(slices) == 1 else JoinedSlices(slices)
+            picked[key] = StoredSlice(reader, pieces)
     return picked
 
 
-def _rows_of(
-    pieces: Sequence[StoredTensor], experts: range
-) -> Iterator[tuple[StoredTensor, range | None]]:
-    """Yields in which pieces of a fused tensor, and there in which rows, some experts lie."""
-    begin = 0
+def _renamer(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """Returns transformers' way from a name on disk to that of a parameter."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+
+    def rename(key: str) -> str:
+        return rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)[0]
+
+    return rename
+
+
+def _cut(pieces: Sequence[StoredTensor], experts: range) -> list[StoredTensor]:
+    """Returns where the rows of some experts lie in the pieces of a fused tensor."""
+    found, begin = [], 0
     for piece in pieces:
         num_rows = piece.shape[0]
         rows = range(max(experts.start - begin, 0), min(experts.stop - begin, num_rows))
         if rows:
-            yield piece, rows
+            found.append(piece.cut(rows))
         begin += num_rows
+    return found
 
 
-def _expert_index(key: str) -> int:
-    """Returns the expert a per-expert tensor belongs to: the last number in its name."""
-    return int([part for part in key.split(".") if part.isdigit()][-1])
+def _take_out_expert(key: str) -> tuple[str, int | None]:
+    """Splits a name at its last number, which is that of the expert if it is a name of one."""
+    parts = key.split(".")
+    for at in reversed(range(len(parts))):
+        if parts[at].isdigit():
+            return ".".join((*parts[:at], "*", *parts[at + 1 :])), int(parts[at])
+    return key, None
 
 
 def _check_fused(key: str, num_experts: int, layer: SwappedLayer) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_moe_ep.checkpoint import load_expert_parallel_model
-from ds_moe_ep.checkpoint.mapping import TensorSlice
+from ds_moe_ep.checkpoint.reader import TensorReader
 from ds_moe_ep.errors import AdapterError, CheckpointError
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import CORE_FAMILIES, NUM_EXPERTS, save_tiny
@@ -73,14 +73,14 @@ def test_a_rank_holds_its_slice_of_the_experts_and_all_dense_weights(family, ep_
 def test_only_own_experts_are_read(family, monkeypatch):
     folder, reference = family
     read_bytes = []
-    read = TensorSlice.__getitem__
+    read = TensorReader.read
 
-    def count(self, index):
-        tensor = read(self, index)
+    def count(self, pieces):
+        tensor = read(self, pieces)
         read_bytes.append(tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr(TensorSlice, "__getitem__", count)
+    monkeypatch.setattr(TensorReader, "read", count)
     _load(folder)
     all_bytes = _stored_bytes(folder)
     expert_bytes = sum(param.nbytes for param in _expert_parameters(reference).values())

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ds_moe_ep.checkpoint import load_expert_parallel_model, mapping, writer
+from ds_moe_ep.checkpoint import load_expert_parallel_model, writer
 from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face, verify
 from ds_moe_ep.checkpoint.layout import PlannedFile, copied_file
 from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, read_manifest
+from ds_moe_ep.checkpoint.reader import TensorReader
 from ds_moe_ep.errors import AdapterError, CheckpointError, DsMoeEpError, PlanError
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import FAMILIES, NUM_EXPERTS, save_tiny
@@ -119,15 +120,16 @@ def test_what_an_expert_sharded_checkpoint_consists_of(source, target):
 
 def test_a_rank_reads_its_own_expert_file_and_no_other(source, target, monkeypatch):
     to_expert_sharded(source, target, _EP_SIZE)
-    opened = []
+    read_from = set()
+    read = TensorReader.read
 
-    def note(path, **kwargs):
-        opened.append(path.name)
-        return safe_open(path, **kwargs)
+    def note(self, pieces):
+        read_from.update(piece.path.name for piece in pieces)
+        return read(self, pieces)
 
-    monkeypatch.setattr(mapping, "safe_open", note)
+    monkeypatch.setattr(TensorReader, "read", note)
     load_expert_parallel_model(target, ParallelPlan(_EP_SIZE), ep_rank=2)
-    assert sorted(opened) == ["dense.safetensors", _EXPERTS[2]]
+    assert read_from == {"dense.safetensors", _EXPERTS[2]}
 
 
 def test_the_default_is_a_file_for_each_expert_up_to_64(source, target):
