@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_moe_ep.checkpoint.files import CheckpointFiles, open_checkpoint, open_expert_sharded
-from ds_moe_ep.checkpoint.header import joined_shape, read_header
+from ds_moe_ep.checkpoint.header import Piece, joined_shape, read_header
 from ds_moe_ep.checkpoint.layout import (
     PlannedFile,
     Tensors,
@@ -43,9 +43,20 @@ from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 if TYPE_CHECKING:
     from ds_moe_ep.checkpoint.mapping import ExpertTensor
 
-__all__ = ["Conversion", "to_expert_sharded", "to_hugging_face", "verify"]
+__all__ = [
+    "MAX_DENSE_BYTES",
+    "Conversion",
+    "beside_the_weights",
+    "default_ep_size",
+    "describe",
+    "to_expert_sharded",
+    "to_hugging_face",
+    "verify",
+    "write_expert_sharded",
+]
 
 MAX_DENSE_BYTES = 5_000_000_000
+"""Size at which another file of dense weights begins, as on the hub."""
 _MAX_EXPERT_FILES = 64  # unless an ep_size asks for more
 # What stands beside the weights: configs, tokenizers, chat templates, licences; never code.
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
@@ -93,18 +104,58 @@ def to_expert_sharded(
         CheckpointError: The source is not whole, or `folder` cannot be written.
     """
     plan, files, of_experts = _experts_of(source, ep_size)
-    shards = shard_tensors(files.tensors, of_experts, plan.ep_size, max_dense_bytes=max_dense_bytes)
+    others, not_copied = beside_the_weights(source, files)
+    write_expert_sharded(
+        folder,
+        shard_tensors(files.tensors, of_experts, plan.ep_size, max_dense_bytes=max_dense_bytes),
+        others,
+        plan=plan,
+        source=SourceSection(
+            name=source.resolve().name,
+            files=_source_files(files),
+            index=_index_without_map(source / INDEX_JSON),
+        ),
+        show_progress=show_progress,
+    )
+    return describe(folder, not_copied)
+
+
+def write_expert_sharded(
+    folder: Path,
+    shards: Mapping[str, Tensors],
+    others: Sequence[PlannedFile],
+    *,
+    plan: ParallelPlan,
+    source: SourceSection,
+    show_progress: ShowProgress = silently,
+) -> None:
+    """Writes the files of an expert-sharded checkpoint, the manifest last.
+
+    Args:
+        folder: What to write.
+        shards: The tensors of each weight file, by its name.
+        others: The other files.
+        plan: What the files are for.
+        source: What they are made from.
+        show_progress: Opens the progress bar.
+
+    Raises:
+        CheckpointError: See `write_folder`.
+    """
     weights = [
         safetensors_file(name, {"format": "pt"}, tensors) for name, tensors in shards.items()
     ]
-    others, not_copied = _beside_the_weights(source, files)
 
     def manifest(entries: dict[str, FileEntry]) -> PlannedFile:
-        content = _manifest(source, files, shards, plan, entries)
+        content = Manifest(
+            source=source,
+            plan=PlanSection(**asdict(plan)),
+            files={name: entries[name] for name in sorted(entries)},
+            tensors=_tensor_entries(shards),
+        )
         return PlannedFile(MANIFEST_JSON, content.to_json().encode())
 
     write_folder(folder, weights, others, summary=manifest, show_progress=show_progress)
-    return _told(folder, not_copied)
 
 
 def to_hugging_face(
@@ -121,12 +172,18 @@ def to_hugging_face(
         CheckpointError: The checkpoint is not whole, or `folder` cannot be written.
     """
     manifest = read_manifest(source)
+    if not manifest.source.files:
+        raise CheckpointError(
+            f"{source} was upcycled from a dense model, so there is no Hugging Face directory to "
+            "go back to. launch/infer.py runs it as it is; where transformers has an MoE family of "
+            "the kind, convert the dense model again: --to hf --upcycle-experts E --top-k K."
+        )
     files = open_expert_sharded(source, manifest)
     weights = hugging_face_files(manifest, files.tensors)
     held = {name for entry in manifest.tensors.values() for name in entry.files}
     others = [copied_file(source / name) for name in manifest.files if name not in held]
     write_folder(folder, weights, others, show_progress=show_progress)
-    return _told(folder)
+    return describe(folder)
 
 
 def verify(folder: Path, *, show_progress: ShowProgress = silently) -> Conversion:
@@ -179,17 +236,26 @@ def _experts_of(
         model = build_on_meta(config, torch.float32)
     layers = shard_experts(model, ep_size or 1, ep_rank=0)
     if ep_size is None:
-        num_experts = math.gcd(*(layer.num_experts for layer in layers))
-        ep_size = max(valid_ep_sizes(num_experts, at_most=_MAX_EXPERT_FILES))
+        ep_size = default_ep_size(math.gcd(*(layer.num_experts for layer in layers)))
     of_experts = expert_tensors(model, files, layers)
     check_experts(of_experts, (layer.name for layer in layers))
     return ParallelPlan(ep_size), files, of_experts
 
 
-def _beside_the_weights(
+def default_ep_size(num_experts: int) -> int:
+    """Returns into how many files experts go where nobody says: up to 64, equally many in each."""
+    return max(valid_ep_sizes(num_experts, at_most=_MAX_EXPERT_FILES))
+
+
+def beside_the_weights(
     source: Path, files: CheckpointFiles
 ) -> tuple[list[PlannedFile], tuple[str, ...]]:
-    """Plans the copies of what belongs to a model, and names what is left out."""
+    """Plans the copies of what belongs to a model, and names what is left out.
+
+    Args:
+        source: Model directory.
+        files: Its weights, which are not among the copies.
+    """
     converted = {piece.path.name for (piece,) in files.tensors.values()} | {INDEX_JSON}
     copied, left_out = [], []
     for path in sorted(source.iterdir()):
@@ -208,32 +274,19 @@ def _belongs_to_a_model(name: str) -> bool:
     return name.endswith(_COPIED_SUFFIXES) or name.startswith(_COPIED_NAMES)
 
 
-def _manifest(
-    source: Path,
-    files: CheckpointFiles,
-    shards: dict[str, Tensors],
-    plan: ParallelPlan,
-    entries: dict[str, FileEntry],
-) -> Manifest:
+def _tensor_entries(shards: Mapping[str, Tensors]) -> dict[str, TensorEntry]:
+    pieces_of: dict[str, list[Piece]] = defaultdict(list)
     held_in = defaultdict(list)
     for name, tensors in shards.items():
-        for key in tensors:
+        for key, pieces in tensors.items():
+            pieces_of[key] += pieces
             held_in[key].append(name)
-    return Manifest(
-        source=SourceSection(
-            name=source.resolve().name,
-            files=_source_files(files),
-            index=_index_without_map(source / INDEX_JSON),
-        ),
-        plan=PlanSection(**asdict(plan)),
-        files={name: entries[name] for name in sorted(entries)},
-        tensors={
-            key: TensorEntry(
-                dtype=pieces[0].dtype, shape=list(joined_shape(pieces)), files=held_in[key]
-            )
-            for key, pieces in files.tensors.items()
-        },
-    )
+    return {
+        key: TensorEntry(
+            dtype=pieces[0].dtype, shape=list(joined_shape(pieces)), files=held_in[key]
+        )
+        for key, pieces in pieces_of.items()
+    }
 
 
 def _source_files(files: CheckpointFiles) -> dict[str, SourceFile]:
@@ -257,6 +310,12 @@ def _index_without_map(path: Path) -> dict[str, object] | None:
     return {name: value for name, value in index.items() if name != "weight_map"}
 
 
-def _told(folder: Path, not_copied: tuple[str, ...] = ()) -> Conversion:
+def describe(folder: Path, not_copied: tuple[str, ...] = ()) -> Conversion:
+    """Counts what a conversion wrote.
+
+    Args:
+        folder: What was written.
+        not_copied: Names in the source that were left out.
+    """
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return Conversion(folder, len(sizes), sum(sizes), not_copied)

@@ -36,16 +36,27 @@ class ByteRange:
 
 
 class Piece(Protocol):
-    """A tensor that can be written, or some rows of its dimension 0: in a file, or yet to be made.
+    """A tensor to write, or some rows of its dimension 0: in a file, or yet to be made."""
 
-    `path` and `start` say where its bytes come from, so that files are read in order.
-    """
+    @property
+    def path(self) -> Path:
+        """The file that its bytes come from."""
 
-    path: Path
-    start: int
-    num_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
+    @property
+    def start(self) -> int:
+        """Where they begin in it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """How many there are."""
+
+    @property
+    def dtype(self) -> str:
+        """Its type, as safetensors names it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
 
     @property
     def element_bytes(self) -> int:

@@ -27,6 +27,7 @@ __all__ = [
     "check_experts",
     "copied_file",
     "hugging_face_files",
+    "model_files",
     "safetensors_file",
     "shard_tensors",
 ]
@@ -175,6 +176,26 @@ def hugging_face_files(manifest: Manifest, tensors: Tensors) -> list[PlannedFile
         weight_map = {key: name for name, file in source.files.items() for key in file.tensors}
         # The form in which transformers writes it.
         text = json.dumps(source.index | {"weight_map": weight_map}, indent=2, sort_keys=True)
+        files.append(PlannedFile(INDEX_JSON, f"{text}\n".encode()))
+    return files
+
+
+def model_files(tensors: Tensors, *, max_file_bytes: int) -> list[PlannedFile]:
+    """Plans the weight files of a new Hugging Face directory, and their index if there are several.
+
+    Args:
+        tensors: All tensors.
+        max_file_bytes: Size at which another file begins.
+    """
+    shards = _numbered("model", list(_split(tensors, max_file_bytes)))
+    files = [
+        safetensors_file(name, {"format": "pt"}, _aligned(held)) for name, held in shards.items()
+    ]
+    if len(shards) > 1:
+        weight_map = {key: name for name, held in shards.items() for key in held}
+        size = sum(piece.num_bytes for pieces in tensors.values() for piece in pieces)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True)
         files.append(PlannedFile(INDEX_JSON, f"{text}\n".encode()))
     return files
 

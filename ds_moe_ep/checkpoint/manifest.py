@@ -78,7 +78,8 @@ class SourceFile(Strict):
 class SourceSection(Strict):
     """The Hugging Face directory that was converted.
 
-    `index` is what stands in its index file beside the weight map; null if it has no index file.
+    `files` is empty where the tensors are not those of its files, but of an upcycled model. `index`
+    is what stands in its index file beside the weight map; null if it has no index file.
     """
 
     name: str
@@ -111,7 +112,7 @@ class Manifest(Strict):
         if unknown := sorted(held - self.files.keys()):
             raise ValueError(f"tensors lie in {unknown[0]}, which is not among the files")
         listed = [key for file in self.source.files.values() for key in file.tensors]
-        if sorted(listed) != sorted(self.tensors):
+        if self.source.files and sorted(listed) != sorted(self.tensors):
             raise ValueError("the tensors are not those of the source's files")
         if clash := sorted({MANIFEST_JSON, INDEX_JSON, *self.source.files} & self.files.keys()):
             raise ValueError(f"{clash[0]} cannot be a file of an expert-sharded checkpoint")
