@@ -7,7 +7,7 @@ tensors a rank needs is decided in mapping.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,11 @@ from ds_moe_ep.checkpoint.manifest import (
 )
 from ds_moe_ep.errors import CheckpointError
 
-__all__ = ["CheckpointFiles", "open_checkpoint", "open_expert_sharded"]
+__all__ = ["PICKLED_INDEX", "CheckpointFiles", "open_checkpoint", "open_expert_sharded"]
 
 _SINGLE = "model.safetensors"
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 _SHOWN = 5
 
 
@@ -40,47 +41,62 @@ class CheckpointFiles:
         tensors: Where every tensor lies: in one piece, or in several that follow each other in
             dimension 0.
         manifest: That of an expert-sharded checkpoint; None for a Hugging Face directory.
+        is_pickled: Whether torch.save wrote the files.
     """
 
     folder: Path
     tensors: Mapping[str, tuple[StoredTensor, ...]]
     manifest: Manifest | None = None
+    is_pickled: bool = False
 
 
-def open_checkpoint(folder: Path) -> CheckpointFiles:
+def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> CheckpointFiles:
     """Lists the tensors of a checkpoint after reading the header of each of its files.
 
     Args:
         folder: Hugging Face model directory with ``model.safetensors`` or an index and its shards,
             or an expert-sharded checkpoint.
+        allow_pickle: Whether ``pytorch_model.bin`` or its shards will do where there are no
+            safetensors. Even then no code in them is run.
 
     Raises:
         CheckpointError: No safetensors, files named in the index or the manifest are missing, a
             file is truncated or not safetensors, or they disagree with what names them.
     """
-    if (folder / INDEX_JSON).is_file():
-        listed = _read_index(folder / INDEX_JSON)
-    elif (folder / _SINGLE).is_file():
-        listed = None
-    elif (folder / MANIFEST_JSON).is_file():
+    if any((folder / name).is_file() for name in (INDEX_JSON, _SINGLE)):
+        return CheckpointFiles(folder, _listed(folder, _SINGLE, INDEX_JSON, _tensors))
+    if (folder / MANIFEST_JSON).is_file():
         return open_expert_sharded(folder, read_manifest(folder))
-    else:
-        raise CheckpointError(
-            f"{folder} has neither {_SINGLE} nor {INDEX_JSON}. {_pickled_hint(folder)}"
-        )
-    names = [_SINGLE] if listed is None else sorted(set(listed.values()))
+    if allow_pickle and any((folder / name).is_file() for name in (PICKLED_INDEX, _PICKLED)):
+        from ds_moe_ep.checkpoint.pickled import read_pickled  # torch takes seconds
+
+        tensors = _listed(folder, _PICKLED, PICKLED_INDEX, read_pickled)
+        return CheckpointFiles(folder, tensors, is_pickled=True)
+    raise CheckpointError(
+        f"{folder} has neither {_SINGLE} nor {INDEX_JSON}. {_other_formats(folder)}"
+    )
+
+
+def _listed(
+    folder: Path, single: str, index: str, read: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, tuple[StoredTensor, ...]]:
+    """Lists the tensors of all files that an index names, or of the only one."""
+    listed = _read_index(folder / index) if (folder / index).is_file() else None
+    names = [single] if listed is None else sorted(set(listed.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(names)} files that {INDEX_JSON} names are missing: "
+            f"{folder}: {len(missing)} of {len(names)} files that {index} names are missing: "
             f"{_some(missing)}."
         )
-    found = {key: (tensor,) for name in names for key, tensor in _tensors(folder / name).items()}
+    found: dict[str, tuple[StoredTensor, ...]] = {
+        key: (tensor,) for name in names for key, tensor in read(folder / name).items()
+    }
     if listed is not None and (lost := sorted(listed.keys() - found.keys())):
         raise CheckpointError(
-            f"{folder}: {len(lost)} tensors of {INDEX_JSON} are in none of its {len(names)} files: "
+            f"{folder}: {len(lost)} tensors of {index} are in none of its {len(names)} files: "
             f"{_some(lost)}."
         )
-    return CheckpointFiles(folder, found)
+    return found
 
 
 def open_expert_sharded(folder: Path, manifest: Manifest) -> CheckpointFiles:
@@ -134,7 +150,7 @@ def _read_index(path: Path) -> dict[str, str]:
             raise TypeError("weight_map is not a table of file names")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: not a safetensors index ({error}). Copy it again from its source."
+            f"{path}: not an index of weights ({error}). Copy it again from its source."
         ) from error
     if outside := sorted({name for name in weight_map.values() if not is_file_name(name)}):
         raise CheckpointError(f"{path}: names files outside of its folder: {_some(outside)}.")
@@ -153,11 +169,17 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
         ) from error
 
 
-def _pickled_hint(folder: Path) -> str:
-    if any((folder / name).exists() for name in _PICKLED):
+def _other_formats(folder: Path) -> str:
+    if any((folder / name).exists() for name in (_PICKLED, PICKLED_INDEX)):
         return (
-            "Pickled checkpoints (pytorch_model.bin) can run code and are not read: save the model "
-            "again as safetensors."
+            f"Pickled checkpoints ({_PICKLED}) can run code and are not read. To make safetensors "
+            f"of this one, without running any: ds-moe-ep convert {folder} DST --to hf "
+            "--allow-pickle."
+        )
+    if any(folder.glob("*/mp_rank_00_model_states.pt")):
+        return (
+            "It is a checkpoint of DeepSpeed, which DeepSpeed's own loader reads; convert what it "
+            "was made from."
         )
     return "Name a Hugging Face model directory with its weights."
 

@@ -17,10 +17,10 @@ import torch
 from ds_moe_ep.checkpoint.header import StoredTensor, joined_shape
 from ds_moe_ep.errors import CheckpointError
 
-__all__ = ["StoredSlice", "TensorReader"]
+__all__ = ["DTYPES", "StoredSlice", "TensorReader"]
 
 # Source: https://github.com/huggingface/safetensors#format
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -56,11 +56,11 @@ class TensorReader:
         Raises:
             CheckpointError: A file has become shorter or cannot be read, or the dtype is unknown.
         """
-        dtype = _DTYPES.get(pieces[0].dtype)
+        dtype = DTYPES.get(pieces[0].dtype)
         if dtype is None:
             raise CheckpointError(
                 f"{pieces[0].path}: tensors of type {pieces[0].dtype} cannot be read. Known are "
-                f"{', '.join(_DTYPES)}: save the model in one of these."
+                f"{', '.join(DTYPES)}: save the model in one of these."
             )
         data = torch.empty(sum(piece.num_bytes for piece in pieces), dtype=torch.uint8)
         view = memoryview(data.numpy())

@@ -148,7 +148,7 @@ def no_weights(job):
 
 def only_pickled_weights(job):
     job.weights.rename(job.model / "pytorch_model.bin")
-    return "CheckpointError", "pytorch_model.bin", "save the model again as safetensors"
+    return "CheckpointError", "pytorch_model.bin", f"convert {job.model} DST --to hf --allow-pickle"
 
 
 def truncated_weights(job):
@@ -165,7 +165,7 @@ def a_shard_that_is_missing(job):
 
 def a_corrupt_index(job):
     job.write("model/model.safetensors.index.json", '{"weight_map": [')
-    return "CheckpointError", "index.json: not a safetensors index", "Copy it again"
+    return "CheckpointError", "index.json: not an index of weights", "Copy it again"
 
 
 def a_missing_tensor(job):

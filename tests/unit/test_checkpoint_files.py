@@ -57,8 +57,16 @@ def test_no_weights(tmp_path):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
 def test_pickled_weights_are_not_read(tmp_path, name):
     (tmp_path / name).touch()
-    assert "can run code and are not read: save the model again as safetensors" in _refused(
-        tmp_path
+    message = _refused(tmp_path)
+    assert "Pickled checkpoints (pytorch_model.bin) can run code and are not read." in message
+    assert f"ds-moe-ep convert {tmp_path} DST --to hf --allow-pickle" in message
+
+
+def test_a_checkpoint_of_deepspeed(tmp_path):
+    (tmp_path / "global_step0").mkdir()
+    (tmp_path / "global_step0" / "mp_rank_00_model_states.pt").touch()
+    assert "It is a checkpoint of DeepSpeed, which DeepSpeed's own loader reads" in (
+        _refused(tmp_path)
     )
 
 
@@ -98,7 +106,7 @@ def test_a_file_that_is_something_else(tmp_path):
 def test_a_corrupt_index(tmp_path, content):
     (tmp_path / _INDEX).write_text(content)
     message = _refused(tmp_path)
-    assert message.startswith(f"{tmp_path / _INDEX}: not a safetensors index (")
+    assert message.startswith(f"{tmp_path / _INDEX}: not an index of weights (")
     assert message.endswith("Copy it again from its source.")
 
 

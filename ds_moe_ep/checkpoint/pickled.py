@@ -1,0 +1,92 @@
+"""Finds the tensors in a pickled file of torch without running its code, and without reading them.
+
+torch's restricted unpickler makes tensors and plain containers only, here without memory behind
+them; each then tells where its bytes lie in the file.
+
+Source: https://docs.pytorch.org/docs/2.13/notes/serialization.html
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ds_moe_ep.checkpoint.header import StoredTensor
+from ds_moe_ep.checkpoint.reader import DTYPES
+from ds_moe_ep.errors import CheckpointError
+
+__all__ = ["read_pickled"]
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_INSTEAD = "Save the model again as safetensors where it was made."
+
+
+def read_pickled(path: Path) -> dict[str, StoredTensor]:
+    """Lists the tensors of a file that ``torch.save`` wrote of a model's state dict.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: It holds anything but tensors, is truncated or corrupt, in the format of
+            torch before 1.6, or its tensors do not lie in the file as they are.
+    """
+    _check_archive(path)
+    try:
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that nobody vouches for can break the reader anyhow
+        raise _refusal(path, error) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, no tensors by name.")
+    return {key: _stored(path, key, value) for key, value in content.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses what torch would not read as it is: its older format, and what was made elsewhere."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated, or in the format of torch "
+            f"before 1.6. Copy it again from its source. {_INSTEAD}"
+        )
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        order = [archive.read(e) for e in entries if e.filename.endswith("/byteorder")]
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} is compressed, which torch.save never does. {_INSTEAD}")
+    if any(name != b"little" for name in order):
+        raise CheckpointError(f"{path} was written on a big-endian machine. {_INSTEAD}")
+
+
+def _refusal(path: Path, error: Exception) -> CheckpointError:
+    if found := re.search(r"(?:Unsupported|unsupported)[^.]*?(?:GLOBAL|class) (\S+)", str(error)):
+        return CheckpointError(
+            f"{path} holds more than tensors: it asks for {found[1]}, which can run code. None was "
+            f"run, and nothing of the file was used. {_INSTEAD}"
+        )
+    return CheckpointError(f"{path} is corrupt, or holds more than tensors: {error}. {_INSTEAD}")
+
+
+def _stored(path: Path, key: object, value: object) -> StoredTensor:
+    if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        raise CheckpointError(
+            f"{path}: the entry {key!r} is no tensor with a name, and a model's file holds nothing "
+            f"else. {_INSTEAD}"
+        )
+    if value.layout != torch.strided or not value.is_contiguous() or value.dtype not in _NAMES:
+        raise CheckpointError(
+            f"{path}: {key} does not lie in the file as it is (strides {tuple(value.stride())} of "
+            f"{value.dtype} {list(value.shape)}). {_INSTEAD}"
+        )
+    storage = value.untyped_storage()
+    skipped_bytes = value.storage_offset() * value.element_size()
+    if skipped_bytes + value.nbytes > storage.nbytes():
+        raise CheckpointError(f"{path}: {key} reaches beyond its data. {_INSTEAD}")
+    start = storage._checkpoint_offset + skipped_bytes
+    if start + value.nbytes > path.stat().st_size:
+        raise CheckpointError(f"{path}: {key} reaches beyond the end of the file. {_INSTEAD}")
+    return StoredTensor(path, start, value.nbytes, _NAMES[value.dtype], tuple(value.shape))

@@ -1,0 +1,146 @@
+"""Pickled files: their tensors are found without running code; anything else is refused."""
+
+import os
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from ds_moe_ep.checkpoint.files import open_checkpoint
+from ds_moe_ep.checkpoint.pickled import read_pickled
+from ds_moe_ep.checkpoint.reader import DTYPES, TensorReader
+from ds_moe_ep.errors import CheckpointError
+
+_NAME = "pytorch_model.bin"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / _NAME
+
+
+def _refused(path):
+    with pytest.raises(CheckpointError) as refused:
+        read_pickled(path)
+    return str(refused.value)
+
+
+def test_bytes_are_found_where_they_lie(path):
+    matrix = torch.randn(6, 4)
+    content = OrderedDict(
+        matrix=matrix,
+        rows=matrix[2:5],
+        parameter=nn.Parameter(torch.randn(3, dtype=torch.bfloat16)),
+        scalar=torch.tensor(3.0),
+        empty=torch.empty(0, 5),
+        **{name: torch.ones(2, 3).to(dtype) for name, dtype in DTYPES.items()},
+    )
+    content._metadata = {"": {"version": 1}}  # as a state dict has it
+    torch.save(content, path)
+    stored = read_pickled(path)
+    assert list(stored) == list(content)
+    with TensorReader() as reader:
+        for key, wanted in content.items():
+            found = reader.read((stored[key],))
+            assert found.dtype == wanted.dtype
+            assert torch.equal(found, wanted)
+    assert stored["rows"].start == stored["matrix"].start + 2 * 4 * 4
+
+
+class _Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_pickle_is_not_run(path, tmp_path, legacy):
+    content = {"w": torch.ones(1), "evil": _Malicious(tmp_path / "run")}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    message = _refused(path)
+    assert not (tmp_path / "run").exists()
+    if legacy:
+        assert "in the format of torch before 1.6" in message
+    else:
+        assert f"{path} holds more than tensors: it asks for posix.mkdir, which can run code" in (
+            message
+        )
+        assert "None was run" in message
+        assert "weights_only" not in message  # torch's advice is to read it nevertheless
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([torch.ones(1)], "holds a list, no tensors by name"),
+        ({"model": {"w": torch.ones(1)}}, "the entry 'model' is no tensor with a name"),
+        ({1: torch.ones(1)}, "the entry 1 is no tensor with a name"),
+        ({"w": torch.ones(2, 3).t()}, "w does not lie in the file as it is (strides (1, 3)"),
+        ({"w": torch.ones(2, dtype=torch.complex64)}, "w does not lie in the file as it is"),
+        ({"w": torch.eye(2).to_sparse()}, "w does not lie in the file as it is"),
+    ],
+)
+def test_what_is_no_models_file(path, content, expected):
+    torch.save(content, path)
+    assert expected in _refused(path)
+
+
+def test_a_truncated_file(path):
+    torch.save({"w": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:-50])
+    assert f"{path} ({path.stat().st_size:,} bytes) is truncated" in _refused(path)
+
+
+def test_a_damaged_pickle(path):
+    torch.save({"w": torch.ones(2)}, path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_vX"))
+    assert "holds more than tensors" in _refused(path)
+
+
+def _rewrite(path, *, change=lambda name, data: data, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, change(name, data))
+
+
+def test_a_compressed_file(path):
+    torch.save({"w": torch.ones(100)}, path)
+    _rewrite(path, compression=zipfile.ZIP_DEFLATED)
+    assert "is compressed" in _refused(path)
+
+
+def test_bytes_in_the_other_order(path):
+    torch.save({"w": torch.ones(100)}, path)
+    _rewrite(path, change=lambda name, data: b"big" if name.endswith("byteorder") else data)
+    assert "big-endian" in _refused(path)
+
+
+def test_it_is_read_when_asked_for_and_where_there_are_no_safetensors(path, tmp_path):
+    torch.save({"w": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=f"convert {tmp_path} DST --to hf --allow-pickle"):
+        open_checkpoint(tmp_path)
+    files = open_checkpoint(tmp_path, allow_pickle=True)
+    assert files.is_pickled
+    assert list(files.tensors) == ["w"]
+
+
+def test_shards_are_found_by_their_index(tmp_path):
+    for name in ("a", "b"):
+        torch.save({name: torch.ones(2)}, tmp_path / f"pytorch_model-{name}.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"a": "pytorch_model-a.bin", "b": "pytorch_model-b.bin"}}')
+    files = open_checkpoint(tmp_path, allow_pickle=True)
+    assert [pieces[0].path.name for pieces in files.tensors.values()] == [
+        "pytorch_model-a.bin",
+        "pytorch_model-b.bin",
+    ]
+    (tmp_path / "pytorch_model-b.bin").unlink()
+    with pytest.raises(CheckpointError, match=f"1 of 2 files that {index.name} names are missing"):
+        open_checkpoint(tmp_path, allow_pickle=True)
