@@ -1,0 +1,76 @@
+"""Turns tensors as they lie on disk into those of the model in memory, by transformers' own rules.
+
+These rename, stack, fuse and transpose; nothing is cast, so every bit stays. Nothing is read here,
+and it works as well on the meta device, to learn names and shapes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+__all__ = ["ModelNames"]
+
+
+class ModelNames:
+    """The rules from names and tensors on disk to those of a model; threads may share it.
+
+    Args:
+        model: The model, with all of its experts.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._parameters = model.state_dict()
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._converter_of = {pattern: c for c in self._converters for pattern in c.source_patterns}
+
+    def name(self, key: str) -> str:
+        """Returns the tensor of the model that a tensor on disk is, or is the first part of."""
+        return self._rule(key)[0]
+
+    def transform(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Makes the model's tensors out of those on disk that they are made of.
+
+        Args:
+            tensors: By their names on disk. Of experts that have a tensor each there may be some
+                only, and of fused ones some rows: the result holds those.
+
+        Returns:
+            By the names of the model's state dict, and in its shapes, but for the number of
+            experts. What the model does not know is left out.
+        """
+        rules: dict[str, WeightRenaming | WeightConverter] = {}
+        for key in sorted(tensors, key=dot_natural_key):
+            name, pattern = self._rule(key)
+            if name not in self._parameters:
+                continue
+            if pattern is None:
+                rule = rules.setdefault(name, WeightRenaming(key, name))
+            else:
+                rule = rules.setdefault(name, deepcopy(self._converter_of[pattern]))
+            rule.add_tensor(name, key, pattern or key, tensors[key])
+        made: dict[str, Tensor] = {}
+        for name, rule in rules.items():
+            results = rule.convert(name, model=self._model, config=self._model.config)
+            made |= {n: t[0] if isinstance(t, list) else t for n, t in results.items()}
+        return {name: tensor for name, tensor in made.items() if name in self._parameters}
+
+    def _rule(self, key: str) -> tuple[str, str | None]:
+        base, known = self._model.base_model_prefix, self._parameters
+        name, pattern = rename_source_key(key, self._renamings, self._converters, base, known)
+        if name not in known and key in known:  # it has its name in the model already
+            return rename_source_key(key, [], [], base, known)
+        return name, pattern
