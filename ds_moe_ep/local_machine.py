@@ -1,11 +1,12 @@
-"""Counts this machine's GPUs without importing torch, for plans made without a hostfile."""
+"""What this machine has to offer a job: GPUs, counted without importing torch, and a port."""
 
 import os
 import re
 import shutil
+import socket
 import subprocess
 
-__all__ = ["count_local_gpus"]
+__all__ = ["count_local_gpus", "free_port"]
 
 
 def count_local_gpus() -> int:
@@ -21,6 +22,14 @@ def count_local_gpus() -> int:
     entries = [entry.strip() for entry in visible.split(",")]
     num_named = next((i for i, entry in enumerate(entries) if entry in ("", "-1")), len(entries))
     return min(num_gpus, num_named)
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _count_device_files() -> int:

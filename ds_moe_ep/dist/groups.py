@@ -22,6 +22,7 @@ from deepspeed.utils import groups
 
 from ds_moe_ep.dist.rendezvous import join_process_group
 from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
+from ds_moe_ep.local_machine import free_port
 
 __all__ = ["Job", "RankInfo", "create_expert_groups", "init_distributed", "read_rank_info"]
 
@@ -162,7 +163,7 @@ def init_distributed(
     if on_gpu:
         accelerator.set_device(info.local_rank)
     if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     # DeepSpeed and accelerate read these too, and no launcher has set them for a single process.
     os.environ.update(
         RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size)
@@ -200,9 +201,3 @@ def _without_jit_build():
     finally:
         if before is not None:
             compatible[_JIT_BUILT_OP] = before
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -1,0 +1,1 @@
+"""Benchmarks against what a user would pick instead: both sides in turn in one job."""

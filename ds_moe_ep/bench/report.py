@@ -1,0 +1,110 @@
+"""Where results go: JSON for programs, and a section of docs/benchmarks.md for readers.
+
+A section stands between two marks and is replaced as a whole, so the figures in it are those of one
+command on one machine on one day.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_moe_ep import __version__
+
+__all__ = ["Report", "describe_machine", "markdown_table"]
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "safetensors")
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of one table.
+
+    Attributes:
+        table: Its name on the command line.
+        heading: Its heading in the document.
+        command: What wrote it.
+        text: The results for readers, in Markdown.
+        results: The results for programs.
+    """
+
+    table: str
+    heading: str
+    command: str
+    text: str
+    results: Sequence[dict[str, Any]]
+    machine: dict[str, str] = field(default_factory=lambda: describe_machine())
+    measured_on: str = field(default_factory=lambda: date.today().isoformat())
+
+    def to_markdown(self) -> str:
+        """Returns the section, without its marks."""
+        machine = ", ".join(self.machine.values())
+        return (
+            f"## {self.heading}\n\n{self.text}\n\n"
+            f"Measured on {self.measured_on}: {machine}.\n\n```bash\n{self.command}\n```"
+        )
+
+    def write(self, folder: Path) -> None:
+        """Writes ``benchmarks/TABLE.json`` and the table's section of ``benchmarks.md``."""
+        data = folder / "benchmarks" / f"{self.table}.json"
+        data.parent.mkdir(parents=True, exist_ok=True)
+        _replace(data, json.dumps(asdict(self), indent=1) + "\n")
+        document = folder / "benchmarks.md"
+        before = document.read_text(encoding="utf-8") if document.exists() else "# Benchmarks\n"
+        _replace(document, _with_section(before, self.table, self.to_markdown()))
+
+
+def _with_section(document: str, table: str, section: str) -> str:
+    begin, end = f"<!-- bench {table} -->", f"<!-- end of bench {table} -->"
+    marked = f"{begin}\n{section}\n{end}"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if pattern.search(document):
+        return pattern.sub(lambda found: marked, document)
+    return f"{document.rstrip()}\n\n{marked}\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def describe_machine() -> dict[str, str]:
+    """Says what this machine is and which versions it runs."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = [f"{name} {version(name)}" for name in _PACKAGES]
+    return {
+        "gpus": f"{len(gpus)} x {gpus[0]}" if gpus else "no GPU",
+        "cpu": f"{os.cpu_count()} cores of {_cpu_name()}",
+        "memory": f"{memory_bytes / _GIB:.0f} GiB",
+        "python": f"Python {platform.python_version()}",
+        "versions": ", ".join(versions),
+        "ds_moe_ep": f"ds_moe_ep {__version__}",
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Returns a Markdown table; all columns but the first are aligned to the right."""
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,0 +1,37 @@
+"""What a table of the benchmark is made of; the tables are in modules of their own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_moe_ep.dist.groups import Job
+
+__all__ = ["Result", "Table"]
+
+Result = dict[str, Any]
+"""One line of results, of what JSON can hold."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, written by one command.
+
+    Attributes:
+        name: Its name on the command line.
+        heading: Its heading in the document.
+        add_arguments: Adds what it can be asked; ``--world``, the numbers of ranks, among it.
+        prepare: Called once before any rank starts: writes what they read to a folder.
+        measure: Called on every rank of each world; rank 0's results count.
+        to_markdown: Shows the results of all worlds.
+    """
+
+    name: str
+    heading: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    prepare: Callable[[argparse.Namespace, Path], None]
+    measure: Callable[[argparse.Namespace, Job, Path], list[Result]]
+    to_markdown: Callable[[Sequence[Result]], str]
