@@ -141,7 +141,7 @@ def moe_config(
     architecture: MoeArchitecture,
     settings: UpcycleSettings,
     width: int,
-) -> bytes:
+) -> str:
     """Returns the config.json of an upcycled model of a real MoE family.
 
     Args:
@@ -162,4 +162,4 @@ def moe_config(
     new.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.model_type]]
     # All fields, not only those that differ from the class: other programs know other defaults.
     content = json.loads(new.to_json_string(use_diff=False))
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+    return f"{json.dumps(content, indent=2, sort_keys=True)}\n"
