@@ -7,6 +7,8 @@ import argparse
 import os
 from pathlib import Path
 
+from ds_moe_ep.cli_upcycle import add_upcycle_arguments, check_upcycle_arguments, upcycle
+
 __all__ = ["add_convert_command"]
 
 
@@ -38,6 +40,7 @@ def add_convert_command(
         help="number of expert files (default: the largest up to 64 that divides the experts); "
         "the checkpoint loads on any other number of ranks too",
     )
+    add_upcycle_arguments(convert)
     convert.set_defaults(run=_convert, refuse=convert.error)
 
 
@@ -46,6 +49,9 @@ def _convert(args: argparse.Namespace) -> int:
         args.refuse("--verify takes SRC alone; --to takes SRC and DST")
     if args.ep_size is not None and args.to != "ep":
         args.refuse("--ep-size is for --to ep only")
+    check_upcycle_arguments(args)
+    if args.upcycle_experts is not None:
+        return upcycle(args)
     # Nothing is computed here, so DeepSpeed need not look for GPUs nor tell that there is none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face, verify

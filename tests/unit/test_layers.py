@@ -32,6 +32,7 @@ _LAYER_OF_FOLDER = {
     "demo": 5,
     "cli": 6,
     "cli_convert": 6,
+    "cli_upcycle": 6,
     "plan_report": 6,
     "__main__": 6,
 }
