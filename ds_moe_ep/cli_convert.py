@@ -20,8 +20,9 @@ def add_convert_command(
         "convert",
         help="convert a model directory to an expert-sharded checkpoint, or back; check one",
         description="Convert a Hugging Face model directory to an expert-sharded checkpoint "
-        "(--to ep), or such a checkpoint back (--to hf). Tensors stay bit by bit the same. A "
-        "conversion that was interrupted goes on when it is started again.",
+        "(--to ep) or to DeepSpeed's own MoE checkpoint (--to deepspeed), or an expert-sharded "
+        "checkpoint back (--to hf). Tensors stay bit by bit the same. A conversion that was "
+        "interrupted goes on when it is started again.",
         allow_abbrev=False,
     )
     convert.add_argument("source", type=Path, metavar="SRC", help="folder to read")
@@ -29,7 +30,7 @@ def add_convert_command(
         "target", type=Path, nargs="?", metavar="DST", help="folder to write; a new one"
     )
     what = convert.add_mutually_exclusive_group(required=True)
-    what.add_argument("--to", choices=("ep", "hf"), help="what to write")
+    what.add_argument("--to", choices=("ep", "hf", "deepspeed"), help="what to write")
     what.add_argument(
         "--verify", action="store_true", help="compare every byte of SRC with its manifest"
     )
@@ -40,6 +41,17 @@ def add_convert_command(
         help="number of expert files (default: the largest up to 64 that divides the experts); "
         "the checkpoint loads on any other number of ranks too",
     )
+    convert.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read pickled weights (pytorch_model.bin) where SRC has no safetensors; only tensors "
+        "are taken from them, and no code in them is run",
+    )
+    convert.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run and copy the model's own code, where config.json asks for it (auto_map)",
+    )
     add_upcycle_arguments(convert)
     convert.set_defaults(run=_convert, refuse=convert.error)
 
@@ -49,24 +61,39 @@ def _convert(args: argparse.Namespace) -> int:
         args.refuse("--verify takes SRC alone; --to takes SRC and DST")
     if args.ep_size is not None and args.to != "ep":
         args.refuse("--ep-size is for --to ep only")
+    if args.verify and (args.allow_pickle or args.trust_remote_code):
+        args.refuse("--allow-pickle and --trust-remote-code are for --to only")
     check_upcycle_arguments(args)
     if args.upcycle_experts is not None:
         return upcycle(args)
     # Nothing is computed here, so DeepSpeed need not look for GPUs nor tell that there is none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face, verify
+    from ds_moe_ep.checkpoint.convert import (
+        to_deepspeed,
+        to_expert_sharded,
+        to_hugging_face,
+        verify,
+    )
     from ds_moe_ep.engine.console import byte_progress_bar as show_progress
+    from ds_moe_ep.engine.console import quiet_libraries
 
     if args.verify:
         checked = verify(args.source, show_progress=show_progress)
         print(f"{checked.folder} is whole: {checked.num_files} files, {checked.num_bytes:,} bytes")
         return 0
+    settings = {
+        "allow_pickle": args.allow_pickle,
+        "trust_remote_code": args.trust_remote_code,
+        "show_progress": show_progress,
+    }
     if args.to == "hf":
-        done = to_hugging_face(args.source, args.target, show_progress=show_progress)
+        done = to_hugging_face(args.source, args.target, **settings)
     else:
-        done = to_expert_sharded(
-            args.source, args.target, args.ep_size, show_progress=show_progress
-        )
+        quiet_libraries()
+        if args.to == "ep":
+            done = to_expert_sharded(args.source, args.target, args.ep_size, **settings)
+        else:
+            done = to_deepspeed(args.source, args.target, **settings)
     print(f"wrote {done.folder}: {done.num_files} files, {done.num_bytes:,} bytes, read again")
     if done.not_copied:
         print(f"not copied: {', '.join(done.not_copied)}")

@@ -1,54 +1,47 @@
 """Converts a Hugging Face directory to an expert-sharded checkpoint and back, and checks one.
 
-Tensors are copied bit by bit and never held: what is decided here is which bytes go where.
+It also writes DeepSpeed's own format. Tensors are copied bit by bit: what is decided here is which
+bytes go where.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ds_moe_ep.checkpoint.files import CheckpointFiles, open_checkpoint, open_expert_sharded
-from ds_moe_ep.checkpoint.header import Piece, joined_shape, read_header
+from ds_moe_ep.checkpoint.files import open_expert_sharded
+from ds_moe_ep.checkpoint.header import Piece, joined_shape
+from ds_moe_ep.checkpoint.hub_folder import beside_the_weights, describe_layout
 from ds_moe_ep.checkpoint.layout import (
     PlannedFile,
     Tensors,
-    check_experts,
     copied_file,
     hugging_face_files,
     safetensors_file,
     shard_tensors,
 )
 from ds_moe_ep.checkpoint.manifest import (
-    INDEX_JSON,
     MANIFEST_JSON,
     FileEntry,
     Manifest,
     PlanSection,
-    SourceFile,
     SourceSection,
     TensorEntry,
-    is_file_name,
     read_manifest,
 )
 from ds_moe_ep.checkpoint.writer import ShowProgress, hash_files, silently, write_folder
 from ds_moe_ep.errors import CheckpointError, PlanError
 from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 
-if TYPE_CHECKING:
-    from ds_moe_ep.checkpoint.mapping import ExpertTensor
-
 __all__ = [
     "MAX_DENSE_BYTES",
     "Conversion",
-    "beside_the_weights",
     "default_ep_size",
     "describe",
+    "to_deepspeed",
     "to_expert_sharded",
     "to_hugging_face",
     "verify",
@@ -58,9 +51,6 @@ __all__ = [
 MAX_DENSE_BYTES = 5_000_000_000
 """Size at which another file of dense weights begins, as on the hub."""
 _MAX_EXPERT_FILES = 64  # unless an ep_size asks for more
-# What stands beside the weights: configs, tokenizers, chat templates, licences; never code.
-_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
-_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
 @dataclass(frozen=True)
@@ -85,36 +75,45 @@ def to_expert_sharded(
     folder: Path,
     ep_size: int | None = None,
     *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     max_dense_bytes: int = MAX_DENSE_BYTES,
     show_progress: ShowProgress = silently,
 ) -> Conversion:
     """Writes an expert-sharded checkpoint: dense weights, and a file for each rank's experts.
 
     Args:
-        source: Hugging Face model directory with safetensors.
+        source: Hugging Face model directory.
         folder: What to write.
         ep_size: Number of expert files; by default the largest up to 64 that divides the experts.
             The checkpoint loads at any other that does.
+        allow_pickle: Whether weights may be pickled ones; even then no code in them is run.
+        trust_remote_code: Whether the model's own code may be run, and is copied.
         max_dense_bytes: Size at which another dense file begins.
         show_progress: Opens the progress bar.
 
     Raises:
         AdapterError: The model has no experts, or ep_size does not divide them.
         PlanError: ep_size is below 1.
-        CheckpointError: The source is not whole, or `folder` cannot be written.
+        CheckpointError: The source is not whole or not what its config says, or `folder` cannot be
+            written.
     """
-    plan, files, of_experts = _experts_of(source, ep_size)
-    others, not_copied = beside_the_weights(source, files)
+    # Seconds, which going back and checking need not wait for.
+    from ds_moe_ep.checkpoint.source import open_source
+
+    if ep_size is not None and ep_size < 1:
+        raise PlanError(f"ep_size={ep_size}: at least 1 is needed.")
+    opened = open_source(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    if ep_size is None:
+        ep_size = default_ep_size(math.gcd(*(layer.num_experts for layer in opened.layers)))
+    of_experts = opened.find_experts(ep_size)
+    others, not_copied = beside_the_weights(source, opened.files, with_code=trust_remote_code)
     write_expert_sharded(
         folder,
-        shard_tensors(files.tensors, of_experts, plan.ep_size, max_dense_bytes=max_dense_bytes),
+        shard_tensors(opened.files.tensors, of_experts, ep_size, max_dense_bytes=max_dense_bytes),
         others,
-        plan=plan,
-        source=SourceSection(
-            name=source.resolve().name,
-            files=_source_files(files),
-            index=_index_without_map(source / INDEX_JSON),
-        ),
+        plan=ParallelPlan(ep_size),
+        source=describe_layout(opened.files),
         show_progress=show_progress,
     )
     return describe(folder, not_copied)
@@ -159,18 +158,30 @@ def write_expert_sharded(
 
 
 def to_hugging_face(
-    source: Path, folder: Path, *, show_progress: ShowProgress = silently
+    source: Path,
+    folder: Path,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    show_progress: ShowProgress = silently,
 ) -> Conversion:
-    """Writes the Hugging Face directory that an expert-sharded checkpoint was made from.
+    """Writes a Hugging Face directory with safetensors.
 
     Args:
-        source: The checkpoint.
+        source: An expert-sharded checkpoint, whose own source is written; or, if that is allowed, a
+            Hugging Face directory with pickled weights.
         folder: What to write.
+        allow_pickle: Whether weights may be pickled ones; even then no code in them is run.
+        trust_remote_code: Whether the own code of a model with pickled weights may be run, and is
+            copied.
         show_progress: Opens the progress bar.
 
     Raises:
-        CheckpointError: The checkpoint is not whole, or `folder` cannot be written.
+        CheckpointError: The source is not whole or not what its config says, or `folder` cannot be
+            written.
     """
+    if allow_pickle and not (source / MANIFEST_JSON).exists():
+        return _unpickle(source, folder, trust_remote_code, show_progress)
     manifest = read_manifest(source)
     if not manifest.source.files:
         raise CheckpointError(
@@ -179,11 +190,46 @@ def to_hugging_face(
             "the kind, convert the dense model again: --to hf --upcycle-experts E --top-k K."
         )
     files = open_expert_sharded(source, manifest)
-    weights = hugging_face_files(manifest, files.tensors)
+    weights = hugging_face_files(manifest.source, files.tensors)
     held = {name for entry in manifest.tensors.values() for name in entry.files}
     others = [copied_file(source / name) for name in manifest.files if name not in held]
     write_folder(folder, weights, others, show_progress=show_progress)
     return describe(folder)
+
+
+def to_deepspeed(
+    source: Path,
+    folder: Path,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    show_progress: ShowProgress = silently,
+) -> Conversion:
+    """Writes DeepSpeed's own MoE checkpoint, which it loads into the adapted model.
+
+    An expert is held in memory when it is written, for one file all dense weights are.
+
+    Args:
+        source: Hugging Face model directory.
+        folder: What to write.
+        allow_pickle: Whether weights may be pickled ones; even then no code in them is run.
+        trust_remote_code: Whether the model's own code may be run, and is copied.
+        show_progress: Opens the progress bar.
+
+    Raises:
+        AdapterError: The model has no experts.
+        CheckpointError: The source is not whole or not what its config says, or `folder` cannot be
+            written.
+    """
+    from ds_moe_ep.checkpoint.deepspeed_layout import deepspeed_files
+    from ds_moe_ep.checkpoint.source import open_source
+
+    opened = open_source(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    of_experts = opened.find_experts()
+    weights, latest = deepspeed_files(opened.model, opened.files.tensors, opened.layers, of_experts)
+    others, not_copied = beside_the_weights(source, opened.files, with_code=trust_remote_code)
+    write_folder(folder, weights, [*others, latest], show_progress=show_progress)
+    return describe(folder, not_copied)
 
 
 def verify(folder: Path, *, show_progress: ShowProgress = silently) -> Conversion:
@@ -212,66 +258,28 @@ def verify(folder: Path, *, show_progress: ShowProgress = silently) -> Conversio
     return Conversion(folder, len(manifest.files) + 1, total)
 
 
-def _experts_of(
-    source: Path, ep_size: int | None
-) -> tuple[ParallelPlan, CheckpointFiles, dict[str, ExpertTensor]]:
-    """Finds which tensors of a model directory hold experts, and how to spread these."""
-    # Seconds, which going back and checking need not wait for.
-    import torch
+def _unpickle(
+    source: Path, folder: Path, trust_remote_code: bool, show_progress: ShowProgress
+) -> Conversion:
+    """Writes a Hugging Face directory anew, with safetensors instead of pickled weights."""
+    from ds_moe_ep.checkpoint.source import open_source
 
-    from ds_moe_ep.adapter.replace import shard_experts
-    from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
-    from ds_moe_ep.checkpoint.mapping import expert_tensors
-
-    if ep_size is not None and ep_size < 1:
-        raise PlanError(f"ep_size={ep_size}: at least 1 is needed.")
-    config = read_model_config(source)
-    files = open_checkpoint(source)
-    if files.manifest is not None:
+    opened = open_source(source, allow_pickle=True, trust_remote_code=trust_remote_code)
+    if not opened.files.is_pickled:
         raise CheckpointError(
-            f"{source} is an expert-sharded checkpoint already, and it loads at any ep_size. For "
-            f"other files first go back: ds-moe-ep convert {source} DST --to hf."
+            f"{source} is a Hugging Face directory with safetensors already. --to hf makes one of "
+            "an expert-sharded checkpoint or of pickled weights."
         )
-    with torch.device("meta"):  # buffers too, which are only needed to run the model
-        model = build_on_meta(config, torch.float32)
-    layers = shard_experts(model, ep_size or 1, ep_rank=0)
-    if ep_size is None:
-        ep_size = default_ep_size(math.gcd(*(layer.num_experts for layer in layers)))
-    of_experts = expert_tensors(model, files, layers)
-    check_experts(of_experts, (layer.name for layer in layers))
-    return ParallelPlan(ep_size), files, of_experts
+    opened.check_tensors()
+    weights = hugging_face_files(describe_layout(opened.files), opened.files.tensors)
+    others, not_copied = beside_the_weights(source, opened.files, with_code=trust_remote_code)
+    write_folder(folder, weights, others, show_progress=show_progress)
+    return describe(folder, not_copied)
 
 
 def default_ep_size(num_experts: int) -> int:
     """Returns into how many files experts go where nobody says: up to 64, equally many in each."""
     return max(valid_ep_sizes(num_experts, at_most=_MAX_EXPERT_FILES))
-
-
-def beside_the_weights(
-    source: Path, files: CheckpointFiles
-) -> tuple[list[PlannedFile], tuple[str, ...]]:
-    """Plans the copies of what belongs to a model, and names what is left out.
-
-    Args:
-        source: Model directory.
-        files: Its weights, which are not among the copies.
-    """
-    converted = {piece.path.name for (piece,) in files.tensors.values()} | {INDEX_JSON}
-    copied, left_out = [], []
-    for path in sorted(source.iterdir()):
-        if path.name in converted or path.name.startswith("."):
-            continue
-        if path.is_file() and _belongs_to_a_model(path.name):
-            copied.append(copied_file(path))
-        else:
-            left_out.append(path.name)
-    return copied, tuple(left_out)
-
-
-def _belongs_to_a_model(name: str) -> bool:
-    if not is_file_name(name) or name == MANIFEST_JSON or name.endswith(".index.json"):
-        return False
-    return name.endswith(_COPIED_SUFFIXES) or name.startswith(_COPIED_NAMES)
 
 
 def _tensor_entries(shards: Mapping[str, Tensors]) -> dict[str, TensorEntry]:
@@ -287,27 +295,6 @@ def _tensor_entries(shards: Mapping[str, Tensors]) -> dict[str, TensorEntry]:
         )
         for key, pieces in pieces_of.items()
     }
-
-
-def _source_files(files: CheckpointFiles) -> dict[str, SourceFile]:
-    layouts = {}
-    for path in _unique(piece.path for (piece,) in files.tensors.values()):
-        metadata, tensors = read_header(path)
-        # A tensor that is in two files belongs to the one it is read from.
-        own = [key for key in tensors if files.tensors[key][0].path == path]
-        layouts[path.name] = SourceFile(metadata=metadata, tensors=own)
-    return layouts
-
-
-def _unique(paths: Iterable[Path]) -> list[Path]:
-    return list(dict.fromkeys(paths))
-
-
-def _index_without_map(path: Path) -> dict[str, object] | None:
-    if not path.is_file():
-        return None
-    index = json.loads(path.read_text(encoding="utf-8"))
-    return {name: value for name, value in index.items() if name != "weight_map"}
 
 
 def describe(folder: Path, not_copied: tuple[str, ...] = ()) -> Conversion:

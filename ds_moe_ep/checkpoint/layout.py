@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from ds_moe_ep.checkpoint.header import ByteRange, Piece, make_header
-from ds_moe_ep.checkpoint.manifest import INDEX_JSON, Manifest
+from ds_moe_ep.checkpoint.manifest import INDEX_JSON, SourceSection
 from ds_moe_ep.errors import CheckpointError
 
 if TYPE_CHECKING:  # it takes transformers to say which tensor is an expert's, but not to place it
@@ -24,6 +24,7 @@ __all__ = [
     "PlannedFile",
     "ProducedBytes",
     "Tensors",
+    "aligned",
     "check_experts",
     "copied_file",
     "hugging_face_files",
@@ -123,7 +124,7 @@ def shard_tensors(
             shard[key] = (tensor.cut(rows),)
     files = _numbered("dense", list(_split(dense, max_dense_bytes)))
     files |= _numbered("experts", shards, always=True)
-    return {name: _aligned(held) for name, held in files.items()}
+    return {name: aligned(held) for name, held in files.items()}
 
 
 def check_experts(of_experts: Mapping[str, ExpertTensor], layers: Iterable[str]) -> None:
@@ -160,14 +161,13 @@ def check_experts(of_experts: Mapping[str, ExpertTensor], layers: Iterable[str])
             )
 
 
-def hugging_face_files(manifest: Manifest, tensors: Tensors) -> list[PlannedFile]:
-    """Plans the weight files and the index of the directory that a checkpoint was made from.
+def hugging_face_files(source: SourceSection, tensors: Tensors) -> list[PlannedFile]:
+    """Plans the weight files and the index of a Hugging Face directory.
 
     Args:
-        manifest: That of the expert-sharded checkpoint.
+        source: Its layout.
         tensors: All of its tensors.
     """
-    source = manifest.source
     files = [
         safetensors_file(name, file.metadata, {key: tensors[key] for key in file.tensors})
         for name, file in source.files.items()
@@ -189,7 +189,7 @@ def model_files(tensors: Tensors, *, max_file_bytes: int) -> list[PlannedFile]:
     """
     shards = _numbered("model", list(_split(tensors, max_file_bytes)))
     files = [
-        safetensors_file(name, {"format": "pt"}, _aligned(held)) for name, held in shards.items()
+        safetensors_file(name, {"format": "pt"}, aligned(held)) for name, held in shards.items()
     ]
     if len(shards) > 1:
         weight_map = {key: name for name, held in shards.items() for key in held}
@@ -224,7 +224,7 @@ def _numbered(stem: str, groups: list, *, always: bool = False) -> dict[str, Ten
     }
 
 
-def _aligned(tensors: Tensors) -> Tensors:
+def aligned(tensors: Tensors) -> Tensors:
     """Orders tensors so that each begins at a multiple of its element's size.
 
     safetensors cannot read them otherwise. Among equal sizes the source is read in order; tensors

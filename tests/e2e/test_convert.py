@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from tests.helpers.launch import REPO
 
 _COMMAND = [sys.executable, "-m", "ds_moe_ep", "convert"]
 _NEW_TOKENS = 6
+_ELEMENT_BYTES = 4
 _JOURNAL = "unfinished.jsonl"
 
 
@@ -96,23 +98,27 @@ def test_infer_runs_it_on_any_number_of_ranks(converted, write_prompts, tmp_path
 
 @pytest.fixture
 def large(tiny_model, tmp_path):
-    """Returns a function that makes a model of that many bytes out of a tiny one.
+    """Returns a function that makes a model of about that many bytes out of a tiny one.
 
-    Its expert weights have rows that are too long, with nothing in them: they take no disk, and a
-    conversion does not mind.
+    Its experts are wider, with nothing in them: they take no disk.
     """
 
     def make(num_bytes):
         folder = tmp_path / "large"
         shutil.copytree(tiny_model("olmoe"), folder)
+        config = json.loads((folder / "config.json").read_text())
         path = folder / "model.safetensors"
         shapes = {key: tuple(tensor.shape) for key, tensor in load_file(path).items()}
         experts = [key for key in shapes if ".experts." in key]
-        shapes |= {key: (1, num_bytes // len(experts)) for key in experts}
-        sizes = {
-            key: shape[0] * (shape[1] if len(shape) > 1 else 1) for key, shape in shapes.items()
-        }
-        stored = {key: (StoredTensor(path, 0, sizes[key], "U8", shapes[key]),) for key in shapes}
+        width = num_bytes // (len(experts) * config["hidden_size"] * _ELEMENT_BYTES)
+        for key in experts:
+            shapes[key] = tuple(
+                width if size == config["intermediate_size"] else size for size in shapes[key]
+            )
+        config["intermediate_size"] = width
+        (folder / "config.json").write_text(json.dumps(config))
+        sizes = {key: math.prod(shape) * _ELEMENT_BYTES for key, shape in shapes.items()}
+        stored = {key: (StoredTensor(path, 0, sizes[key], "F32", shapes[key]),) for key in shapes}
         header = make_header({"format": "pt"}, stored.items())
         path.write_bytes(header)
         os.truncate(path, len(header) + sum(sizes.values()))
@@ -174,6 +180,8 @@ def _wait_until(condition, process, timeout_s=120.0):
         (["SRC", "DST", "--verify"], "--verify takes SRC alone; --to takes SRC and DST"),
         (["SRC", "DST", "--to", "gguf"], "argument --to: invalid choice: 'gguf'"),
         (["SRC", "DST", "--to", "hf", "--ep-size", "2"], "--ep-size is for --to ep only"),
+        (["SRC", "DST", "--to", "deepspeed", "--ep-size", "2"], "--ep-size is for --to ep only"),
+        (["SRC", "--verify", "--allow-pickle"], "--trust-remote-code are for --to only"),
         (["SRC", "DST", "--to", "hf"], "CheckpointError: SRC has no manifest.json"),
         (["SRC", "--verify"], "CheckpointError: SRC has no manifest.json"),
         (["SRC", "DST", "--to", "ep"], "AdapterError: SRC: transformers cannot read config.json"),

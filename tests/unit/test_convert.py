@@ -15,7 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_moe_ep.checkpoint import load_expert_parallel_model, writer
-from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face, verify
+from ds_moe_ep.checkpoint.convert import (
+    to_deepspeed,
+    to_expert_sharded,
+    to_hugging_face,
+    verify,
+)
 from ds_moe_ep.checkpoint.layout import PlannedFile, copied_file
 from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, read_manifest
 from ds_moe_ep.checkpoint.reader import TensorReader
@@ -155,12 +160,15 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert peak_bytes < 30_000_000
 
 
-def test_a_model_larger_than_any_memory_is_not_built(source, target):
+def test_a_model_larger_than_any_memory_is_compared_without_being_built(source, target):
     config = json.loads((source / "config.json").read_text())
     config |= {"intermediate_size": 10**10}  # 20 TB a layer
     (source / "config.json").write_text(json.dumps(config))
-    to_expert_sharded(source, target, 2)
-    verify(target)
+    message = _refused(to_expert_sharded, source, target, 2)
+    assert (
+        "the weights do not fit config.json: 6 of the wrong shape: model.layers.0.mlp." in message
+    )
+    assert "down_proj is [8, 32, 24], the model's is [8, 32, 10000000000]" in message
 
 
 def test_progress_counts_every_byte_once(source, target):
@@ -244,7 +252,42 @@ def test_a_missing_expert(source, target):
     )
 
 
-@pytest.mark.parametrize("convert", [to_hugging_face, to_expert_sharded])
+_ALL_FAULTS = (
+    "the weights do not fit config.json: 1 missing: model.norm.weight | 1 of the wrong shape: "
+    "model.layers.1.mlp.gate.weight is [8, 7], the model's is [8, 32] | 2 not the model's: extra; "
+    "model.extra.weight."
+)
+
+
+@pytest.mark.parametrize("convert", [to_expert_sharded, to_deepspeed])
+def test_dense_tensors_that_are_not_those_of_the_config(source, target, convert):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.layers.1.mlp.gate.weight"] = torch.ones(NUM_EXPERTS, 7)
+        tensors |= {"model.extra.weight": torch.ones(1), "extra": torch.ones(1)}
+
+    _change_tensors(source, change)
+    assert _refused(convert, source, target) == f"{source}: {_ALL_FAULTS}"
+    assert _names(target.parent) == ["source"]
+
+
+def test_an_expert_of_the_wrong_shape(source, target):
+    key = "model.layers.1.mlp.experts.3.up_proj.weight"
+    _change_tensors(source, lambda tensors: tensors.update({key: torch.ones(24, 31)}))
+    message = _refused(to_expert_sharded, source, target, 2)
+    assert "1 not convertible: model.layers.1.mlp.experts.gate_up_proj" in message
+
+
+def test_tensors_that_transformers_ignores_come_along(tmp_path, target):
+    # DeepSeek-V3's checkpoint holds a 62nd layer that predicts a second token.
+    save_tiny("deepseek_v3", tmp_path / "source")
+    key = "model.layers.61.eh_proj.weight"
+    _change_tensors(tmp_path / "source", lambda tensors: tensors.update({key: torch.ones(2)}))
+    to_expert_sharded(tmp_path / "source", target, 2)
+    assert key in read_manifest(target).tensors
+
+
+@pytest.mark.parametrize("convert", [to_hugging_face, to_expert_sharded, to_deepspeed])
 def test_a_folder_that_is_taken(source, target, convert):
     target.mkdir()
     (target / "thesis.txt").write_text("years")
@@ -262,11 +305,11 @@ def test_an_empty_folder_is_filled(source, target):
     verify(target)
 
 
-def test_a_checkpoint_that_is_sharded_already(source, target, tmp_path):
+@pytest.mark.parametrize("convert", [to_expert_sharded, to_deepspeed])
+def test_a_checkpoint_that_is_sharded_already(source, target, tmp_path, convert):
     to_expert_sharded(source, target, 2)
-    assert "already, and it loads at any ep_size" in _refused(
-        to_expert_sharded, target, tmp_path / "again", 4
-    )
+    message = _refused(convert, target, tmp_path / "again")
+    assert f"first go back: ds-moe-ep convert {target} DST --to hf" in message
 
 
 def test_only_an_expert_sharded_checkpoint_goes_back(source, target):

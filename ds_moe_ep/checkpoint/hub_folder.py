@@ -1,0 +1,105 @@
+"""A Hugging Face directory as a whole: how its weight files are laid out, and what is beside them.
+
+The tensors in its files are found in files.py; nothing is written here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ds_moe_ep.checkpoint.files import PICKLED_INDEX, CheckpointFiles
+from ds_moe_ep.checkpoint.header import read_header
+from ds_moe_ep.checkpoint.layout import PlannedFile, aligned, copied_file
+from ds_moe_ep.checkpoint.manifest import (
+    INDEX_JSON,
+    MANIFEST_JSON,
+    SourceFile,
+    SourceSection,
+    is_file_name,
+)
+
+__all__ = ["beside_the_weights", "describe_layout"]
+
+# Configs, tokenizers, chat templates, licences.
+_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
+_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+_CODE_SUFFIX = ".py"
+
+
+def beside_the_weights(
+    folder: Path, files: CheckpointFiles, *, with_code: bool = False
+) -> tuple[list[PlannedFile], tuple[str, ...]]:
+    """Plans the copies of what belongs to a model, and names what is left out.
+
+    Args:
+        folder: Model directory.
+        files: Its weights, which are not among the copies.
+        with_code: Whether the model's own code is copied.
+    """
+    weights = {piece.path.name for (piece,) in files.tensors.values()}
+    weights |= {PICKLED_INDEX if files.is_pickled else INDEX_JSON}
+    suffixes = (*_COPIED_SUFFIXES, _CODE_SUFFIX) if with_code else _COPIED_SUFFIXES
+    copied, left_out = [], []
+    for path in sorted(folder.iterdir()):
+        if path.name in weights or path.name.startswith("."):
+            continue
+        if path.is_file() and _belongs_to_a_model(path.name, suffixes):
+            copied.append(copied_file(path))
+        else:
+            left_out.append(path.name)
+    return copied, tuple(left_out)
+
+
+def describe_layout(files: CheckpointFiles) -> SourceSection:
+    """Describes weight files as a manifest does: their tensors are in the order of their bytes.
+
+    Pickled ones are described as the safetensors that are to be made of them.
+    """
+    if files.is_pickled:
+        layouts, index = _unpickled(files)
+    else:
+        layouts, index = _stored(files), _index_without_map(files.folder / INDEX_JSON)
+    return SourceSection(name=files.folder.resolve().name, files=layouts, index=index)
+
+
+def _stored(files: CheckpointFiles) -> dict[str, SourceFile]:
+    layouts = {}
+    for path in _paths(files):
+        metadata, tensors = read_header(path)
+        # A tensor that is in two files belongs to the one it is read from.
+        own = [key for key in tensors if files.tensors[key][0].path == path]
+        layouts[path.name] = SourceFile(metadata=metadata, tensors=own)
+    return layouts
+
+
+def _unpickled(files: CheckpointFiles) -> tuple[dict[str, SourceFile], dict[str, object] | None]:
+    paths = _paths(files)
+    layouts = {}
+    for number, path in enumerate(paths, start=1):
+        own = {key: pieces for key, pieces in files.tensors.items() if pieces[0].path == path}
+        part = f"-{number:05d}-of-{len(paths):05d}" if len(paths) > 1 else ""
+        layouts[f"model{part}.safetensors"] = SourceFile(
+            metadata={"format": "pt"}, tensors=list(aligned(own))
+        )
+    if len(paths) == 1:
+        return layouts, None
+    total = sum(piece.num_bytes for (piece,) in files.tensors.values())
+    return layouts, {"metadata": {"total_size": total}}
+
+
+def _paths(files: CheckpointFiles) -> list[Path]:
+    return list(dict.fromkeys(piece.path for (piece,) in files.tensors.values()))
+
+
+def _belongs_to_a_model(name: str, suffixes: tuple[str, ...]) -> bool:
+    if not is_file_name(name) or name == MANIFEST_JSON or name.endswith(".index.json"):
+        return False
+    return name.endswith(suffixes) or name.startswith(_COPIED_NAMES)
+
+
+def _index_without_map(path: Path) -> dict[str, object] | None:
+    if not path.is_file():
+        return None
+    index = json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in index.items() if name != "weight_map"}
