@@ -5,13 +5,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_moe_ep.dist.collectives import Communicator
-from ds_moe_ep.moe.experts import NOT_HERE, run_local_experts
+from ds_moe_ep.moe.allgather import AllGather
+from ds_moe_ep.moe.experts import NOT_HERE, Compute
 
 __all__ = ["AllToAll"]
+
+# Up to this many bytes from any rank, sending every row everywhere takes less time than telling
+# first how many rows will come: about latency times bandwidth, of gloo as of NCCL.
+_SEND_TO_ALL_BYTES = 2**20
 
 
 class AllToAll:
@@ -19,22 +26,40 @@ class AllToAll:
 
     A row carries its expert ids and routing weights, so one message goes out and one comes back,
     and a token that chose several experts of one rank is sent, and its weighted sum returned, once.
+    A third, small one before them tells the numbers of rows. Small batches are spared it: where the
+    tokens of each rank are known, and few, every rank gets every row.
 
     Args:
         comm: Collectives of the expert group.
         num_local_experts: Experts on each rank; expert i lives on rank ``i // num_local_experts``.
+        send_to_all_bytes: What a rank may send at most to spare the message of counts.
     """
 
     name = "alltoall"
 
-    def __init__(self, comm: Communicator, num_local_experts: int) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        num_local_experts: int,
+        *,
+        send_to_all_bytes: int = _SEND_TO_ALL_BYTES,
+    ) -> None:
         self.comm = comm
         self.num_local_experts = num_local_experts
+        self.send_to_all_bytes = send_to_all_bytes
+        self._send_to_all = AllGather(comm, num_local_experts)
 
     def __call__(
-        self, experts: nn.Module, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor
+        self,
+        compute: Compute,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        num_tokens_W: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Dispatcher``."""
+        if num_tokens_W is not None and self._are_few(num_tokens_W, x_TH):
+            return self._send_to_all(compute, x_TH, topk_ids_TK, topk_weights_TK, num_tokens_W)
         token_S, local_ids_SK, send_counts_W = self._route(topk_ids_TK)
         # Weights travel as float32: it holds every routing dtype exactly, and a rank without tokens
         # need not know which.
@@ -42,11 +67,15 @@ class AllToAll:
         send_counts, recv_counts = self.comm.exchange_counts(send_counts_W)
 
         x_RH, local_ids_RK, weights_RK = self.comm.exchange_rows(sent, send_counts, recv_counts)
-        y_RH, tokens_per_expert = run_local_experts(experts, x_RH, local_ids_RK, weights_RK)
+        y_RH, tokens_per_expert = compute(x_RH, local_ids_RK, weights_RK)
         (y_SH,) = self.comm.exchange_rows((y_RH,), recv_counts, send_counts)
 
         sum_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
         return sum_TH.index_add(0, token_S, y_SH.float()).to(x_TH.dtype), tokens_per_expert
+
+    def _are_few(self, num_tokens_W: Sequence[int], x_TH: Tensor) -> bool:
+        row_bytes = x_TH.shape[1] * x_TH.element_size()
+        return max(num_tokens_W) * (self.comm.size - 1) * row_bytes <= self.send_to_all_bytes
 
     def _route(self, topk_ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lists the rows to send, rank after rank.
@@ -55,10 +84,12 @@ class AllToAll:
             Token of each row ``[S]``, local expert ids of its slots int32 ``[S, K]``, rows for each
             rank ``[W]``.
         """
-        owner_TK = topk_ids_TK // self.num_local_experts
+        size = self.comm.size
+        owner_TK = topk_ids_TK.long() // self.num_local_experts
+        owner_TK = owner_TK.masked_fill(topk_ids_TK == NOT_HERE, size)  # of none of these ranks
         wanted_TW = torch.zeros(
-            (topk_ids_TK.shape[0], self.comm.size), dtype=torch.bool, device=topk_ids_TK.device
-        ).scatter_(1, owner_TK, True)
+            (topk_ids_TK.shape[0], size + 1), dtype=torch.bool, device=topk_ids_TK.device
+        ).scatter_(1, owner_TK, True)[:, :size]
         rank_S, token_S = wanted_TW.t().nonzero(
             as_tuple=True
         )  # rank-major; a device-to-host sync on a GPU

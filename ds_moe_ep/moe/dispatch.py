@@ -1,39 +1,56 @@
 """The protocol that every dispatcher keeps, and the table from which one is chosen by name."""
 
-# Shapes: T tokens here, H hidden, K top_k, e local experts
+# Shapes: T tokens here, H hidden, K top_k, W ranks of the expert group, e local experts
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.comm_stats import CommStats
+from ds_moe_ep.dist.node_groups import NodeGroups
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.moe.allgather import AllGather
+from ds_moe_ep.moe.allreduce import AllReduce
 from ds_moe_ep.moe.alltoall import AllToAll
+from ds_moe_ep.moe.experts import Compute
+from ds_moe_ep.moe.two_level import TwoLevel
 
-__all__ = ["DISPATCHERS", "Dispatcher", "make_dispatcher"]
+__all__ = ["DISPATCHERS", "TWO_LEVEL", "Dispatcher", "Links", "make_dispatcher", "make_links"]
 
 
 class Dispatcher(Protocol):
     """Brings tokens to the ranks of their experts and the weighted outputs back.
 
     Every rank of the group calls it for every layer, with zero tokens if it has none. It keeps no
-    state between calls.
+    state between calls that a result depends on.
     """
 
     name: str
 
     def __call__(
-        self, experts: nn.Module, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor
+        self,
+        compute: Compute,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        num_tokens_W: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Computes the MoE output of this rank's tokens.
 
         Args:
-            experts: The local experts, called as ``run_local_experts`` says.
+            compute: What the experts of this rank do with rows: takes ``x [R, H]``, local expert
+                ids ``[R, K]`` (``NOT_HERE`` for those of other ranks) and weights ``[R, K]``, and
+                returns what this method returns, for R rows.
             x_TH: Tokens of this rank.
-            topk_ids_TK: Global expert ids.
+            topk_ids_TK: Expert ids in the group, ``NOT_HERE`` for an expert outside of it.
             topk_weights_TK: Routing weights, any floating dtype.
+            num_tokens_W: T of every rank, where all ranks know it; None where none does.
 
         Returns:
             Output ``[T, H]`` in x's dtype, and the rows each local expert computed, int64 ``[e]``.
@@ -41,19 +58,70 @@ class Dispatcher(Protocol):
         ...
 
 
-DISPATCHERS = {kind.name: kind for kind in (AllToAll,)}
-"""Dispatchers by the name users give to ``--dispatcher``."""
+@dataclass(frozen=True)
+class Links:
+    """What connects the ranks of an expert group.
+
+    Attributes:
+        flat: All ranks of the group.
+        across: The ranks with this rank's place on every node, and
+        within: the ranks of this node; both None unless there are several nodes of several ranks.
+    """
+
+    flat: Communicator
+    across: Communicator | None = None
+    within: Communicator | None = None
 
 
-def make_dispatcher(name: str, comm: Communicator, num_local_experts: int) -> Dispatcher:
-    """Returns the dispatcher called `name`; ``auto`` picks one.
+def make_links(
+    ep_group: dist.ProcessGroup | None,
+    node_groups: NodeGroups | None = None,
+    stats: CommStats | None = None,
+) -> Links:
+    """Returns the links of an expert group; None is a group of one. All count in `stats`."""
+    flat = Communicator(ep_group, stats)
+    if node_groups is None:
+        return Links(flat)
+    across, within = (
+        Communicator(group, flat.stats) for group in (node_groups.across, node_groups.within)
+    )
+    return Links(flat, across, within)
+
+
+def _two_level(kind: type[AllToAll] | type[AllGather]) -> Callable[[Links, int], Dispatcher]:
+    def make(links: Links, num_local_experts: int) -> Dispatcher:
+        if links.across is None or links.within is None:
+            raise ConfigError(
+                f"dispatcher={kind.name}-2level needs several hosts with several ranks each, as "
+                f"many on all; the {links.flat.size} ranks of this expert group are not spread so. "
+                f"Use {kind.name}."
+            )
+        return TwoLevel(kind, links.across, links.within, num_local_experts)
+
+    return make
+
+
+TWO_LEVEL = ("alltoall-2level", "allgather-2level")
+"""The dispatchers that need `Links` with both levels."""
+
+DISPATCHERS: dict[str, Callable[[Links, int], Dispatcher]] = {
+    "alltoall": lambda links, num_local_experts: AllToAll(links.flat, num_local_experts),
+    "allgather": lambda links, num_local_experts: AllGather(links.flat, num_local_experts),
+    "allreduce": lambda links, num_local_experts: AllReduce(links.flat, num_local_experts),
+    "alltoall-2level": _two_level(AllToAll),
+    "allgather-2level": _two_level(AllGather),
+}
+"""What makes a dispatcher, by the name users give to ``--dispatcher``."""
+
+
+def make_dispatcher(name: str, links: Links, num_local_experts: int) -> Dispatcher:
+    """Returns the dispatcher called `name`.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is none of that name, or the ranks are not placed as it needs them.
     """
-    chosen = "alltoall" if name == "auto" else name
-    if chosen not in DISPATCHERS:
+    if name not in DISPATCHERS:
         raise ConfigError(
             f"dispatcher={name!r} is unknown. Use one of: auto, {', '.join(DISPATCHERS)}."
         )
-    return DISPATCHERS[chosen](comm, num_local_experts)
+    return DISPATCHERS[name](links, num_local_experts)

@@ -10,13 +10,24 @@ or the Hugging Face module's own affair where that does not follow transformers'
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.moe.expert_gemm import follows_contract, run_grouped, run_single
 
-__all__ = ["NOT_HERE", "expert_parameters", "run_local_experts", "run_static"]
+__all__ = [
+    "NOT_HERE",
+    "Compute",
+    "expert_parameters",
+    "local_ids",
+    "run_local_experts",
+    "run_static",
+]
+
+Compute = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""What a dispatcher brings rows to: some experts' ``run_local_experts``, or another dispatcher."""
 
 # Anything else in an experts module (a norm, say) belongs to all experts.
 _PER_EXPERT = re.compile(r"(gate_up_proj|up_proj|down_proj)(_bias)?$")
@@ -36,6 +47,12 @@ def expert_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
         for name, param in experts.named_parameters(recurse=False)
         if _PER_EXPERT.fullmatch(name)
     }
+
+
+def local_ids(ids_RK: Tensor, rank: int, num_local_experts: int) -> Tensor:
+    """Returns the expert ids as `rank` counts them, ``NOT_HERE`` for the experts of other ranks."""
+    ids_RK = ids_RK - rank * num_local_experts
+    return ids_RK.masked_fill((ids_RK < 0) | (ids_RK >= num_local_experts), NOT_HERE)
 
 
 def run_local_experts(

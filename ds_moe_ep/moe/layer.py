@@ -7,15 +7,21 @@ The model's own router stays outside of it; how rows travel is the dispatcher's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from ds_moe_ep.dist.collectives import CommStats, Communicator
+from ds_moe_ep.dist.comm_stats import CommStats
+from ds_moe_ep.dist.node_groups import NodeGroups
 from ds_moe_ep.errors import DistributedError
-from ds_moe_ep.moe.dispatch import Dispatcher, make_dispatcher
-from ds_moe_ep.moe.experts import expert_parameters
+from ds_moe_ep.moe.auto import Auto
+from ds_moe_ep.moe.cost_model import LinkPrices
+from ds_moe_ep.moe.dispatch import Dispatcher, make_dispatcher, make_links
+from ds_moe_ep.moe.experts import expert_parameters, run_local_experts
 from ds_moe_ep.moe.state_dict import name_experts_as_deepspeed_does
 
 __all__ = ["DispatchedExperts", "ExpertParallelMoE"]
@@ -35,16 +41,37 @@ class DispatchedExperts(nn.Module):
         name_experts_as_deepspeed_does(experts)
         self.dispatcher_name = dispatcher
         self.ep_group: dist.ProcessGroup | None = None
+        # What the next two hold is for the binding: without node groups there are no two levels,
+        # and without prices `auto` is alltoall.
+        self.node_groups: NodeGroups | None = None
+        self.prices: LinkPrices | None = None
         self.stats = CommStats()
         self.dispatcher: Dispatcher | None = None
         self.tokens_per_expert = torch.zeros(experts.num_experts, dtype=torch.int64)
+        self._group_ranks = [0]
+        self._num_tokens_W: list[int] | None = None
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
         """Binds the expert group; DeepSpeed calls it by this name. None is a group of one."""
         self.ep_group = ep_group
-        comm = Communicator(ep_group, self.stats)
-        self.dispatcher = make_dispatcher(self.dispatcher_name, comm, self.experts.num_experts)
-        self.dispatcher_name = self.dispatcher.name
+        self._group_ranks = [0] if ep_group is None else dist.get_process_group_ranks(ep_group)
+        links = make_links(ep_group, self.node_groups, self.stats)
+        num_local_experts = self.experts.num_experts
+        if self.dispatcher_name == "auto" and self.prices is not None:
+            self.dispatcher = Auto(links, self.prices, num_local_experts)
+        else:
+            name = "alltoall" if self.dispatcher_name == "auto" else self.dispatcher_name
+            self.dispatcher = make_dispatcher(name, links, num_local_experts)
+
+    def announce(self, num_tokens: Sequence[int] | None) -> None:
+        """Takes note of the tokens that each rank of the job brings to the next calls.
+
+        Args:
+            num_tokens: By global rank, the same on all ranks; None if it is not known.
+        """
+        self._num_tokens_W = (
+            None if num_tokens is None else [num_tokens[rank] for rank in self._group_ranks]
+        )
 
     def forward(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Returns the MoE output ``[T, H]`` of this rank's tokens.
@@ -57,7 +84,10 @@ class DispatchedExperts(nn.Module):
                 "the expert group is not bound: call ds_moe_ep.adapter.bind_expert_groups(model) "
                 "after init_distributed()."
             )
-        output_TH, rows_e = self.dispatcher(self.experts, x_TH, topk_ids_TK, topk_weights_TK)
+        compute = partial(run_local_experts, self.experts)
+        output_TH, rows_e = self.dispatcher(
+            compute, x_TH, topk_ids_TK, topk_weights_TK, self._num_tokens_W
+        )
         self.tokens_per_expert = self.tokens_per_expert.to(rows_e.device) + rows_e
         return output_TH
 

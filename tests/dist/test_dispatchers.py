@@ -2,6 +2,8 @@
 
 import traceback
 from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +12,20 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from ds_moe_ep.dist.collectives import Communicator
-from ds_moe_ep.moe.dispatch import DISPATCHERS, make_dispatcher
+from ds_moe_ep.dist.node_groups import create_node_groups
+from ds_moe_ep.moe.auto import Auto
+from ds_moe_ep.moe.cost_model import LinkPrices
+from ds_moe_ep.moe.dispatch import DISPATCHERS, TWO_LEVEL, Links, make_dispatcher, make_links
+from ds_moe_ep.moe.experts import run_local_experts
+from ds_moe_ep.moe.probe import measure_links
 from ds_moe_ep.moe.reference import reference_moe
 from tests.helpers import run_ranks
 
 HIDDEN, WIDTH, TOP_K = 16, 8, 3
 EXPERTS_PER_RANK = (1, 4)
+FLAT = [name for name in DISPATCHERS if name not in TWO_LEVEL]
+# Four ranks are two nodes of two; two ranks have no second level.
+DISPATCHERS_OF_WORLD = {2: [*FLAT, "auto"], 4: [*DISPATCHERS, "auto"]}
 
 
 class ScaleExperts(nn.Module):
@@ -62,24 +71,55 @@ def local_part(experts: OlmoeExperts, first: int, num_local: int) -> OlmoeExpert
 
 
 class Ranks:
-    """What a case needs on one rank."""
+    """What a case needs on one rank.
 
-    def __init__(self, rank: int, world_size: int, dispatcher: str, num_local: int) -> None:
-        self.rank, self.world_size, self.num_local = rank, world_size, num_local
-        self.num_experts = world_size * num_local
+    Args:
+        rank: This rank.
+        links: What connects it with the others.
+        dispatcher: Name of the dispatcher under test.
+        num_local: Experts on each rank.
+        announced: Whether the dispatcher is told the tokens of every rank.
+    """
+
+    def __init__(
+        self, rank: int, links: Links, dispatcher: str, num_local: int, announced: bool
+    ) -> None:
+        self.rank, self.world_size, self.num_local = rank, links.flat.size, num_local
+        self.num_experts = self.world_size * num_local
         self.top_k = min(TOP_K, self.num_experts)
-        self.comm = Communicator(dist.group.WORLD)
-        self.dispatch = make_dispatcher(dispatcher, self.comm, num_local)
+        self.comm, self.announced = links.flat, announced
+        self.is_replicated = dispatcher == "allreduce"  # all ranks have the tokens of rank 0
+        if dispatcher == "auto":
+            self.dispatcher = Auto(links, measured(links), num_local)
+        else:
+            self.dispatcher = make_dispatcher(dispatcher, links, num_local)
 
     def tokens(
         self, count: int, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Random rows, distinct experts and weights of this rank."""
-        generator = torch.Generator().manual_seed(100 + self.rank)
+        generator = torch.Generator().manual_seed(100 + self.rank * (not self.is_replicated))
         x_TH = torch.randn(count, HIDDEN, generator=generator).to(dtype)
         scores_TE = torch.rand(count, self.num_experts, generator=generator)
         weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
         return x_TH, ids_TK, weights_TK
+
+    def dispatch(
+        self, experts: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Calls the dispatcher as the layer does."""
+        num_tokens_W = None
+        if self.announced:
+            counts = self.comm.gather_ints([len(x_TH)], x_TH.device)
+            num_tokens_W = [count for (count,) in counts]
+        compute = partial(run_local_experts, experts)
+        return self.dispatcher(compute, x_TH, ids_TK, weights_TK, num_tokens_W)
+
+    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
+        """Sums over the ranks that have tokens of their own."""
+        if not self.is_replicated:
+            dist.all_reduce(tensor)
+        return tensor
 
     def check(
         self, count: int, *, dtype=torch.float32, ids_TK: Tensor | None = None, **tolerance
@@ -93,7 +133,7 @@ class Ranks:
             actual_TH, rows_e = self.dispatch(local, x_TH, ids_TK, weights_TK)
             expected_TH = reference_moe(full, x_TH, ids_TK, weights_TK)
         chosen_E = torch.bincount(ids_TK.flatten(), minlength=self.num_experts)
-        dist.all_reduce(chosen_E)
+        chosen_E = self.sum_over_tokens(chosen_E)
         # Assertions come after the last collective of a case, so that one that fails leaves the
         # ranks in step.
         first = self.rank * self.num_local
@@ -101,6 +141,11 @@ class Ranks:
         assert actual_TH.dtype == dtype
         torch.testing.assert_close(actual_TH, expected_TH, **tolerance)
         return rows_e
+
+
+@cache
+def measured(links: Links) -> LinkPrices:
+    return measure_links(links, torch.device("cpu"))
 
 
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
@@ -151,12 +196,22 @@ def bfloat16(at: Ranks) -> None:
     at.check(13, dtype=torch.bfloat16, rtol=3e-2, atol=3e-2)
 
 
+def many_tokens(at: Ranks) -> None:
+    """Enough for sums in two steps and for alltoall's rows to be counted first."""
+    at.check(20_000 // HIDDEN if at.is_replicated else 4, **FP32)
+    at.dispatcher = getattr(at.dispatcher, "candidates", {}).get("alltoall", at.dispatcher)
+    if hasattr(at.dispatcher, "send_to_all_bytes"):
+        at.dispatcher.send_to_all_bytes = 0
+    at.check(30, **FP32)
+
+
 def backward(at: Ranks) -> None:
     full = gated_experts(at.num_experts, torch.float32)
     local = local_part(full, at.rank * at.num_local, at.num_local)
-    count = 0 if at.rank == 0 else 5  # a rank without tokens takes part in backward too
+    # A rank without tokens takes part in backward too.
+    count = 0 if at.rank == 0 and not at.is_replicated else 5
     x_TH, ids_TK, weights_TK = at.tokens(count)
-    out_grad_TH = torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(at.rank))
+    out_grad_TH = torch.linspace(-1, 1, count * HIDDEN).view(count, HIDDEN)
 
     def gradients(run: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         x, weights = x_TH.clone().requires_grad_(), weights_TK.clone().requires_grad_()
@@ -172,7 +227,7 @@ def backward(at: Ranks) -> None:
         for name, p in full.named_parameters()
     }
     for total in totals.values():
-        dist.all_reduce(total)  # the reference's experts saw this rank's tokens only
+        at.sum_over_tokens(total)  # the reference's experts saw this rank's tokens only
     for found, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(found, wanted, **FP32)
     for name, total in totals.items():
@@ -187,41 +242,66 @@ CASES = {
         identity_gives_the_input_back,
         the_right_experts_compute,
         random_routing,
-        unequal_counts,
-        a_rank_without_tokens,
-        only_one_rank_has_tokens,
         no_rank_has_tokens,
         all_tokens_on_one_expert,
         bfloat16,
+        many_tokens,
         backward,
+        # Not for a replicated batch:
+        unequal_counts,
+        a_rank_without_tokens,
+        only_one_rank_has_tokens,
     )
 }
+UNEQUAL = ("unequal_counts", "a_rank_without_tokens", "only_one_rank_has_tokens")
 
 
-def run_all_cases(rank: int, world_size: int) -> dict[tuple[str, int, str], str]:
+def cases_of(dispatcher: str) -> list[str]:
+    return [name for name in CASES if dispatcher != "allreduce" or name not in UNEQUAL]
+
+
+def run_all_cases(rank: int, world_size: int) -> dict[tuple[Any, ...], str]:
     """Runs every case of every dispatcher; returns the tracebacks of those that failed."""
     failed = {}
-    for dispatcher in DISPATCHERS:
+    nodes = [each // 2 for each in range(world_size)]
+    links = make_links(dist.group.WORLD, create_node_groups(world_size, nodes))
+    for dispatcher in DISPATCHERS_OF_WORLD[world_size]:
         for num_local in EXPERTS_PER_RANK:
-            for name, case in CASES.items():
-                try:
-                    case(Ranks(rank, world_size, dispatcher, num_local))
-                except AssertionError:
-                    failed[dispatcher, num_local, name] = traceback.format_exc()
+            for announced in (True, False):
+                for name in cases_of(dispatcher):
+                    at = Ranks(rank, links, dispatcher, num_local, announced)
+                    try:
+                        CASES[name](at)
+                    except AssertionError:
+                        failed[dispatcher, num_local, announced, name] = traceback.format_exc()
     return failed
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda world_size: f"world{world_size}")
-def failures(request, tmp_path_factory) -> list[dict[tuple[str, int, str], str]]:
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory) -> Callable[[int], list[dict[tuple[Any, ...], str]]]:
     """What failed on each rank: one job for all cases, as starting ranks is what costs time."""
-    return run_ranks(run_all_cases, request.param, tmp_path_factory.mktemp("dispatchers"))
+
+    @cache
+    def of_world(world_size: int) -> list[dict[tuple[Any, ...], str]]:
+        return run_ranks(run_all_cases, world_size, tmp_path_factory.mktemp("dispatchers"))
+
+    return of_world
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("world_size", "dispatcher", "case"),
+    [
+        (world_size, dispatcher, case)
+        for world_size, dispatchers in DISPATCHERS_OF_WORLD.items()
+        for dispatcher in dispatchers
+        for case in cases_of(dispatcher)
+    ],
+)
 @pytest.mark.parametrize("num_local", EXPERTS_PER_RANK)
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_dispatcher(failures, dispatcher: str, num_local: int, case: str) -> None:
-    for rank, failed in enumerate(failures):
-        assert (dispatcher, num_local, case) not in failed, (
-            f"rank {rank}: {failed[dispatcher, num_local, case]}"
-        )
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "unannounced"])
+def test_dispatcher(
+    failures, world_size: int, dispatcher: str, num_local: int, announced: bool, case: str
+) -> None:
+    for rank, failed in enumerate(failures(world_size)):
+        key = (dispatcher, num_local, announced, case)
+        assert key not in failed, f"rank {rank}: {failed[key]}"

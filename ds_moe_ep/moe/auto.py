@@ -1,0 +1,78 @@
+"""Chooses a dispatcher for each pass by what the cost model predicts, the same on all ranks."""
+
+# Shapes: T tokens here, H hidden, K top_k, W ranks of the expert group
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ds_moe_ep.moe.alltoall import AllToAll
+from ds_moe_ep.moe.cost_model import LayerShape, LinkPrices, predict_s
+from ds_moe_ep.moe.dispatch import Dispatcher, Links, make_dispatcher
+from ds_moe_ep.moe.experts import Compute
+
+__all__ = ["Auto"]
+
+
+class Auto:
+    """Dispatches each pass in the way that is predicted to cost least.
+
+    What it knows is the same on all ranks: the agreed prices and the tokens of each rank. Where
+    those are not known, it uses alltoall, which needs to know nothing.
+
+    Args:
+        links: What connects the ranks.
+        prices: What its messages cost, from ``measure_links``.
+        num_local_experts: Experts on each rank.
+    """
+
+    name = "auto"
+
+    def __init__(self, links: Links, prices: LinkPrices, num_local_experts: int) -> None:
+        self.prices = prices
+        self.num_experts = num_local_experts * links.flat.size
+        # Small batches that are best sent to all ranks are the cost model's to find, not its own.
+        self.candidates: dict[str, Dispatcher] = {
+            "alltoall": AllToAll(links.flat, num_local_experts, send_to_all_bytes=0),
+            "allgather": make_dispatcher("allgather", links, num_local_experts),
+        }
+        if links.across is not None:
+            for name in ("alltoall-2level", "allgather-2level"):
+                self.candidates[name] = make_dispatcher(name, links, num_local_experts)
+        self.calls: Counter[str] = Counter()
+        self._predicted_s: dict[str, dict[str, float]] = {}  # when the name was chosen last
+
+    def __call__(
+        self,
+        compute: Compute,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        num_tokens_W: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Dispatcher``."""
+        name = "alltoall"
+        if num_tokens_W is not None:
+            shape = LayerShape(
+                self.num_experts, topk_ids_TK.shape[1], x_TH.shape[1] * x_TH.element_size()
+            )
+            predicted_s = predict_s(self.prices, shape, tuple(num_tokens_W))
+            name = min(predicted_s, key=predicted_s.__getitem__)
+            self._predicted_s[name] = predicted_s
+        self.calls[name] += 1
+        return self.candidates[name](compute, x_TH, topk_ids_TK, topk_weights_TK, num_tokens_W)
+
+    def describe(self) -> str:
+        """Tells what was chosen how often, and what was predicted of the others then."""
+        total = sum(self.calls.values())
+        told = []
+        for name, calls in self.calls.most_common():
+            text = f"{name} in {calls} of {total} passes"
+            if predicted_s := self._predicted_s.get(name):
+                each = ", ".join(f"{other} {s * 1e3:.3g}" for other, s in predicted_s.items())
+                text += f" (predicted ms a layer: {each})"
+            told.append(text)
+        return "; ".join(told) or "no pass yet"

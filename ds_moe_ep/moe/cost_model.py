@@ -1,0 +1,162 @@
+"""Predicts what a layer's communication costs with each dispatcher: arithmetic, no tensors.
+
+The matrix products are left out: every dispatcher computes the same (row, expert) pairs on the same
+ranks. The prices of messages are measured by probe.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import comb
+from statistics import median
+
+__all__ = ["GroupPrices", "LayerShape", "LinkPrices", "Price", "fit_price", "predict_s"]
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one kind of collective costs in one group: a latency and a price of bytes.
+
+    Attributes:
+        latency_s: Seconds of a collective without bytes.
+        s_per_byte: Seconds for each byte of the rank that sends or receives most.
+    """
+
+    latency_s: float
+    s_per_byte: float
+
+    def seconds(self, num_bytes: float) -> float:
+        """Returns the predicted seconds of one collective."""
+        return self.latency_s + num_bytes * self.s_per_byte
+
+
+@dataclass(frozen=True)
+class GroupPrices:
+    """The prices of one group.
+
+    Attributes:
+        size: Its ranks.
+        counts_s: Seconds to exchange numbers of rows, until the host knows them.
+        exchange: Rows to some ranks each, as many as there are.
+        gather: All rows to all ranks.
+        reduce: The sum over ranks of what each has for the rows of all.
+    """
+
+    size: int
+    counts_s: float
+    exchange: Price
+    gather: Price
+    reduce: Price
+
+
+@dataclass(frozen=True)
+class LinkPrices:
+    """The prices of an expert group, and of its two levels where it has them."""
+
+    flat: GroupPrices
+    across: GroupPrices | None = None
+    within: GroupPrices | None = None
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What of a layer decides how much is sent.
+
+    Attributes:
+        num_experts: Experts over all ranks.
+        top_k: Experts a token chooses.
+        row_bytes: Bytes of a token's hidden state.
+    """
+
+    num_experts: int
+    top_k: int
+    row_bytes: int
+
+    @property
+    def routed_row_bytes(self) -> int:
+        """Bytes of a row with its expert ids and weights."""
+        return self.row_bytes + 8 * self.top_k
+
+    def share_wanted(self, num_local_experts: int) -> float:
+        """Returns how likely a token wants any of so many experts, if all are chosen equally."""
+        others = self.num_experts - num_local_experts
+        return 1.0 - comb(others, self.top_k) / comb(self.num_experts, self.top_k)
+
+
+def fit_price(samples: Sequence[tuple[int, float]]) -> Price:
+    """Fits a price to measured seconds of small and large messages.
+
+    Args:
+        samples: Bytes and seconds of each measurement, of two sizes.
+
+    Returns:
+        The line through the medians of both sizes, its latency and slope not below zero.
+    """
+    small, large = min(samples)[0], max(samples)[0]
+    small_s = median(seconds for size, seconds in samples if size == small)
+    large_s = median(seconds for size, seconds in samples if size == large)
+    slope = max(0.0, (large_s - small_s) / (large - small)) if large > small else 0.0
+    return Price(latency_s=max(0.0, small_s - slope * small), s_per_byte=slope)
+
+
+@lru_cache(maxsize=256)  # asked by every layer of a pass
+def predict_s(
+    prices: LinkPrices, shape: LayerShape, num_tokens: tuple[int, ...]
+) -> dict[str, float]:
+    """Predicts the seconds of a layer's collectives.
+
+    Args:
+        prices: What was measured of the group's links.
+        shape: The layer.
+        num_tokens: Tokens of each rank of the group.
+
+    Returns:
+        Seconds by dispatcher; the two-level ones only where their prices are known.
+    """
+    own_share = shape.share_wanted(shape.num_experts // prices.flat.size)
+    predicted = {
+        "alltoall": _exchange_s(prices.flat, shape, num_tokens, own_share),
+        "allgather": _gather_s(prices.flat, shape, num_tokens),
+    }
+    if prices.across is None or prices.within is None:
+        return predicted
+    across, within = prices.across, prices.within
+    places = range(within.size)
+    columns = [list(num_tokens[place :: within.size]) for place in places]
+    node_share = shape.share_wanted(shape.num_experts // across.size)
+    predicted["alltoall-2level"] = max(
+        _exchange_s(across, shape, column, node_share) for column in columns
+    ) + _exchange_s(
+        within, shape, [node_share * sum(column) for column in columns], own_share / node_share
+    )
+    predicted["allgather-2level"] = max(
+        _gather_s(across, shape, column) for column in columns
+    ) + _gather_s(within, shape, [sum(column) for column in columns])
+    return predicted
+
+
+def _exchange_s(
+    prices: GroupPrices, shape: LayerShape, num_tokens: Sequence[float], share: float
+) -> float:
+    """Counts, rows out and rows back, where each rank wants a share of every rank's rows."""
+    rows = share * _most_rows(num_tokens)
+    return (
+        prices.counts_s
+        + prices.exchange.seconds(rows * shape.routed_row_bytes)
+        + prices.exchange.seconds(rows * shape.row_bytes)
+    )
+
+
+def _gather_s(prices: GroupPrices, shape: LayerShape, num_tokens: Sequence[int]) -> float:
+    rows = _most_rows(num_tokens)
+    return prices.gather.seconds(rows * shape.routed_row_bytes) + prices.reduce.seconds(
+        rows * shape.row_bytes
+    )
+
+
+def _most_rows(num_tokens: Sequence[float]) -> float:
+    """Returns the rows that the busiest rank sends or receives if all go everywhere."""
+    total = sum(num_tokens)
+    return max(max((len(num_tokens) - 1) * own, total - own) for own in num_tokens)
