@@ -79,6 +79,8 @@ def check_upcycle_arguments(args: argparse.Namespace) -> None:
                 args.refuse(f"--{name.replace('_', '-')} is for --upcycle-experts only")
     elif args.to not in ("ep", "hf"):
         args.refuse("--upcycle-experts takes --to ep or --to hf")
+    elif args.trust_remote_code:
+        args.refuse("--trust-remote-code is not for --upcycle-experts")
     elif args.top_k is None:
         args.refuse("--upcycle-experts needs --top-k: how many experts a token is sent to")
 
@@ -93,20 +95,18 @@ def upcycle(args: argparse.Namespace) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ds_moe_ep.checkpoint.upcycle import upcycle_to_expert_sharded, upcycle_to_hugging_face
     from ds_moe_ep.checkpoint.upcycled_tensors import UpcycleRequest
-    from ds_moe_ep.engine.console import byte_progress_bar as show_progress
+    from ds_moe_ep.engine.console import byte_progress_bar, quiet_libraries
 
+    quiet_libraries()
     asked = {name: getattr(args, name) for name in _DEFAULTS}
     asked |= {name: value for name, value in _DEFAULTS.items() if asked[name] is None}
     router_std = asked.pop("router_init")
     request = UpcycleRequest(num_experts=args.upcycle_experts, router_std=router_std, **asked)
+    how = {"allow_pickle": args.allow_pickle, "show_progress": byte_progress_bar}
     if args.to == "hf":
-        done = upcycle_to_hugging_face(
-            args.source, args.target, request, show_progress=show_progress
-        )
+        done = upcycle_to_hugging_face(args.source, args.target, request, **how)
     else:
-        done = upcycle_to_expert_sharded(
-            args.source, args.target, request, args.ep_size, show_progress=show_progress
-        )
+        done = upcycle_to_expert_sharded(args.source, args.target, request, args.ep_size, **how)
     print(f"wrote {done.folder}: {done.num_files} files, {done.num_bytes:,} bytes, read again")
     if done.not_copied:
         print(f"not copied: {', '.join(done.not_copied)}")

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ds_moe_ep.adapter.ffn import Ffn, find_ffns
 from ds_moe_ep.adapter.replace import check_ep_size
@@ -21,15 +20,15 @@ from ds_moe_ep.checkpoint.architectures import architecture_for, moe_config
 from ds_moe_ep.checkpoint.convert import (
     MAX_DENSE_BYTES,
     Conversion,
-    beside_the_weights,
     default_ep_size,
     describe,
     write_expert_sharded,
 )
-from ds_moe_ep.checkpoint.files import CheckpointFiles, open_checkpoint
+from ds_moe_ep.checkpoint.files import CheckpointFiles
+from ds_moe_ep.checkpoint.hub_folder import beside_the_weights
 from ds_moe_ep.checkpoint.layout import PlannedFile, model_files, shard_tensors
-from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
 from ds_moe_ep.checkpoint.manifest import SourceSection
+from ds_moe_ep.checkpoint.source import open_source
 from ds_moe_ep.checkpoint.transform import ModelNames
 from ds_moe_ep.checkpoint.upcycled_tensors import UpcycledTensors, UpcycleRequest
 from ds_moe_ep.checkpoint.writer import ShowProgress, silently, write_folder
@@ -49,15 +48,17 @@ def upcycle_to_expert_sharded(
     request: UpcycleRequest,
     ep_size: int | None = None,
     *,
+    allow_pickle: bool = False,
     show_progress: ShowProgress = silently,
 ) -> Conversion:
     """Writes an upcycled model as an expert-sharded checkpoint, which launch/infer.py runs.
 
     Args:
-        source: Hugging Face directory of a dense model with safetensors.
+        source: Hugging Face directory of a dense model.
         folder: What to write.
         request: What to make of it.
         ep_size: Number of expert files; by default the largest up to 64 that divides the experts.
+        allow_pickle: Whether weights may be pickled ones; even then no code in them is run.
         show_progress: Opens the progress bar.
 
     Raises:
@@ -66,7 +67,7 @@ def upcycle_to_expert_sharded(
         PlanError: ep_size is below 1.
         CheckpointError: The source is not whole, or `folder` cannot be written.
     """
-    _, made = _read(source, request)
+    _, made = _read(source, request, allow_pickle)
     if ep_size is None:
         ep_size = default_ep_size(request.num_experts)
     elif ep_size < 1:
@@ -93,15 +94,17 @@ def upcycle_to_hugging_face(
     folder: Path,
     request: UpcycleRequest,
     *,
+    allow_pickle: bool = False,
     max_file_bytes: int = MAX_DENSE_BYTES,
     show_progress: ShowProgress = silently,
 ) -> Conversion:
     """Writes an upcycled model as an ordinary Hugging Face model of an MoE family.
 
     Args:
-        source: Hugging Face directory of a dense model with safetensors.
+        source: Hugging Face directory of a dense model.
         folder: What to write.
         request: What to make of it.
+        allow_pickle: Whether weights may be pickled ones; even then no code in them is run.
         max_file_bytes: Size at which another file begins.
         show_progress: Opens the progress bar.
 
@@ -109,7 +112,7 @@ def upcycle_to_hugging_face(
         AdapterError: The model cannot be upcycled like that, or no MoE family computes the same.
         CheckpointError: The source is not whole, or `folder` cannot be written.
     """
-    dense_config, made = _read(source, request)
+    dense_config, made = _read(source, request, allow_pickle)
     architecture = architecture_for(dense_config, made.settings)
     block = f"model.layers.{{layer}}.{architecture.block}"
     tensors = {
@@ -126,20 +129,24 @@ def upcycle_to_hugging_face(
     return describe(folder, not_copied)
 
 
-def _read(source: Path, request: UpcycleRequest) -> tuple[PreTrainedConfig, UpcycledTensors]:
+def _read(
+    source: Path, request: UpcycleRequest, allow_pickle: bool
+) -> tuple[PreTrainedConfig, UpcycledTensors]:
     """Reads what there is and checks that it can be upcycled as asked."""
-    config = read_model_config(source)
+    opened = open_source(source, allow_pickle=allow_pickle)
+    config = opened.model.config
     if read_model_spec(source).is_moe:
         raise AdapterError(
             f"{source} ({config.model_type}) has experts already: only dense models are "
             "upcycled. Leave --upcycle-experts out."
         )
-    files = open_checkpoint(source)
-    model = build_on_meta(config, torch.float32)
-    ffns = find_ffns(model, request.ffn_class)
+    ffns = find_ffns(opened.model, request.ffn_class)
     settings = _settings(request, ffns, ffns[0].intermediate_size)
+    rules = ModelNames(opened.model)
+    names = {rules.name(key): key for key in opened.files.tensors}
+    opened.check_tensors()
     chosen = select_ffns(ffns, settings.layers)
-    return config, UpcycledTensors(request, settings, files, _names(model, files), chosen)
+    return config, UpcycledTensors(request, settings, opened.files, names, chosen)
 
 
 def _beside(
@@ -178,9 +185,3 @@ def _settings(request: UpcycleRequest, ffns: list[Ffn], intermediate_size: int) 
         )
     ffn_class = type(ffns[0].module).__name__
     return UpcycleSettings(request.num_experts, request.top_k, layers, request.method, ffn_class)
-
-
-def _names(model: PreTrainedModel, files: CheckpointFiles) -> dict[str, str]:
-    """Returns the name on disk of each of the model's parameters."""
-    rules = ModelNames(model)
-    return {rules.name(key): key for key in files.tensors}

@@ -219,13 +219,7 @@ class UpcycledTensors:
         return found[0]
 
     def _key(self, ffn: Ffn, parameter: str) -> str:
-        name = f"{ffn.name}.{parameter}"
-        if name not in self.names:
-            raise CheckpointError(
-                f"{self.files.folder}: no tensor is {name}. The weights are not those of this "
-                "config."
-            )
-        return self.names[name]
+        return self.names[f"{ffn.name}.{parameter}"]
 
     def _stored(self, ffn: Ffn, parameter: str) -> StoredTensor:
         key = self._key(ffn, parameter)
@@ -233,8 +227,8 @@ class UpcycledTensors:
         wanted = tuple(ffn.module.get_parameter(parameter).shape)
         if stored.shape != wanted:
             raise CheckpointError(
-                f"{self.files.folder}: {key} is {list(stored.shape)}, the model's is "
-                f"{list(wanted)}. The weights are not those of this config."
+                f"{self.files.folder}: {key} is {list(stored.shape)} on disk, but the model makes "
+                f"{list(wanted)} of it. Load the model with transformers and save it again first."
             )
         return stored
 
