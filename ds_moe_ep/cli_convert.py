@@ -86,14 +86,14 @@ def _convert(args: argparse.Namespace) -> int:
         "trust_remote_code": args.trust_remote_code,
         "show_progress": show_progress,
     }
-    if args.to == "hf":
+    if args.to != "hf" or args.allow_pickle:  # transformers takes seconds to import
+        quiet_libraries()
+    if args.to == "ep":
+        done = to_expert_sharded(args.source, args.target, args.ep_size, **settings)
+    elif args.to == "hf":
         done = to_hugging_face(args.source, args.target, **settings)
     else:
-        quiet_libraries()
-        if args.to == "ep":
-            done = to_expert_sharded(args.source, args.target, args.ep_size, **settings)
-        else:
-            done = to_deepspeed(args.source, args.target, **settings)
+        done = to_deepspeed(args.source, args.target, **settings)
     print(f"wrote {done.folder}: {done.num_files} files, {done.num_bytes:,} bytes, read again")
     if done.not_copied:
         print(f"not copied: {', '.join(done.not_copied)}")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ds_moe_ep.checkpoint.files import open_expert_sharded
+from ds_moe_ep.checkpoint.files import is_of_deepspeed, is_pickled, open_expert_sharded
 from ds_moe_ep.checkpoint.header import Piece, joined_shape
 from ds_moe_ep.checkpoint.hub_folder import beside_the_weights, describe_layout
 from ds_moe_ep.checkpoint.layout import (
@@ -180,8 +180,13 @@ def to_hugging_face(
         CheckpointError: The source is not whole or not what its config says, or `folder` cannot be
             written.
     """
-    if allow_pickle and not (source / MANIFEST_JSON).exists():
-        return _unpickle(source, folder, trust_remote_code, show_progress)
+    if is_pickled(source):
+        return _unpickle(source, folder, allow_pickle, trust_remote_code, show_progress)
+    if is_of_deepspeed(source):
+        raise CheckpointError(
+            f"{source} is a checkpoint of DeepSpeed, which has other names and shapes than Hugging "
+            "Face's files. Convert what it was made from."
+        )
     manifest = read_manifest(source)
     if not manifest.source.files:
         raise CheckpointError(
@@ -259,17 +264,16 @@ def verify(folder: Path, *, show_progress: ShowProgress = silently) -> Conversio
 
 
 def _unpickle(
-    source: Path, folder: Path, trust_remote_code: bool, show_progress: ShowProgress
+    source: Path,
+    folder: Path,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    show_progress: ShowProgress,
 ) -> Conversion:
     """Writes a Hugging Face directory anew, with safetensors instead of pickled weights."""
     from ds_moe_ep.checkpoint.source import open_source
 
-    opened = open_source(source, allow_pickle=True, trust_remote_code=trust_remote_code)
-    if not opened.files.is_pickled:
-        raise CheckpointError(
-            f"{source} is a Hugging Face directory with safetensors already. --to hf makes one of "
-            "an expert-sharded checkpoint or of pickled weights."
-        )
+    opened = open_source(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     opened.check_tensors()
     weights = hugging_face_files(describe_layout(opened.files), opened.files.tensors)
     others, not_copied = beside_the_weights(source, opened.files, with_code=trust_remote_code)

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_moe_ep.adapter.replace import SwappedLayer
@@ -52,7 +52,7 @@ def deepspeed_files(
     that of all dense weights.
 
     Args:
-        model: The model on the meta device, with all of its experts.
+        model: The model on the meta device; its layers are cut to one expert.
         tensors: All tensors of the source.
         layers: The layers that have experts, in the order in which the model has them.
         of_experts: Which tensors hold experts.
@@ -60,16 +60,12 @@ def deepspeed_files(
     Raises:
         CheckpointError: The source lacks a tensor that DeepSpeed insists on.
     """
+    split = _cut_to_one_expert(model, layers)
     names = ModelNames(model)
     dense = {key: pieces for key, pieces in tensors.items() if key not in of_experts}
     shared, dense = _split_off_shared(names, dense, layers)
     files = [_dense_file(model, names, dense, layers)]
     held = _tensors_by_expert(tensors, of_experts)
-    split = {
-        f"{layer.name}.{name}"
-        for layer in layers
-        for name in expert_parameters(model.get_submodule(layer.name))
-    }
     for index, layer in enumerate(layers):
         for expert in range(layer.num_experts):
             of_expert = held[layer.name, expert] | shared[layer.name]
@@ -77,6 +73,17 @@ def deepspeed_files(
             name = f"{_TAG}/layer_{index}_expert_{expert}_{_SUFFIX}"
             files.append(_file(name, of_expert, write))
     return files, PlannedFile(LATEST, _TAG.encode())
+
+
+def _cut_to_one_expert(model: PreTrainedModel, layers: list[SwappedLayer]) -> set[str]:
+    """Leaves one expert in each layer, as a file has it; returns the names of what is cut."""
+    cut = set()
+    for layer in layers:
+        experts = model.get_submodule(layer.name)
+        for name, param in expert_parameters(experts).items():
+            setattr(experts, name, nn.Parameter(param[:1], requires_grad=param.requires_grad))
+            cut.add(f"{layer.name}.{name}")
+    return cut
 
 
 def _tensors_by_expert(

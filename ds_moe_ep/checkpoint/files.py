@@ -24,7 +24,14 @@ from ds_moe_ep.checkpoint.manifest import (
 )
 from ds_moe_ep.errors import CheckpointError
 
-__all__ = ["PICKLED_INDEX", "CheckpointFiles", "open_checkpoint", "open_expert_sharded"]
+__all__ = [
+    "PICKLED_INDEX",
+    "CheckpointFiles",
+    "is_of_deepspeed",
+    "is_pickled",
+    "open_checkpoint",
+    "open_expert_sharded",
+]
 
 _SINGLE = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
@@ -63,11 +70,11 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> CheckpointFi
         CheckpointError: No safetensors, files named in the index or the manifest are missing, a
             file is truncated or not safetensors, or they disagree with what names them.
     """
-    if any((folder / name).is_file() for name in (INDEX_JSON, _SINGLE)):
+    if _has_any(folder, _SINGLE, INDEX_JSON):
         return CheckpointFiles(folder, _listed(folder, _SINGLE, INDEX_JSON, _tensors))
     if (folder / MANIFEST_JSON).is_file():
         return open_expert_sharded(folder, read_manifest(folder))
-    if allow_pickle and any((folder / name).is_file() for name in (PICKLED_INDEX, _PICKLED)):
+    if allow_pickle and is_pickled(folder):
         from ds_moe_ep.checkpoint.pickled import read_pickled  # torch takes seconds
 
         tensors = _listed(folder, _PICKLED, PICKLED_INDEX, read_pickled)
@@ -169,14 +176,28 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
         ) from error
 
 
+def is_pickled(folder: Path) -> bool:
+    """Returns whether the only weights that a folder has are pickled ones."""
+    return not _has_any(folder, _SINGLE, INDEX_JSON) and _has_any(folder, _PICKLED, PICKLED_INDEX)
+
+
+def is_of_deepspeed(folder: Path) -> bool:
+    """Returns whether DeepSpeed's loader reads a folder."""
+    return any(folder.glob("*/mp_rank_00_model_states.pt"))
+
+
+def _has_any(folder: Path, *names: str) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
 def _other_formats(folder: Path) -> str:
-    if any((folder / name).exists() for name in (_PICKLED, PICKLED_INDEX)):
+    if is_pickled(folder):
         return (
             f"Pickled checkpoints ({_PICKLED}) can run code and are not read. To make safetensors "
             f"of this one, without running any: ds-moe-ep convert {folder} DST --to hf "
             "--allow-pickle."
         )
-    if any(folder.glob("*/mp_rank_00_model_states.pt")):
+    if is_of_deepspeed(folder):
         return (
             "It is a checkpoint of DeepSpeed, which DeepSpeed's own loader reads; convert what it "
             "was made from."

@@ -26,7 +26,8 @@ class ModelNames:
     """The rules from names and tensors on disk to those of a model; threads may share it.
 
     Args:
-        model: The model, with all of its experts.
+        model: The model, with as many experts as it is to get tensors of: some of the rules compare
+            shapes.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -45,12 +46,11 @@ class ModelNames:
         """Makes the model's tensors out of those on disk that they are made of.
 
         Args:
-            tensors: By their names on disk. Of experts that have a tensor each there may be some
-                only, and of fused ones some rows: the result holds those.
+            tensors: By their names on disk; all that one tensor of the model is made of, or none.
 
         Returns:
-            By the names of the model's state dict, and in its shapes, but for the number of
-            experts. What the model does not know is left out.
+            By the names of the model's state dict, and in its shapes. What the model does not know
+            is left out.
         """
         rules: dict[str, WeightRenaming | WeightConverter] = {}
         for key in sorted(tensors, key=dot_natural_key):

@@ -225,18 +225,6 @@ def test_a_dense_model(tmp_path, target):
     assert not target.exists()
 
 
-def test_a_pickled_checkpoint(source, target):
-    (source / _WEIGHTS).unlink()
-    assert "can run code and are not read" in _refused(to_expert_sharded, source, target, 2)
-
-
-def test_a_model_with_code_of_its_own(source, target):
-    config = json.loads((source / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "modeling_olmoe.Config"}}
-    (source / "config.json").write_text(json.dumps(config))
-    assert "config.json" in _refused(to_expert_sharded, source, target, 2, error=AdapterError)
-
-
 def test_a_quantized_model(source, target):
     config = json.loads((source / "config.json").read_text())
     config |= {"quantization_config": {"quant_method": "fp8"}}
