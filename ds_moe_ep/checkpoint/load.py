@@ -115,6 +115,7 @@ def read_model_config(folder: str | Path, *, trust_remote_code: bool = False) ->
                 "run. If you trust it, ds-moe-ep convert converts the weights with "
                 "--trust-remote-code; other commands run models that transformers itself knows."
             ) from error
+        _refuse_code_from_elsewhere(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     if quantization := getattr(config, "quantization_config", None):
         method = dict(quantization).get("quant_method", "unknown method")
@@ -123,6 +124,17 @@ def read_model_config(folder: str | Path, *, trust_remote_code: bool = False) ->
             "or fp32 weights of the model."
         )
     return config
+
+
+def _refuse_code_from_elsewhere(folder: str | Path) -> None:
+    config, _ = PreTrainedConfig.get_config_dict(folder)
+    places = [str(place) for place in config["auto_map"].values()]
+    if elsewhere := sorted(place for place in places if "--" in place):
+        raise AdapterError(
+            f"{folder}: config.json asks for code of another repository ({elsewhere[0]}), and "
+            "nothing is fetched from a hub. Copy that code into the folder, and name it in "
+            "auto_map without the repository."
+        )
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
