@@ -13,6 +13,7 @@ from ds_moe_ep.checkpoint.upcycled_tensors import UpcycleRequest
 from ds_moe_ep.cli import main
 from ds_moe_ep.errors import AdapterError, CheckpointError, ModelSpecError, PlanError
 from ds_moe_ep.model_spec import read_model_spec
+from ds_moe_ep.plan import HOW_TO_UPCYCLE
 from ds_moe_ep.upcycle_settings import UPCYCLE_FIELD, UpcycleSettings
 from tests.helpers.dense import NUM_LAYERS, build_dense, save_dense
 from tests.helpers.families import save_tiny
@@ -321,3 +322,11 @@ def test_the_command_says_what_is_wrong_with_the_model(llama, tmp_path, capsys):
     args = [str(llama), str(tmp_path / "made"), "--to", "hf", "--upcycle-experts", "8"]
     assert main(["convert", *args, "--top-k", "2", "--every", "2"]) == 2
     assert capsys.readouterr().err.startswith("AdapterError: --to hf: 2 of 3 layers are to stay")
+
+
+def test_what_a_dense_model_is_refused_with_is_a_command_that_works(llama, tmp_path, capsys):
+    _, _, command = HOW_TO_UPCYCLE.partition("ds-moe-ep ")
+    words = {"MODEL": str(llama), "DST": str(tmp_path / "made")}
+    assert main([words.get(word, word) for word in command.split()]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'made'}: ")
+    assert read_model_spec(tmp_path / "made").num_experts == 64
