@@ -32,7 +32,8 @@ from ds_moe_ep.checkpoint.manifest import (
     TensorEntry,
     read_manifest,
 )
-from ds_moe_ep.checkpoint.writer import ShowProgress, hash_files, silently, write_folder
+from ds_moe_ep.checkpoint.streams import hash_files
+from ds_moe_ep.checkpoint.writer import ShowProgress, silently, write_folder
 from ds_moe_ep.errors import CheckpointError, PlanError
 from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 

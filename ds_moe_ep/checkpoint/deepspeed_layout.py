@@ -176,7 +176,7 @@ def _write_dense(
     out: IO[bytes],
 ) -> None:
     module = _with_tied(model, _read(names, dense))
-    torch.save(state | {"module": module}, out)
+    _save(state | {"module": module}, out)
 
 
 def _write_expert(
@@ -189,13 +189,11 @@ def _write_expert(
 ) -> None:
     prefix = f"{layer}.{PATH_OF_EXPERTS}.{EXPERT_LIST}.{expert}."
     made = _read(names, tensors)
-    torch.save(
-        {
-            prefix + name.removeprefix(f"{layer}."): tensor[0] if name in split else tensor
-            for name, tensor in made.items()
-        },
-        out,
-    )
+    state = {
+        prefix + name.removeprefix(f"{layer}."): tensor[0] if name in split else tensor
+        for name, tensor in made.items()
+    }
+    _save(state, out)
 
 
 def _read(names: ModelNames, tensors: Stored) -> dict[str, Tensor]:
@@ -206,3 +204,11 @@ def _read(names: ModelNames, tensors: Stored) -> dict[str, Tensor]:
         name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
         for name, tensor in made.items()
     }
+
+
+def _save(state: dict[str, Any], out: IO[bytes]) -> None:
+    try:
+        torch.save(state, out)
+    except RuntimeError as error:
+        # torch ends its archive even when it could not be written, and complains of that instead.
+        raise error.__context__ or error from None

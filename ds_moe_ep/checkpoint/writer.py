@@ -15,34 +15,28 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, cast
 
 from ds_moe_ep.checkpoint.header import ByteRange
 from ds_moe_ep.checkpoint.layout import PlannedFile, ProducedBytes
 from ds_moe_ep.checkpoint.manifest import FileEntry
+from ds_moe_ep.checkpoint.streams import (
+    CHUNK_BYTES,
+    HashingSink,
+    Progress,
+    hash_file,
+    in_threads,
+)
 from ds_moe_ep.errors import CheckpointError
 
-__all__ = ["Progress", "ShowProgress", "hash_files", "silently", "write_folder"]
-
-Progress = Callable[[float], None]
-"""Is told of bytes that are done."""
+__all__ = ["ShowProgress", "silently", "write_folder"]
 
 ShowProgress = Callable[[int], AbstractContextManager[Progress]]
 """Opens a progress bar for a number of bytes."""
 
-_Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
-
 _JOURNAL = "unfinished.jsonl"
-_CHUNK_BYTES = 8 << 20
-_MAX_THREADS = 8
-
-
-class _StoppedError(Exception):
-    """Another thread has failed, so this one need not go on."""
 
 
 def silently(total_bytes: int) -> AbstractContextManager[Progress]:
@@ -96,18 +90,6 @@ def write_folder(
         ) from error
 
 
-def hash_files(
-    paths: Sequence[Path], progress: Progress = lambda num_bytes: None
-) -> Iterator[tuple[Path, str]]:
-    """Yields each file with its sha256, several at a time.
-
-    Raises:
-        OSError: A file cannot be read.
-    """
-    stop = threading.Event()
-    yield from _in_threads(paths, lambda path: _sha256(path, progress, stop), stop)
-
-
 class _Staging:
     """The folder in which a conversion grows, held by one process at a time."""
 
@@ -143,7 +125,7 @@ class _Staging:
 
     def write(self, files: Sequence[PlannedFile], progress: Progress) -> None:
         """Writes those files that are not finished, or are no longer what they were."""
-        for file, entry in _in_threads(files, lambda f: self._write(f, progress), self._stop):
+        for file, entry in in_threads(files, lambda f: self._write(f, progress), self._stop):
             self.finished[file.name] = entry
             self._note({"name": file.name, **entry.model_dump()})
 
@@ -158,14 +140,14 @@ class _Staging:
         path = self._folder / file.name
         entry = self.finished.get(file.name)
         if entry and path.is_file():
-            if _sha256(path, lambda num_bytes: None, self._stop) == entry.sha256:
+            if hash_file(path, lambda num_bytes: None, self._stop) == entry.sha256:
                 progress(file.num_bytes)
                 return entry
         part = path.with_name(f"{path.name}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as out:
             # One half of the progress when it is written, the other when it is read again.
-            sink = _Sink(out, lambda num_bytes: progress(num_bytes / 2), self._stop)
+            sink = HashingSink(out, lambda num_bytes: progress(num_bytes / 2), self._stop)
             write = file.make or functools.partial(_copy, file)
             write(cast(IO[bytes], sink))
             out.flush()
@@ -174,7 +156,7 @@ class _Staging:
             os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             num_bytes = out.tell()
         sha256 = sink.sha256
-        if _sha256(part, lambda num_bytes: progress(num_bytes / 2), self._stop) != sha256:
+        if hash_file(part, lambda num_bytes: progress(num_bytes / 2), self._stop) != sha256:
             raise CheckpointError(
                 f"{part}: what was read again is not what was written. Check the disk, then run "
                 "the same command again."
@@ -216,37 +198,6 @@ class _Staging:
             f"{self._folder} holds {what}: nothing was written. Remove it, or name another folder "
             f"than {self._target}."
         )
-
-
-class _Sink:
-    """What a file is written to: it hashes what passes and tells of it.
-
-    Args:
-        out: The file.
-        progress: Is told of the bytes.
-        stop: Set when another thread has failed.
-    """
-
-    def __init__(self, out: IO[bytes], progress: Progress, stop: threading.Event) -> None:
-        self._out, self._progress, self._stop = out, progress, stop
-        self._digest = hashlib.sha256()
-
-    @property
-    def sha256(self) -> str:
-        """The hash of what was written, in hexadecimal."""
-        return self._digest.hexdigest()
-
-    def write(self, chunk: bytes | memoryview) -> int:
-        """Writes some bytes."""
-        _check(self._stop)
-        self._out.write(chunk)
-        self._digest.update(chunk)
-        self._progress(len(chunk))
-        return len(chunk)
-
-    def flush(self) -> None:
-        """Writes what is still in memory."""
-        self._out.flush()
 
 
 def _records(journal: IO[str]) -> Iterator[dict[str, Any]]:
@@ -304,41 +255,11 @@ def _copy(file: PlannedFile, out: IO[bytes]) -> None:
             source.seek(part.start)
             left = part.num_bytes
             while left:
-                chunk = source.read(min(left, _CHUNK_BYTES))
+                chunk = source.read(min(left, CHUNK_BYTES))
                 if not chunk:
                     raise CheckpointError(f"{part.path} became shorter while it was read.")
                 left -= len(chunk)
                 out.write(chunk)
-
-
-def _sha256(path: Path, progress: Progress, stop: threading.Event) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            _check(stop)
-            digest.update(chunk)
-            progress(len(chunk))
-    return digest.hexdigest()
-
-
-def _check(stop: threading.Event) -> None:
-    if stop.is_set():
-        raise _StoppedError
-
-
-def _in_threads(
-    items: Sequence[_Item], work: Callable[[_Item], _Made], stop: threading.Event
-) -> Iterator[tuple[_Item, _Made]]:
-    """Yields items with what `work` makes of them, as they are done; the first error ends all."""
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        futures = {pool.submit(work, item): item for item in items}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _sync(folder: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ds_moe_ep.checkpoint import load_expert_parallel_model, writer
+from ds_moe_ep.checkpoint import load_expert_parallel_model, streams, writer
 from ds_moe_ep.checkpoint.convert import (
     to_deepspeed,
     to_expert_sharded,
@@ -341,7 +341,7 @@ def killed(source, target, monkeypatch):
         return write(self, file, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_MAX_THREADS", 1)
+        patch.setattr(streams, "_MAX_THREADS", 1)
         patch.setattr(writer._Staging, "_write", write_one_by_one)
         with pytest.raises(_Killed):
             to_expert_sharded(source, target, _EP_SIZE)
@@ -427,8 +427,15 @@ def test_a_source_that_shrinks_meanwhile(tmp_path, target):
     assert message == f"{short} became shorter while it was read."
 
 
+def test_a_file_that_a_function_makes(target):
+    planned = PlannedFile("folder/made", b"", make=lambda out: [out.write(b"one"), out.write(b"2")])
+    writer.write_folder(target, [planned], [])
+    assert (target / "folder" / "made").read_bytes() == b"one2"
+    assert _names(target) == ["folder"]
+
+
 def test_a_disk_that_does_not_keep_what_was_written(target, monkeypatch):
-    monkeypatch.setattr(writer, "_sha256", lambda path, progress, stop: "0" * 64)
+    monkeypatch.setattr(writer, "hash_file", lambda path, progress, stop: "0" * 64)
     message = _refused(writer.write_folder, target, [PlannedFile("a", b"1")], [])
     assert "what was read again is not what was written" in message
 

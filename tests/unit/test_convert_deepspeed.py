@@ -3,12 +3,15 @@
 That DeepSpeed reads it is tested in tests/dist/test_deepspeed_checkpoint.py.
 """
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ds_moe_ep.checkpoint import deepspeed_layout, load_expert_parallel_model
+from ds_moe_ep.checkpoint import deepspeed_layout, load_expert_parallel_model, streams
 from ds_moe_ep.checkpoint.convert import to_deepspeed, to_hugging_face
 from ds_moe_ep.errors import CheckpointError
 from ds_moe_ep.plan import ParallelPlan
@@ -106,6 +109,24 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     assert {name: inodes[name] for name in kept} == kept
     assert len(inodes) == 3 * NUM_EXPERTS + 1
     assert not list((tmp_path / "deepspeed").rglob("*.part"))
+
+
+def test_a_disk_that_fills_up(tmp_path, monkeypatch):
+    save_tiny("olmoe", tmp_path / "source")
+    write = streams.HashingSink.write
+    left_bytes = 100_000
+
+    def write_until_full(self, chunk):
+        nonlocal left_bytes
+        left_bytes -= len(chunk)
+        if left_bytes < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, chunk)
+
+    monkeypatch.setattr(streams.HashingSink, "write", write_until_full)
+    with pytest.raises(CheckpointError, match="could not be written: .*No space left on device"):
+        to_deepspeed(tmp_path / "source", tmp_path / "deepspeed")
+    assert not (tmp_path / "deepspeed").exists()
 
 
 def test_what_deepspeed_insists_on_must_be_in_the_source(tmp_path, monkeypatch):

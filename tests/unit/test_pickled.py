@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from ds_moe_ep.checkpoint.files import open_checkpoint
@@ -47,6 +49,22 @@ def test_bytes_are_found_where_they_lie(path):
             assert found.dtype == wanted.dtype
             assert torch.equal(found, wanted)
     assert stored["rows"].start == stored["matrix"].start + 2 * 4 * 4
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8]),
+    data=st.data(),
+)
+def test_rows_of_any_tensor_are_found(tmp_path_factory, shape, dtype, data):
+    path = tmp_path_factory.mktemp("pickled") / _NAME
+    whole = torch.randint(0, 99, shape).to(dtype)
+    begin = data.draw(st.integers(0, shape[0]))
+    content = {"rows": whole[begin : data.draw(st.integers(begin, shape[0]))], "whole": whole}
+    torch.save(content, path)
+    with TensorReader() as reader:
+        for key, stored in read_pickled(path).items():
+            assert torch.equal(reader.read((stored,)), content[key])
 
 
 class _Malicious:

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
 from ds_moe_ep.adapter import adapt
+from ds_moe_ep.moe.state_dict import name_experts_as_deepspeed_does
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import FAMILIES, build_tiny
 
@@ -51,6 +55,29 @@ def test_what_all_experts_share_is_given_with_each():
         "0.post_expert_norm.weight",
         "1.post_expert_norm.weight",
     }
+
+
+class _Experts(nn.Module):
+    """As many experts as asked for, with parameters of one shape each."""
+
+    def __init__(self, num_experts, shape):
+        super().__init__()
+        self.num_experts = num_experts
+        for name in ("gate_up_proj", "down_proj", "down_proj_bias", "scale"):
+            of_all = () if name == "scale" else (num_experts,)
+            self.register_parameter(name, nn.Parameter(torch.randn((*of_all, *shape))))
+
+
+@given(num_experts=st.integers(1, 130), shape=st.lists(st.integers(0, 3), max_size=2).map(tuple))
+def test_no_expert_is_taken_for_another(num_experts, shape):
+    experts, others = (_Experts(num_experts, shape) for _ in range(2))
+    for module in (experts, others):
+        name_experts_as_deepspeed_does(module)
+    state = experts.state_dict()
+    assert len(state) == num_experts * 4
+    others.load_state_dict(dict(reversed(state.items())))
+    for name, param in experts.named_parameters():
+        assert torch.equal(param, others.get_parameter(name)), name
 
 
 def test_fused_names_are_taken_too():

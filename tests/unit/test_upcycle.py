@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_moe_ep.adapter import moe_layers
-from ds_moe_ep.checkpoint import load_expert_parallel_model, writer
+from ds_moe_ep.checkpoint import load_expert_parallel_model, streams, writer
 from ds_moe_ep.checkpoint.convert import to_hugging_face, verify
 from ds_moe_ep.checkpoint.manifest import read_manifest
 from ds_moe_ep.checkpoint.upcycle import upcycle_to_expert_sharded, upcycle_to_hugging_face
@@ -90,6 +90,13 @@ def test_every_family_computes_what_the_dense_model_does(family, tmp_path):
         assert spec.is_upcycled and spec.params_are_exact
         assert spec.num_params == sum(parameter.numel() for parameter in model.parameters())
     verify(folder)
+
+
+@pytest.mark.parametrize("family", ["granite", "nemotron", "olmo", "stablelm", "starcoder2"])
+def test_families_that_nobody_has_heard_of_here(family, tmp_path):
+    dense = save_dense(family, tmp_path / "dense")
+    upcycle_to_expert_sharded(tmp_path / "dense", tmp_path / "ep", UpcycleRequest(4, 2))
+    _close(_logits(_load(tmp_path / "ep")), _logits(dense))
 
 
 @pytest.mark.parametrize("case", _HUGGING_FACE)
@@ -306,7 +313,7 @@ def test_a_killed_conversion_goes_on_unless_something_else_is_asked_for(tmp_path
         return write(self, file, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_MAX_THREADS", 1)
+        patch.setattr(streams, "_MAX_THREADS", 1)
         patch.setattr(writer._Staging, "_write", write_one_by_one)
         with pytest.raises(_Killed):
             upcycle_to_expert_sharded(tmp_path / "dense", tmp_path / "ep", request, 4)
