@@ -9,17 +9,21 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ds_moe_ep.errors import AdapterError
 from ds_moe_ep.moe.upcycled import FfnLayout
 
 __all__ = ["Ffn", "find_ffns"]
+
+_Linear: TypeAlias = nn.Linear | Conv1D
 
 # Layers that have an FFN's matrices as attributes of their own: class -> (up, activation, down).
 _INSIDE_LAYER = {"OPTDecoderLayer": ("fc1", "activation_fn", "fc2")}
@@ -154,23 +158,25 @@ def _understand(module: nn.Module) -> tuple[FfnLayout | None, str]:
     return None, "it computes something else"
 
 
-def _linear_layers(module: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+def _linear_layers(module: nn.Module) -> dict[str, _Linear]:
     return {
-        name: child for name, child in module.named_children() if type(child) in (nn.Linear, Conv1D)
+        name: child
+        for name, child in module.named_children()
+        if isinstance(child, (nn.Linear, Conv1D))
     }
 
 
-def _has_bias(linears: dict[str, nn.Linear | Conv1D]) -> bool:
+def _has_bias(linears: dict[str, _Linear]) -> bool:
     return all(linear.bias is not None for linear in linears.values())
 
 
-def _shape(linear: nn.Linear | Conv1D) -> tuple[int, int]:
+def _shape(linear: _Linear) -> tuple[int, int]:
     """Returns the widths of what goes in and comes out."""
     first, second = linear.weight.shape
     return (first, second) if isinstance(linear, Conv1D) else (second, first)
 
 
-def _guesses(linears: dict[str, nn.Linear | Conv1D], activation: str) -> Iterator[FfnLayout]:
+def _guesses(linears: dict[str, _Linear], activation: str) -> Iterator[FfnLayout]:
     """Yields the layouts that the shapes allow."""
     is_transposed = isinstance(next(iter(linears.values())), Conv1D)
     has_bias = _has_bias(linears)
@@ -186,26 +192,20 @@ def _guesses(linears: dict[str, nn.Linear | Conv1D], activation: str) -> Iterato
         yield FfnLayout(tuple(up), down, activation, has_gate, has_bias, is_transposed)
 
 
-def _computes(module: nn.Module, linears: dict[str, nn.Linear | Conv1D], layout: FfnLayout) -> bool:
+def _computes(module: nn.Module, linears: dict[str, _Linear], layout: FfnLayout) -> bool:
     """Tries whether a module, with small matrices in place of its own, follows a layout."""
     width_up = _TRIAL_WIDTH * (2 if layout.has_gate and len(layout.up) == 1 else 1)
     with torch.device("cpu"), torch.random.fork_rng(devices=()), torch.no_grad():
         torch.manual_seed(0)
-        small = {
-            name: _small_like(linear, _TRIAL_HIDDEN, width_up)
-            if name in layout.up
-            else _small_like(linear, _TRIAL_WIDTH, _TRIAL_HIDDEN)
-            for name, linear in linears.items()
-        }
-        trial = copy.copy(module)
-        trial.__dict__["_modules"] = {
-            name: small.get(name, nn.Identity() if isinstance(child, nn.Dropout) else child)
-            for name, child in module.named_children()
-        }
-        trial.training = False
         rows = torch.randn(_TRIAL_ROWS, _TRIAL_HIDDEN)
         try:
-            actual = trial(rows)
+            small = {
+                name: _small_like(linear, _TRIAL_HIDDEN, width_up)
+                if name in layout.up
+                else _small_like(linear, _TRIAL_WIDTH, _TRIAL_HIDDEN)
+                for name, linear in linears.items()
+            }
+            actual = _with(module, small)(rows)
         except (AttributeError, RuntimeError, TypeError, ValueError):  # it takes something else
             return False
         expected = _formula(rows, small, layout, module.get_submodule(layout.activation))
@@ -214,25 +214,43 @@ def _computes(module: nn.Module, linears: dict[str, nn.Linear | Conv1D], layout:
     return torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def _small_like(linear: nn.Linear | Conv1D, width_in: int, width_out: int) -> nn.Module:
-    small: nn.Linear | Conv1D
+def _with(module: nn.Module, small: Mapping[str, nn.Module]) -> nn.Module:
+    """Returns the module with other linear layers and without dropout; it stays what it is."""
+    trial = copy.copy(module)
+    trial.__dict__["_modules"] = {
+        name: small.get(name, nn.Identity() if isinstance(child, nn.Dropout) else child)
+        for name, child in module.named_children()
+    }
+    trial.training = False
+    return trial
+
+
+def _small_like(linear: _Linear, width_in: int, width_out: int) -> _Linear:
+    small: _Linear
     if isinstance(linear, Conv1D):
         small = Conv1D(width_out, width_in)
     else:
-        small = nn.Linear(width_in, width_out, bias=linear.bias is not None)
+        # Of the same class: what a subclass computes else must not go unnoticed.
+        small = type(linear)(width_in, width_out, bias=linear.bias is not None)
     for parameter in small.parameters():
         parameter.normal_()
     return small
 
 
 def _formula(
-    rows: Tensor, linears: dict[str, nn.Module], layout: FfnLayout, activation: nn.Module
+    rows: Tensor, linears: Mapping[str, _Linear], layout: FfnLayout, activation: nn.Module
 ) -> Tensor:
-    up = torch.cat([linears[name](rows) for name in layout.up], dim=-1)
+    def linear(name: str, x: Tensor) -> Tensor:
+        weight = linears[name].weight
+        return functional.linear(
+            x, weight.t() if layout.is_transposed else weight, linears[name].bias
+        )
+
+    up = torch.cat([linear(name, rows) for name in layout.up], dim=-1)
     if layout.has_gate:
         gate, up = up.chunk(2, dim=-1)
-        return linears[layout.down](activation(gate) * up)
-    return linears[layout.down](activation(up))
+        return linear(layout.down, activation(gate) * up)
+    return linear(layout.down, activation(up))
 
 
 def _sizes(module: nn.Module, layout: FfnLayout) -> tuple[int, int]:

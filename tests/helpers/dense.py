@@ -50,18 +50,19 @@ DENSE_FAMILIES: dict[str, dict[str, Any]] = {
     "phi": _GROUPED,
     "phi3": _GROUPED,
 }
-"""Settings of a tiny config of each family, by model_type."""
+"""Settings of a tiny config of each family that is upcycled by name, by model_type."""
 
 
 def build_dense(family: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """Builds a random model.
 
     Args:
-        family: Its model_type.
+        family: Its model_type; of a family that is not in `DENSE_FAMILIES` the config is the usual.
         seed: What its weights are drawn from.
         **settings: Fields of its config that are to be other than usual.
     """
-    config = AutoConfig.for_model(family, **{**DENSE_FAMILIES[family], **settings})
+    usual = DENSE_FAMILIES.get(family, _GROUPED)
+    config = AutoConfig.for_model(family, **{**usual, **settings})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
