@@ -4,6 +4,8 @@ A message is shown as `ClassName: message` without a traceback, so it names the 
 and the way out. This module holds no text of its own and no error handling.
 """
 
+from collections.abc import Sequence
+
 __all__ = [
     "AdapterError",
     "CheckpointError",
@@ -14,7 +16,10 @@ __all__ = [
     "InputError",
     "ModelSpecError",
     "PlanError",
+    "some",
 ]
+
+_SHOWN = 5
 
 
 class DsMoeEpError(Exception):
@@ -55,3 +60,9 @@ class DistributedError(DsMoeEpError):
     """A job that broke after it started."""
 
     exit_code = 1
+
+
+def some(names: Sequence[str]) -> str:
+    """Returns the first few of many names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -6,6 +6,7 @@ One command a table. It calls itself once for each number of ranks, through Deep
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -128,6 +129,7 @@ def _launch(
 
 def _run_rank(table: Table, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # as infer.py does
     info = read_rank_info()
     quiet_libraries()
     with only_rank_0_prints(info.rank):

@@ -7,6 +7,7 @@ mapping.py picks.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     initialization,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
@@ -51,6 +51,11 @@ __all__ = [
 
 _SHOWN = 5
 _NO_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
+# glibc's option by its number in malloc.h. Below the first size tensors stay in the heap, where the
+# kernel need not clear new pages for each; the last is the highest that glibc raises it to by itself.
+_M_MMAP_THRESHOLD = -3
+_LEAST_MMAP_THRESHOLD = 1 << 20
+_MOST_MMAP_THRESHOLD = 1 << 25
 
 
 def load_expert_parallel_model(
@@ -177,17 +182,16 @@ def _fill(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
-    settings = LoadStateDictConfig(
-        device_map={"": device},
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model),
-        ignore_mismatched_sizes=True,  # they are refused here, by name
-    )
-    with TensorReader() as reader, _one_parameter_at_a_time():
-        info, _ = convert_and_load_state_dict_in_model(
-            model, own_tensors(model, files, layers, reader), settings
+    with TensorReader() as reader, _little_memory():
+        own = own_tensors(model, files, layers, reader)
+        settings = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            weight_mapping=own.conversions,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
         )
+        info, _ = convert_and_load_state_dict_in_model(model, own.tensors, settings)
     if info.conversion_errors:
         refuse_incomplete(files.folder, info)
     # Ties weights and computes what no file holds: the rotary frequencies, say.
@@ -196,13 +200,21 @@ def _fill(
 
 
 @contextlib.contextmanager
-def _one_parameter_at_a_time() -> Iterator[None]:
-    """Keeps transformers from reading ahead, which could hold all experts twice."""
+def _little_memory() -> Iterator[None]:
+    """Keeps loading from holding much more than the model.
+
+    transformers would read all experts ahead before it joins them; and in one heap with what is
+    kept, the memory of temporary tensors could not go back to the system (measured: a quarter more
+    than the model), so tensors get mappings of their own.
+    """
     before = os.environ.get(_NO_READ_AHEAD)
     os.environ[_NO_READ_AHEAD] = "1"
+    set_malloc_option = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
+    set_malloc_option(_M_MMAP_THRESHOLD, _LEAST_MMAP_THRESHOLD)
     try:
         yield
     finally:
+        set_malloc_option(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD)
         if before is None:
             del os.environ[_NO_READ_AHEAD]
         else:

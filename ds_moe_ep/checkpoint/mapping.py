@@ -6,22 +6,32 @@ model family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 
 from ds_moe_ep.adapter.replace import SwappedLayer
 from ds_moe_ep.checkpoint.files import CheckpointFiles
 from ds_moe_ep.checkpoint.header import StoredTensor, joined_shape
 from ds_moe_ep.checkpoint.reader import StoredSlice, TensorReader
-from ds_moe_ep.errors import CheckpointError
+from ds_moe_ep.errors import CheckpointError, some
 from ds_moe_ep.moe.experts import expert_parameters
 
-__all__ = ["ExpertTensor", "expert_tensors", "own_tensors"]
+__all__ = ["ExpertTensor", "OwnTensors", "expert_tensors", "own_tensors"]
+
+_ANY = "*"  # stands for the expert in a name
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,8 @@ def expert_tensors(
         What each holds, by its name on disk.
 
     Raises:
-        CheckpointError: A fused tensor has another number of experts than its layer.
+        CheckpointError: A fused tensor has another number of experts than its layer, or a tensor
+            is of an expert that its layer does not have.
     """
     parameters = model.state_dict()
     layer_of = {
@@ -62,7 +73,7 @@ def expert_tensors(
         for layer in layers
         for name in expert_parameters(model.get_submodule(layer.name))
     }
-    target_of = _renamer(model, parameters)
+    names = _Names(model)
     # Tensors of one expert each that differ in the expert only belong to one parameter, and finding
     # out which one takes longer than reading them.
     known: dict[str, SwappedLayer] = {}
@@ -72,7 +83,7 @@ def expert_tensors(
         if layer := known.get(of_any_expert):
             found[key] = ExpertTensor(layer, expert)
             continue
-        target = target_of(key)
+        target = names.parameter_of(key)
         layer = layer_of.get(target)
         if layer is None:
             continue
@@ -83,7 +94,30 @@ def expert_tensors(
         else:
             known[of_any_expert] = layer
             found[key] = ExpertTensor(layer, expert)
+    if too_many := [
+        key
+        for key, held in found.items()
+        if held.expert is not None and held.expert >= held.layer.num_experts
+    ]:
+        raise CheckpointError(
+            f"{len(too_many)} tensors are of experts that config.json does not have "
+            f"({some(too_many)}). The weights are not those of this config."
+        )
     return found
+
+
+@dataclass(frozen=True)
+class OwnTensors:
+    """What a rank's model is made of.
+
+    Attributes:
+        tensors: Unread, by names that transformers knows. Experts that lie one tensor each are read
+            as rows of one tensor, under the name of the first of them.
+        conversions: transformers' way from these tensors to the model's parameters.
+    """
+
+    tensors: dict[str, StoredSlice]
+    conversions: list[WeightTransform]
 
 
 def own_tensors(
@@ -91,8 +125,8 @@ def own_tensors(
     files: CheckpointFiles,
     layers: list[SwappedLayer],
     reader: TensorReader,
-) -> dict[str, StoredSlice]:
-    """Picks the tensors that this rank's model is made of, unread.
+) -> OwnTensors:
+    """Picks the tensors that this rank's model is made of.
 
     These are all dense ones and the local experts: their own tensors, or their rows of fused ones.
     Files that hold nothing of it are not opened.
@@ -103,33 +137,101 @@ def own_tensors(
         layers: The cut layers.
         reader: What will read them.
 
-    Returns:
-        Tensors by their names on disk.
-
     Raises:
-        CheckpointError: See `expert_tensors`.
+        CheckpointError: Experts are missing or of different shapes; see also `expert_tensors`.
     """
     of_experts = expert_tensors(model, files, layers)
+    names = _Names(model)
     picked: dict[str, StoredSlice] = {}
+    merged: dict[str, dict[int, StoredTensor]] = defaultdict(dict)
+    owner: dict[str, SwappedLayer] = {}
     for key, pieces in files.tensors.items():
         found = of_experts.get(key)
-        if found is not None and found.expert is None:
-            picked[key] = StoredSlice(reader, _cut(pieces, found.layer.local_experts))
-        elif found is None or found.expert in found.layer.local_experts:
+        if found is None:
             picked[key] = StoredSlice(reader, pieces)
-    return picked
+        elif found.expert is None:
+            picked[key] = StoredSlice(reader, _cut(pieces, found.layer.local_experts))
+        else:
+            of_any_expert, _ = _take_out_expert(key)
+            owner[of_any_expert] = found.layer
+            if found.expert in found.layer.local_experts:
+                (merged[of_any_expert][found.expert],) = pieces
+    for of_any_expert, layer in owner.items():
+        first = of_any_expert.replace(_ANY, str(layer.local_experts.start))
+        rows = _as_rows(of_any_expert, merged[of_any_expert], layer.local_experts)
+        picked[first] = StoredSlice(reader, rows)
+        names.merge_on_reading(first)
+    return OwnTensors(picked, names.conversions)
 
 
-def _renamer(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Callable[[str], str]:
-    """Returns transformers' way from a name on disk to that of a parameter."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+class _Names:
+    """transformers' way from names on disk to those of parameters.
 
-    def rename(key: str) -> str:
-        return rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)[0]
+    Args:
+        model: The model.
+    """
 
-    return rename
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._parameters = model.state_dict()
+
+    def parameter_of(self, key: str) -> str:
+        """Returns the name of the parameter that a tensor is part of."""
+        return self._rename(key)[0]
+
+    def merge_on_reading(self, key: str) -> None:
+        """Lets the conversion of a tensor take all experts in one tensor."""
+        _, pattern = self._rename(key)
+        for converter in self._converters:
+            if pattern in converter.source_patterns:
+                converter.operations = [
+                    _MergedOnReading(op.dim) if isinstance(op, MergeModulelist) else op
+                    for op in converter.operations
+                ]
+
+    def _rename(self, key: str) -> tuple[str, str | None]:
+        return rename_source_key(
+            key, self._renamings, self._converters, self._prefix, self._parameters
+        )
+
+
+class _MergedOnReading(MergeModulelist):
+    """Stands where transformers would join tensors of one expert each; they are read joined."""
+
+    def convert(
+        self,
+        input_dict: dict[str, list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        return {
+            self.get_target_pattern(len(input_dict), pattern, target_patterns): tensor
+            for pattern, (tensor,) in input_dict.items()
+        }
+
+
+def _as_rows(
+    of_any_expert: str, stored: Mapping[int, StoredTensor], experts: range
+) -> list[StoredTensor]:
+    """Returns the tensors of some experts as rows of one tensor, in the experts' order."""
+    if missing := [
+        of_any_expert.replace(_ANY, str(expert)) for expert in experts if expert not in stored
+    ]:
+        raise CheckpointError(
+            f"the weights do not fit config.json: {len(missing)} missing: {some(missing)}."
+        )
+    shapes = {stored[expert].shape for expert in experts}
+    if len(shapes) > 1:
+        raise CheckpointError(
+            f"{of_any_expert} has another shape for some experts than for others: "
+            f"{' and '.join(str(list(shape)) for shape in sorted(shapes))}. The weights are not "
+            "those of one model."
+        )
+    return [replace(stored[expert], shape=(1, *stored[expert].shape)) for expert in experts]
 
 
 def _cut(pieces: Sequence[StoredTensor], experts: range) -> list[StoredTensor]:
@@ -149,7 +251,7 @@ def _take_out_expert(key: str) -> tuple[str, int | None]:
     parts = key.split(".")
     for at in reversed(range(len(parts))):
         if parts[at].isdigit():
-            return ".".join((*parts[:at], "*", *parts[at + 1 :])), int(parts[at])
+            return ".".join((*parts[:at], _ANY, *parts[at + 1 :])), int(parts[at])
     return key, None
 
 

@@ -160,9 +160,39 @@ def test_a_missing_expert_is_told_by_the_rank_that_owns_it(olmoe, projection):
     name = f"model.layers.1.mlp.experts.3.{projection}.weight"
     _change_tensors(olmoe, lambda tensors: tensors.pop(name))
     _load(olmoe, ep_rank=0)  # experts 0 and 1
-    message = _refused(olmoe, ep_rank=1)
-    assert "the weights do not fit config.json" in message
-    assert "model.layers.1.mlp.experts" in message
+    assert _refused(olmoe, ep_rank=1) == (f"the weights do not fit config.json: 1 missing: {name}.")
+
+
+def test_an_expert_too_many(olmoe):
+    name = "model.layers.1.mlp.experts.{}.up_proj.weight"
+    _change_tensors(
+        olmoe,
+        lambda tensors: tensors.update({name.format(8): tensors[name.format(7)].clone()}),
+    )
+    assert f"1 tensors are of experts that config.json does not have ({name.format(8)})" in (
+        _refused(olmoe)
+    )
+
+
+def test_an_expert_of_another_shape_than_the_others(olmoe):
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    _change_tensors(olmoe, lambda tensors: tensors.update({name: torch.ones(23, 32)}))
+    assert _refused(olmoe, ep_rank=1) == (
+        "model.layers.1.mlp.experts.*.up_proj.weight has another shape for some experts than for "
+        "others: [23, 32] and [24, 32]. The weights are not those of one model."
+    )
+
+
+def test_experts_of_another_shape_than_the_config_says(olmoe):
+    def widen(tensors):
+        for expert in range(NUM_EXPERTS):
+            tensors[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"] = torch.ones(32, 25)
+
+    _change_tensors(olmoe, widen)
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert f"1 of the wrong shape: {name} is [2, 32, 25], the model's is [2, 32, 24]" in (
+        _refused(olmoe)
+    )
 
 
 def test_a_tensor_of_the_wrong_shape(olmoe):
