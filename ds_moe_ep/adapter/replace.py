@@ -7,16 +7,21 @@ the experts contract (``transformers/integrations/moe.py``) and the expert-paral
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from ds_moe_ep.dist.groups import create_expert_groups
+from ds_moe_ep.dist.node_groups import create_node_groups
 from ds_moe_ep.errors import AdapterError
 from ds_moe_ep.model_families import UNSUPPORTED
+from ds_moe_ep.moe.dispatch import TWO_LEVEL, make_links
 from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.moe.layer import ExpertParallelMoE
+from ds_moe_ep.moe.probe import measure_links
 from ds_moe_ep.plan import HOW_TO_UPCYCLE, ParallelPlan, valid_ep_sizes
 
 __all__ = [
@@ -151,10 +156,35 @@ def check_ep_size(layer: str, num_experts: int, ep_size: int) -> None:
         )
 
 
-def bind_expert_groups(model: nn.Module) -> None:
-    """Gives every swapped layer its expert group; all ranks call it after `init_distributed`."""
-    for layer in moe_layers(model):
-        create_expert_groups(layer.ep_size)
+def bind_expert_groups(
+    model: nn.Module,
+    *,
+    nodes: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Gives every swapped layer its expert group; all ranks call it after `init_distributed`.
+
+    Args:
+        model: The adapted model.
+        nodes: Node of every rank, for dispatch in two levels; by default there is one level.
+        device: Where the model is to run. With it, a dispatcher that is ``auto`` measures the
+            groups' links and chooses by them; without, it is alltoall.
+
+    Raises:
+        ConfigError: The dispatcher needs two levels, and the ranks have not got them.
+    """
+    layers = moe_layers(model)
+    for ep_size in sorted({layer.ep_size for layer in layers}):
+        of_size = [layer.deepspeed_moe for layer in layers if layer.ep_size == ep_size]
+        names = {experts.dispatcher_name for experts in of_size}
+        ep_group, node_groups, prices = create_expert_groups(ep_size), None, None
+        if nodes and names & {"auto", *TWO_LEVEL}:
+            node_groups = create_node_groups(ep_size, nodes)
+        if device is not None and "auto" in names and ep_size > 1:
+            prices = measure_links(make_links(ep_group, node_groups), device)
+        for experts in of_size:
+            experts.node_groups, experts.prices = node_groups, prices
+    for layer in layers:
         layer.set_deepspeed_parallelism()
 
 

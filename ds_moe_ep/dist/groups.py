@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
+from ds_moe_ep.dist.node_groups import nodes_of
 from ds_moe_ep.dist.rendezvous import join_process_group
 from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
 from ds_moe_ep.local_machine import free_port
@@ -76,11 +77,13 @@ class Job:
         info: Who this process is.
         device: Where its tensors live.
         control: A gloo group of all ranks for small exchanges on the host.
+        nodes: Node of every rank, numbered in the order of ranks.
     """
 
     info: RankInfo
     device: torch.device
     control: dist.ProcessGroup
+    nodes: tuple[int, ...] = ()
 
     def all_or_none(self, step: Callable[[], T], *, what: str, timeout_s: float) -> T:
         """Runs a step that any rank may refuse: all ranks go on together or fail together.
@@ -181,13 +184,21 @@ def init_distributed(
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     with _without_jit_build():
         deepspeed.init_distributed(verbose=False)
-    return Job(info, device, control)
+    job = Job(info, device, control)
+    hosts, local_ranks = zip(*job.all_gather((info.host, info.local_rank)), strict=True)
+    return replace(job, nodes=tuple(nodes_of(hosts, local_ranks)))
 
 
-def create_expert_groups(ep_size: int) -> None:
-    """Makes DeepSpeed's expert groups of `ep_size` consecutive ranks, once; all ranks call it."""
-    if f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
+def create_expert_groups(ep_size: int) -> dist.ProcessGroup:
+    """Makes DeepSpeed's expert groups of `ep_size` consecutive ranks, once; all ranks call it.
+
+    Returns:
+        This rank's.
+    """
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
+    return groups._get_expert_parallel_group(name)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-__all__ = ["NodeGroups", "create_node_groups", "nodes_of"]
+__all__ = ["NodeGroups", "create_node_groups", "nodes_of", "ranks_per_node"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,27 @@ def nodes_of(hosts: Sequence[str], local_ranks: Sequence[int]) -> list[int]:
     return nodes
 
 
+def ranks_per_node(ep_size: int, nodes: Sequence[int]) -> int | None:
+    """Returns how many ranks of an expert group each node has, the same for all.
+
+    Args:
+        ep_size: Ranks of an expert group; groups are of consecutive ranks.
+        nodes: Node of every rank.
+
+    Returns:
+        None if there are no two levels: unless every group has several nodes with as many ranks on
+        each, two at least.
+    """
+    counts = [
+        list(Counter(nodes[first : first + ep_size]).values())
+        for first in range(0, len(nodes), ep_size)
+    ]
+    sizes = {size for of_group in counts for size in of_group}
+    if len(sizes) != 1 or sizes == {1} or any(len(of_group) == 1 for of_group in counts):
+        return None
+    return sizes.pop()
+
+
 def create_node_groups(ep_size: int, nodes: Sequence[int]) -> NodeGroups | None:
     """Makes the groups of all ranks and returns this rank's; all ranks call it.
 
@@ -49,23 +70,15 @@ def create_node_groups(ep_size: int, nodes: Sequence[int]) -> NodeGroups | None:
         nodes: Node of every rank.
 
     Returns:
-        None, on all ranks alike, unless each expert group has several nodes with as many ranks on
-        each, two at least.
+        None, on all ranks alike, if there are no two levels.
     """
-    expert_groups = [list(range(first, first + ep_size)) for first in range(0, len(nodes), ep_size)]
-    places, *others = {_places([nodes[rank] for rank in ranks]) for ranks in expert_groups}
-    if others or places == 0:
+    places = ranks_per_node(ep_size, nodes)
+    if places is None:
         return None
+    expert_groups = [range(first, first + ep_size) for first in range(0, len(nodes), ep_size)]
     within = [ranks[i : i + places] for ranks in expert_groups for i in range(0, ep_size, places)]
     across = [ranks[place::places] for ranks in expert_groups for place in range(places)]
     return NodeGroups(across=_own_group(across), within=_own_group(within))
-
-
-def _places(nodes: Sequence[int]) -> int:
-    """Returns how many ranks of an expert group each node has, 0 where two levels do not apply."""
-    counts = Counter(nodes)
-    places, *others = set(counts.values())
-    return 0 if others or places == 1 or len(counts) == 1 else places
 
 
 def _own_group(all_ranks: Sequence[Sequence[int]]) -> dist.ProcessGroup:

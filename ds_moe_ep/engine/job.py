@@ -31,7 +31,7 @@ from ds_moe_ep.engine.journal import Journal, fingerprint
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, write_results
 from ds_moe_ep.engine.prepare import Work, prepare
-from ds_moe_ep.engine.schedule import Batch, spread
+from ds_moe_ep.engine.schedule import Batch, replicate, spread
 from ds_moe_ep.engine.summary import RankSummary, format_summary, write_metrics
 from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch, score_batch
@@ -121,12 +121,16 @@ def _schedule(
     if finished and job.info.rank == 0:
         print(f"resuming: {len(finished)} of {len(work.prompts)} prompts are done", flush=True)
     left = [index for index in range(len(work.prompts)) if index not in finished]
-    of_rank = spread(
-        [len(work.prompts[index].token_ids) for index in left],
-        job.info.world_size,
-        options.batch_size,
-        max_new_tokens=options.max_new_tokens if options.task == "generate" else 0,
-    )
+    lengths = [len(work.prompts[index].token_ids) for index in left]
+    if options.batch_mode == "replicated":
+        of_rank = replicate(lengths, job.info.world_size, options.batch_size)
+    else:
+        of_rank = spread(
+            lengths,
+            job.info.world_size,
+            options.batch_size,
+            max_new_tokens=options.max_new_tokens if options.task == "generate" else 0,
+        )
     own = of_rank[job.info.rank]
     return earlier, [Batch(tuple(left[position] for position in batch.indices)) for batch in own]
 
@@ -135,6 +139,10 @@ def _load(options: JobOptions, job: Job, work: Work) -> Engine:
     start = time.perf_counter()
     create_expert_groups(work.plan.ep_size)
 
+    dispatcher = options.dispatcher
+    if dispatcher == "auto" and options.batch_mode == "replicated":
+        dispatcher = "allreduce"
+
     def load() -> nn.Module:
         model, report = load_expert_parallel_model(
             options.model,
@@ -142,7 +150,7 @@ def _load(options: JobOptions, job: Job, work: Work) -> Engine:
             ep_rank=work.plan.coordinates(job.info.rank).ep_rank,
             dtype=work.dtype,
             device=job.device,
-            dispatcher=options.dispatcher,
+            dispatcher=dispatcher,
         )
         if job.info.rank == 0:
             print(f"{report}; weights in {work.dtype}", flush=True)
@@ -150,7 +158,7 @@ def _load(options: JobOptions, job: Job, work: Work) -> Engine:
 
     model = job.all_or_none(load, what="loading weights", timeout_s=options.start_timeout_s)
     with only_rank_0_prints(job.info.rank):
-        bind_expert_groups(model)
+        bind_expert_groups(model, nodes=job.nodes, device=job.device)
         engine = init_inference(model, work.deepspeed_config)
     return Engine(engine, moe_layers(model), time.perf_counter() - start)
 
@@ -181,6 +189,8 @@ def _run(
         for batch in batches:
             prompts = [work.prompts[index] for index in batch.indices]
             done = dict(zip(batch.indices, serve(prompts), strict=True))
+            if options.batch_mode == "replicated" and job.info.rank != 0:
+                continue  # rank 0 has the same
             journal.append(done)
             results |= done
             sync.finish(len(done))
@@ -219,6 +229,7 @@ def _summarise(
     return RankSummary(
         rank=job.info.rank,
         host=job.info.host,
+        dispatcher=engine.layers[0].deepspeed_moe.describe_dispatch(),
         num_prompts=len(results),
         prompt_tokens=sum(len(work.prompts[index].token_ids) for index in results),
         new_tokens=sum(len(r.token_ids) for r in results.values() if isinstance(r, GenerateResult)),
@@ -260,10 +271,7 @@ def _finish(
                 f"{options.output}: cannot be written: {error}. The results are in "
                 f"{journal.folder}: make room and run again with --resume."
             ) from error
-        dispatcher = engine.layers[0].deepspeed_moe.dispatcher_name
-        text = format_summary(
-            ranks, task=options.task, dispatcher=dispatcher, output=options.output
-        )
+        text = format_summary(ranks, task=options.task, output=options.output)
         print(text, flush=True)
 
     job.all_or_none(write, what="writing the results", timeout_s=options.timeout_s)

@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["JobOptions", "parse_options"]
+__all__ = ["DISPATCHER_NAMES", "JobOptions", "parse_options"]
+
+DISPATCHER_NAMES = (
+    "auto",
+    "alltoall",
+    "allgather",
+    "allreduce",
+    "alltoall-2level",
+    "allgather-2level",
+)
+"""``auto`` and the keys of ``moe.dispatch.DISPATCHERS``, without importing torch for them."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class JobOptions:
     batch_size: int = 8
     dtype: str | None = None
     dispatcher: str = "auto"
+    batch_mode: str = "sharded"
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -144,9 +155,15 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--dispatcher",
-        choices=("auto", "alltoall"),
+        choices=DISPATCHER_NAMES,
         default="auto",
         help="how tokens reach their experts (default: %(default)s)",
+    )
+    add(
+        "--batch-mode",
+        choices=("sharded", "replicated"),
+        default="sharded",
+        help="each rank its own prompts (default: throughput), or all ranks all prompts (latency)",
     )
     add(
         "--timeout",

@@ -19,6 +19,7 @@ from ds_moe_ep.checkpoint.load import read_model_config
 from ds_moe_ep.config.deepspeed import inference_config
 from ds_moe_ep.config.run import RunConfig, load_run_config
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.dist.node_groups import ranks_per_node
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import check_writable
 from ds_moe_ep.engine.prompts import Prompt, read_prompts
@@ -26,6 +27,7 @@ from ds_moe_ep.engine.tasks import EncodedPrompt
 from ds_moe_ep.errors import ConfigError, InputError, PlanError
 from ds_moe_ep.hostfile import local_cluster
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
+from ds_moe_ep.moe.dispatch import TWO_LEVEL
 from ds_moe_ep.plan import ParallelPlan, make_plan
 
 __all__ = ["Work", "prepare"]
@@ -66,6 +68,7 @@ def prepare(options: JobOptions, job: Job) -> Work:
     config = load_run_config(options.config) if options.config else None
     plan = _plan(options, config, spec, job.info.world_size)
     settings = _deepspeed_config(options, config, plan, spec, job.device)
+    _check_dispatcher(options, plan, job)
     read_model_config(options.model)
     open_checkpoint(options.model)
     if job.info.rank == 0:
@@ -110,6 +113,22 @@ def _check_config(options: JobOptions, config: RunConfig, spec: ModelSpec, world
         raise ConfigError(
             f"{config.source} was made for {config.num_experts} experts a layer, {options.model} "
             f"has {spec.num_experts}. Write it again with ds-moe-ep config for this model."
+        )
+
+
+def _check_dispatcher(options: JobOptions, plan: ParallelPlan, job: Job) -> None:
+    if options.dispatcher == "allreduce" and options.batch_mode == "sharded":
+        raise ConfigError(
+            "--dispatcher allreduce sums over ranks what each computed for the same tokens, but "
+            "--batch-mode sharded gives each rank prompts of its own. Add --batch-mode replicated, "
+            "or use --dispatcher auto, alltoall or allgather."
+        )
+    if options.dispatcher in TWO_LEVEL and ranks_per_node(plan.ep_size, job.nodes) is None:
+        flat = options.dispatcher.removesuffix("-2level")
+        raise ConfigError(
+            f"--dispatcher {options.dispatcher} needs several hosts with as many ranks on each, "
+            f"two at least, in every expert group; the {job.info.world_size} ranks of this job, "
+            f"with ep_size={plan.ep_size}, are on {len(set(job.nodes))}. Use --dispatcher {flat}."
         )
 
 

@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Batch", "spread"]
+__all__ = ["Batch", "replicate", "spread"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,17 @@ def spread(
         ]
         for indices in indices_of_rank
     ]
+
+
+def replicate(lengths: Sequence[int], world_size: int, batch_size: int) -> list[list[Batch]]:
+    """Gives all prompts to every rank, longest first, cut into batches.
+
+    Args:
+        lengths: Tokens of each prompt.
+        world_size: Number of ranks.
+        batch_size: Most prompts in a batch.
+
+    Returns:
+        For each rank the same batches, in the order to serve them.
+    """
+    return spread(lengths, 1, batch_size, max_new_tokens=0) * world_size

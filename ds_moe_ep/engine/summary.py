@@ -20,6 +20,7 @@ class RankSummary:
     Attributes:
         rank: Global rank.
         host: Its host.
+        dispatcher: How its tokens reached their experts; of ``auto`` what it chose, and why.
         num_prompts: Prompts this rank served.
         prompt_tokens: Their tokens.
         new_tokens: Tokens it generated.
@@ -34,6 +35,7 @@ class RankSummary:
 
     rank: int
     host: str
+    dispatcher: str
     num_prompts: int
     prompt_tokens: int
     new_tokens: int
@@ -46,9 +48,7 @@ class RankSummary:
     peak_memory_bytes: int
 
 
-def format_summary(
-    ranks: Sequence[RankSummary], *, task: str, dispatcher: str, output: Path
-) -> str:
+def format_summary(ranks: Sequence[RankSummary], *, task: str, output: Path) -> str:
     """Returns the closing summary of a run, one figure a line."""
     run_s = max(rank.run_s for rank in ranks)
     prompts = sum(rank.num_prompts for rank in ranks)
@@ -66,7 +66,8 @@ def format_summary(
         "speed": f"{speed:,.1f} tokens/s over {run_s:.2f} s, {ranks[0].num_steps} steps",
         "load": f"{max(rank.load_s for rank in ranks):.2f} s (slowest rank)",
         "communication": f"{comm} a rank, waiting included ({comm_share:.0%} of the run at most), "
-        f"{sent_mib:.1f} MiB sent ({dispatcher})",
+        f"{sent_mib:.1f} MiB sent",
+        "dispatcher": ranks[0].dispatcher,
         "load balance": f"{_balance(ranks)} (expert rows a rank, mean/max; 1 is perfect)",
         "peak memory": f"{memory} a rank",
         "output": str(output),

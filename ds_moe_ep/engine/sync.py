@@ -1,24 +1,29 @@
 """Keeps ranks that work on different batches in step, one forward pass at a time.
 
 Every forward pass meets collectives in its MoE layers, so all ranks must start as many of them. A
-rank announces each of its own passes with one small all-reduce; a rank with nothing left joins the
-passes of the others with zero rows, until none is left. So no rank waits for a batch border of
-another, and a finished rank computes no attention. Nothing here knows what a pass is for.
+rank announces each of its own passes, and the tokens it brings, with one small message; a rank with
+nothing left joins the passes of the others with zero rows, until none is left. So no rank waits for
+a batch border of another, a finished rank computes no attention, and all ranks know the tokens of
+each in all layers. Nothing here knows what a pass is for.
 """
 
 # Shapes: H hidden, K top_k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
 __all__ = ["ForwardSync"]
+
+_UNKNOWN = -1
 
 
 class ForwardSync:
@@ -28,12 +33,12 @@ class ForwardSync:
         model: The adapted model; a hook is put on it.
         layers: Its MoE layers in the order of a forward pass.
         group: All ranks of the job: with several expert groups none of them ends, and waits for
-            the others, before all have nothing left. Alone in it, nothing is announced.
+            the others, before all have nothing left. On a GPU an announcement is a sync.
         top_k: K.
         dtype: Dtype of the hidden states.
         device: Device of the hidden states.
         on_progress: Called on rank 0 at each pass with the number of prompts that all ranks have
-            finished so far; on a GPU this costs a sync.
+            finished so far.
     """
 
     def __init__(
@@ -48,16 +53,18 @@ class ForwardSync:
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         self._layers = layers
-        self._group = group
-        self._alone = dist.get_world_size(group) == 1
+        self._comm = Communicator(group)
         self._device = device
         self._dtype = dtype
         self._no_ids_0K = torch.zeros((0, top_k), dtype=torch.int64, device=device)
         self._no_weights_0K = torch.zeros((0, top_k), dtype=torch.float32, device=device)
-        self._on_progress = on_progress if dist.get_rank(group) == 0 else None
+        self._on_progress = on_progress if self._comm.rank == 0 else None
         self.num_finished = 0
         self.num_steps = 0
-        model.register_forward_pre_hook(lambda module, args: self._start_own_pass())
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: self._start_own_pass(_count_tokens(args, kwargs)),
+            with_kwargs=True,
+        )
 
     def finish(self, num_prompts: int) -> None:
         """Counts prompts this rank has finished."""
@@ -66,7 +73,7 @@ class ForwardSync:
     @torch.no_grad()
     def join_others(self) -> None:
         """Takes part in the others' passes with zero rows until every rank has called this."""
-        while self._announce(busy=False):
+        while self._announce(0):
             self.num_steps += 1
             for layer in self._layers:
                 no_rows_0H = torch.zeros(
@@ -74,20 +81,26 @@ class ForwardSync:
                 )
                 layer(no_rows_0H, self._no_ids_0K, self._no_weights_0K)
 
-    def _start_own_pass(self) -> None:
+    def _start_own_pass(self, num_tokens: int) -> None:
         self.num_steps += 1
-        self._announce(busy=True)
+        self._announce(num_tokens)
 
-    def _announce(self, *, busy: bool) -> bool:
-        """Tells all ranks whether this rank runs a forward pass now; returns whether any does."""
-        if self._alone:
-            finished, any_busy = self.num_finished, busy
-        else:
-            sums = torch.tensor([int(busy), self.num_finished], device=self._device)
-            dist.all_reduce(sums, group=self._group)
-            # A busy rank knows, and is spared the device-to-host sync.
-            any_busy = busy or bool(sums[0])
-            finished = int(sums[1]) if self._on_progress else 0
+    def _announce(self, num_tokens: int) -> bool:
+        """Tells all ranks what this rank brings to a pass now; returns whether any brings some."""
+        told = self._comm.gather_ints([num_tokens, self.num_finished], self._device)
+        tokens_of_rank = [count for count, _ in told]
+        known = None if _UNKNOWN in tokens_of_rank else tokens_of_rank
+        for layer in self._layers:
+            layer.announce(known)
         if self._on_progress:
-            self._on_progress(finished)
-        return any_busy
+            self._on_progress(sum(finished for _, finished in told))
+        return any(tokens_of_rank)
+
+
+def _count_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Returns the tokens of a call of a transformers model, padding included."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is not None:
+        return ids.numel()
+    embeddings = kwargs.get("inputs_embeds")
+    return _UNKNOWN if embeddings is None else embeddings.shape[:-1].numel()

@@ -48,7 +48,7 @@ class DispatchedExperts(nn.Module):
         self.stats = CommStats()
         self.dispatcher: Dispatcher | None = None
         self.tokens_per_expert = torch.zeros(experts.num_experts, dtype=torch.int64)
-        self._group_ranks = [0]
+        self._group_ranks, self._ep_rank = [0], 0
         self._num_tokens_W: list[int] | None = None
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
@@ -56,6 +56,7 @@ class DispatchedExperts(nn.Module):
         self.ep_group = ep_group
         self._group_ranks = [0] if ep_group is None else dist.get_process_group_ranks(ep_group)
         links = make_links(ep_group, self.node_groups, self.stats)
+        self._ep_rank = links.flat.rank
         num_local_experts = self.experts.num_experts
         if self.dispatcher_name == "auto" and self.prices is not None:
             self.dispatcher = Auto(links, self.prices, num_local_experts)
@@ -73,6 +74,12 @@ class DispatchedExperts(nn.Module):
             None if num_tokens is None else [num_tokens[rank] for rank in self._group_ranks]
         )
 
+    def describe_dispatch(self) -> str:
+        """Tells which dispatcher was used; of ``auto`` also which it chose, and why."""
+        if isinstance(self.dispatcher, Auto):
+            return self.dispatcher.describe()
+        return self.dispatcher_name if self.dispatcher is None else self.dispatcher.name
+
     def forward(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Returns the MoE output ``[T, H]`` of this rank's tokens.
 
@@ -84,12 +91,24 @@ class DispatchedExperts(nn.Module):
                 "the expert group is not bound: call ds_moe_ep.adapter.bind_expert_groups(model) "
                 "after init_distributed()."
             )
+        self._check_announced(x_TH.shape[0])
         compute = partial(run_local_experts, self.experts)
         output_TH, rows_e = self.dispatcher(
             compute, x_TH, topk_ids_TK, topk_weights_TK, self._num_tokens_W
         )
         self.tokens_per_expert = self.tokens_per_expert.to(rows_e.device) + rows_e
         return output_TH
+
+    def _check_announced(self, num_tokens: int) -> None:
+        if self._num_tokens_W is None:
+            return
+        announced = self._num_tokens_W[self._ep_rank]
+        if num_tokens != announced:
+            raise DistributedError(
+                f"an MoE layer got {num_tokens} tokens in a pass that was announced with "
+                f"{announced}: the ranks would exchange rows of different sizes. A model whose "
+                "layers see other tokens than its input cannot be run with announced passes."
+            )
 
 
 class ExpertParallelMoE(MoE):
@@ -124,6 +143,10 @@ class ExpertParallelMoE(MoE):
             # DeepSpeed knows an expert parameter by these two attributes.
             param.allreduce = False
             param.group_name = self.expert_group_name
+
+    def announce(self, num_tokens: Sequence[int] | None) -> None:
+        """See `DispatchedExperts.announce`."""
+        self.deepspeed_moe.announce(num_tokens)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Computes what the replaced experts computed, together with the other ranks.

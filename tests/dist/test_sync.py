@@ -27,9 +27,13 @@ class _Layer(nn.Module):
 
     hidden_size = _HIDDEN
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
         super().__init__()
-        self.group, self.calls, self.own_rows, self.all_rows = group, 0, 0, 0
+        self.rank, self.group, self.calls, self.own_rows, self.all_rows = rank, group, 0, 0, 0
+        self.announced, self.misinformed = None, 0
+
+    def announce(self, num_tokens: list[int] | None) -> None:
+        self.announced = num_tokens
 
     def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         assert x_TH.shape[1] == _HIDDEN
@@ -39,15 +43,18 @@ class _Layer(nn.Module):
         self.calls += 1
         self.own_rows += len(x_TH)
         self.all_rows += int(rows)
+        own = None if self.announced is None else self.announced[self.rank]
+        self.misinformed += own != len(x_TH)
         return x_TH
 
 
 class _Model(nn.Module):
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(group) for _ in range(_NUM_LAYERS))
+        self.layers = nn.ModuleList(_Layer(group, rank) for _ in range(_NUM_LAYERS))
 
-    def forward(self, x_TH: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x_TH = torch.ones(input_ids.numel(), _HIDDEN)
         for layer in self.layers:
             count = (len(x_TH), _TOP_K)
             x_TH = layer(x_TH, torch.zeros(count, dtype=torch.int64), torch.ones(count))
@@ -57,7 +64,7 @@ class _Model(nn.Module):
 def _serve(
     group: dist.ProcessGroup, layer_group: dist.ProcessGroup, num_passes: int
 ) -> dict[str, object]:
-    model, progress = _Model(layer_group), []
+    model, progress = _Model(layer_group, dist.get_rank(group)), []
     sync = ForwardSync(
         model,
         model.layers,
@@ -68,7 +75,7 @@ def _serve(
         on_progress=progress.append,
     )
     for _ in range(num_passes):
-        model(torch.ones(5, _HIDDEN))
+        model(input_ids=torch.ones(1, 5, dtype=torch.int64))
         sync.finish(_PROMPTS_PER_PASS)
     sync.join_others()
     return {
@@ -77,6 +84,7 @@ def _serve(
         "calls": {layer.calls for layer in model.layers},
         "own_rows": {layer.own_rows for layer in model.layers},
         "all_rows": {layer.all_rows for layer in model.layers},
+        "misinformed": sum(layer.misinformed for layer in model.layers),
         "progress": progress,
     }
 
@@ -106,6 +114,11 @@ def test_every_rank_takes_part_in_the_most_passes_any_has(ranks, case):
         assert seen["own_rows"] == {5 * own}
         assert seen["all_rows"] == {5 * sum(passes)}
         assert seen["finished"] == _PROMPTS_PER_PASS * own
+
+
+@pytest.mark.parametrize("case", [*_CASES, "pairs"])
+def test_every_layer_knows_the_tokens_of_each_rank(ranks, case):
+    assert [rank[case]["misinformed"] for rank in ranks] == [0] * _WORLD_SIZE
 
 
 @pytest.mark.parametrize("case", _CASES)

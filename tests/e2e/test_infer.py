@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -127,13 +128,14 @@ def test_one_prompt_on_eight_ranks(tiny_model, write_prompts, tmp_path):
     # Rank 0 has the prompt and the word; the launcher's own lines begin with a time.
     shown = [line for line in result.stdout.splitlines() if not line.startswith("[20")]
     assert shown[0].startswith("3 MoE layers (OlmoeExperts) swapped: ep_rank 0 of 8 holds")
-    names = "prompts tokens speed load communication load_balance peak_memory output".split()
-    assert [line[:14].strip().replace(" ", "_") for line in shown[1:]] == names
+    names = "prompts tokens speed load communication dispatcher load_balance peak_memory output"
+    assert [line[:14].strip().replace(" ", "_") for line in shown[1:]] == names.split()
     assert not result.stderr
     lines = [json.loads(line) for line in (metrics / "metrics.jsonl").read_text().splitlines()]
     assert [line["rank"] for line in lines] == list(range(8))
     assert [line["num_prompts"] for line in lines] == [1, 0, 0, 0, 0, 0, 0, 0]
     assert {line["num_steps"] for line in lines} == {6}
+    assert re.search(r"(alltoall|allgather) in \d of 6 passes", lines[0]["dispatcher"])
     assert sum(line["expert_rows"] for line in lines) == 3 * 2 * (3 + 5)  # layers, top-2, tokens
 
 

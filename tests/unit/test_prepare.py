@@ -14,9 +14,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from ds_moe_ep.dist.groups import Job, RankInfo
-from ds_moe_ep.engine.options import JobOptions
+from ds_moe_ep.engine.options import DISPATCHER_NAMES, JobOptions
 from ds_moe_ep.engine.prepare import prepare
 from ds_moe_ep.errors import ConfigError, DsMoeEpError, InputError, PlanError
+from ds_moe_ep.moe.dispatch import DISPATCHERS
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import save_tiny
 
@@ -40,8 +41,9 @@ def options(model, tmp_path):
     return JobOptions(model=model, input=tmp_path / "in.jsonl", output=tmp_path / "out.jsonl")
 
 
-def _prepare(options, *, num_ranks=2, rank=0, device="cpu"):
-    job = Job(RankInfo(rank, rank, num_ranks, "here"), torch.device(device), control=None)
+def _prepare(options, *, num_ranks=2, rank=0, device="cpu", nodes=(0, 0)):
+    info = RankInfo(rank, rank, num_ranks, "here")
+    job = Job(info, torch.device(device), control=None, nodes=nodes)
     return prepare(options, job)
 
 
@@ -196,3 +198,25 @@ def test_only_rank_0_looks_at_the_output(options, tmp_path):
 def test_top_p_without_a_temperature_is_warned_about(options):
     with pytest.warns(UserWarning, match="--top-p is ignored: --temperature 0 is greedy"):
         _prepare(replace(options, top_p=0.9))
+
+
+def test_allreduce_is_for_replicated_batches(options):
+    options = replace(options, dispatcher="allreduce")
+    message = _refused(options, ConfigError)
+    assert "--dispatcher allreduce" in message
+    assert "Add --batch-mode replicated" in message
+    _prepare(replace(options, batch_mode="replicated"))
+
+
+def test_two_levels_are_for_several_hosts(options):
+    options = replace(options, dispatcher="allgather-2level")
+    message = _refused(options, ConfigError, num_ranks=4, nodes=(0, 0, 0, 0))
+    assert (
+        "the 4 ranks of this job, with ep_size=4, are on 1. Use --dispatcher allgather" in message
+    )
+    assert "are on 2." in _refused(options, ConfigError, num_ranks=4, nodes=(0, 0, 0, 1))
+    _prepare(options, num_ranks=4, nodes=(0, 0, 1, 1))
+
+
+def test_every_dispatcher_can_be_asked_for():
+    assert DISPATCHER_NAMES == ("auto", *DISPATCHERS)

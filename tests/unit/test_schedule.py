@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_moe_ep.engine.schedule import Batch, spread
+from ds_moe_ep.engine.schedule import Batch, replicate, spread
 
 
 def _indices(batches):
@@ -85,3 +85,8 @@ def test_equal_prompts_are_spread_evenly(num_prompts, world_size):
     schedule = spread([7] * num_prompts, world_size, 4, max_new_tokens=16)
     counts = [len(_indices(batches)) for batches in schedule]
     assert max(counts) - min(counts) <= 1
+
+
+def test_every_rank_gets_all_prompts_in_the_same_batches():
+    schedule = replicate([3, 9, 5], 2, 2)
+    assert schedule == [[Batch((1, 2)), Batch((0,))]] * 2

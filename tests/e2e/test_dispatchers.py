@@ -1,0 +1,96 @@
+"""launch/infer.py writes the same with every dispatcher and batch mode as Hugging Face alone."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import launch_infer, run_command
+from tests.helpers.families import VOCAB_SIZE
+from tests.helpers.launch import REPO, free_port
+
+pytestmark = pytest.mark.slow
+
+NEW_TOKENS = 8
+PROMPTS = {
+    str(length): torch.randint(
+        3, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length)
+    ).tolist()
+    for length in (4, 9, 2)
+}
+REPLICATED = ("--batch-mode", "replicated")
+# The dispatcher that the summary tells, by arguments.
+WAYS = {
+    ("--dispatcher", "alltoall"): "alltoall",
+    ("--dispatcher", "allgather"): "allgather",
+    REPLICATED: "allreduce",
+    (*REPLICATED, "--dispatcher", "alltoall"): "alltoall",
+    (*REPLICATED, "--dispatcher", "allgather"): "allgather",
+}
+
+
+@pytest.fixture(scope="module")
+def job(tiny_model, write_prompts, tmp_path_factory):
+    """The arguments of a job but its output, the folder for that, and what is to be written."""
+    model, folder = tiny_model("olmoe"), tmp_path_factory.mktemp("dispatchers")
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    expected = []
+    for ids in PROMPTS.values():
+        prompt = torch.tensor([ids])
+        mask = torch.ones_like(prompt)
+        output = reference.generate(
+            prompt, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+        expected.append(output[0, len(ids) :].tolist())
+    args = ["--model", model, "--input", write_prompts(folder / "in.jsonl", PROMPTS)]
+    return [*args, "--max-new-tokens", str(NEW_TOKENS), "--batch-size", "2"], folder, expected
+
+
+def token_ids(path):
+    return [json.loads(line)["token_ids"] for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def launched(job):
+    """What each way wrote and told; two jobs run at a time."""
+    args, folder, _ = job
+
+    def launch(way):
+        output = folder / f"{'-'.join(way).replace('--', '')}.jsonl"
+        return output, launch_infer([*args, "--output", output, *way], num_ranks=2)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return {way: pool.submit(launch, way) for way in WAYS}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+def test_greedy_tokens_equal_hugging_face(job, launched, way):
+    output, result = launched[way].result()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"dispatcher  {WAYS[way]}\n" in result.stdout
+    assert token_ids(output) == job[2]
+
+
+def test_two_hosts_of_two_ranks_dispatch_in_two_levels(job):
+    """Two launchers on this machine, each with the local ranks 0 and 1, are two hosts."""
+    args, folder, expected = job
+    output, port = folder / "two-level.jsonl", free_port()
+
+    def launch(node):
+        launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+        launcher += [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        script = [REPO / "launch" / "infer.py", *args, "--output", output]
+        return run_command(
+            [sys.executable, *launcher, *script, "--dispatcher", "alltoall-2level"],
+            env={"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            timeout_s=300,
+        )
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        results = list(pool.map(launch, (0, 1)))
+    assert [result.returncode for result in results] == [0, 0], results
+    assert "dispatcher  alltoall-2level\n" in results[0].stdout
+    assert token_ids(output) == expected

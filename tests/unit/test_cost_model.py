@@ -1,0 +1,90 @@
+"""The cost model's arithmetic: fits to known lines, and predictions counted by hand."""
+
+import pytest
+
+from ds_moe_ep.moe.cost_model import (
+    GroupPrices,
+    LayerShape,
+    LinkPrices,
+    Price,
+    fit_price,
+    predict_s,
+)
+
+# 4 experts, one chosen, on as many ranks: a token wants each rank with a chance of 1/4.
+TOP_1_OF_4 = LayerShape(num_experts=4, top_k=1, row_bytes=92)  # 100 with its routing
+BYTES_ONLY = Price(latency_s=0.0, s_per_byte=1.0)
+LATENCY_ONLY = Price(latency_s=1.0, s_per_byte=0.0)
+
+
+def prices(size: int, price: Price, counts_s: float = 0.0) -> GroupPrices:
+    return GroupPrices(size, counts_s, exchange=price, gather=price, reduce=price)
+
+
+def test_a_line_is_found_through_the_medians():
+    samples = [(100, 1.0), (100, 1.1), (100, 9.0), (1100, 2.0), (1100, 2.1), (1100, 0.0)]
+    price = fit_price(samples)
+    assert price.s_per_byte == pytest.approx(0.9 / 1000)
+    assert price.seconds(1100) == pytest.approx(2.0)
+    assert price.seconds(100) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        ([(100, 2.0), (200, 1.0)], Price(2.0, 0.0)),  # noise: large was faster
+        ([(100, 0.1), (200, 1.1)], Price(0.0, 0.01)),  # noise: the line starts below zero
+        ([(0, 0.5), (0, 0.7)], Price(0.6, 0.0)),  # a group of one sends nothing
+    ],
+)
+def test_no_price_is_negative(samples, expected):
+    assert fit_price(samples) == Price(
+        pytest.approx(expected.latency_s), pytest.approx(expected.s_per_byte)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_local_experts", "share"),
+    [
+        (LayerShape(4, 1, 0), 1, 1 / 4),
+        (LayerShape(4, 2, 0), 1, 1 / 2),
+        (LayerShape(4, 2, 0), 2, 5 / 6),  # but one of the six pairs lies wholly elsewhere
+        (LayerShape(64, 8, 0), 64, 1.0),
+    ],
+)
+def test_the_share_of_tokens_that_want_a_rank(shape, num_local_experts, share):
+    assert shape.share_wanted(num_local_experts) == pytest.approx(share)
+
+
+def test_bytes_are_those_of_the_busiest_rank():
+    links = LinkPrices(prices(4, BYTES_ONLY))
+    predicted = predict_s(links, TOP_1_OF_4, (10, 0, 0, 0))
+    # Rank 0 sends its ten rows to three ranks, with their routing there, without it back.
+    assert predicted == {
+        "allgather": pytest.approx(3 * 10 * (100 + 92)),
+        "alltoall": pytest.approx(3 * 10 * (100 + 92) / 4),
+    }
+    # Each receives the ten of the three others.
+    assert predict_s(links, TOP_1_OF_4, (10, 10, 10, 10))["allgather"] == pytest.approx(30 * 192)
+    assert predict_s(links, TOP_1_OF_4, (0, 10, 10, 10))["allgather"] == pytest.approx(30 * 192)
+
+
+def test_alltoall_pays_for_counts():
+    links = LinkPrices(prices(4, LATENCY_ONLY, counts_s=0.5))
+    assert predict_s(links, TOP_1_OF_4, (1, 1, 1, 1)) == {"alltoall": 2.5, "allgather": 2.0}
+
+
+def test_two_levels_add_up():
+    links = LinkPrices(
+        prices(4, LATENCY_ONLY), across=prices(2, BYTES_ONLY, 7.0), within=prices(2, LATENCY_ONLY)
+    )
+    predicted = predict_s(links, TOP_1_OF_4, (5, 1, 3, 2))  # places 0: 5 and 3, places 1: 1 and 2
+    assert predicted["allgather-2level"] == pytest.approx(5 * 192 + 2)
+    assert predicted["alltoall-2level"] == pytest.approx(7 + 5 * 192 / 2 + 2)
+    by_bytes = LinkPrices(
+        prices(4, LATENCY_ONLY), across=prices(2, LATENCY_ONLY), within=prices(2, BYTES_ONLY)
+    )
+    predicted = predict_s(by_bytes, TOP_1_OF_4, (5, 1, 3, 2))
+    # Place 0 of each node has gathered eight rows, of which a half wanted the node.
+    assert predicted["allgather-2level"] == pytest.approx(2 + 8 * 192)
+    assert predicted["alltoall-2level"] == pytest.approx(2 + 8 / 2 * 192 / 2)
