@@ -77,6 +77,30 @@ def test_verify_names_the_corrupt_file_and_exits_2(converted, tmp_path):
     assert f"{damaged / name} is missing" in _refused(damaged, "--verify")
 
 
+def test_the_format_of_deepspeed(tiny_model, tmp_path):
+    target = tmp_path / "deepspeed"
+    result = _convert(tiny_model("olmoe"), target, "--to", "deepspeed")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"wrote {target}: 28 files, ")
+    tag = target / (target / "latest").read_text()
+    assert (tag / "layer_2_expert_7_mp_rank_00_model_states.pt").is_file()
+    assert f"{target} is a checkpoint of DeepSpeed" in _refused(target, tmp_path, "--to", "hf")
+
+
+def test_pickled_weights(tiny_model, tmp_path):
+    source, target = tmp_path / "pickled", tmp_path / "hf"
+    shutil.copytree(tiny_model("olmoe"), source)
+    (source / "model.safetensors").unlink()
+    tensors = load_file(tiny_model("olmoe") / "model.safetensors")
+    torch.save(tensors, source / "pytorch_model.bin")
+    assert "DST --to hf --allow-pickle" in _refused(source, target, "--to", "ep")
+    result = _convert(source, target, "--to", "hf", "--allow-pickle")
+    assert (result.returncode, result.stderr) == (0, "")
+    found = load_file(target / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 1])
 def test_infer_runs_it_on_any_number_of_ranks(converted, write_prompts, tmp_path, num_ranks):
@@ -182,20 +206,6 @@ def _wait_until(condition, process, timeout_s=120.0):
         (["SRC", "DST", "--to", "hf", "--ep-size", "2"], "--ep-size is for --to ep only"),
         (["SRC", "DST", "--to", "deepspeed", "--ep-size", "2"], "--ep-size is for --to ep only"),
         (["SRC", "--verify", "--allow-pickle"], "--trust-remote-code are for --to only"),
-        (
-            [
-                "SRC",
-                "DST",
-                "--to",
-                "ep",
-                "--upcycle-experts",
-                "4",
-                "--top-k",
-                "2",
-                "--allow-pickle",
-            ],
-            "make safetensors of pickled weights first: --to hf --allow-pickle",
-        ),
         (["SRC", "DST", "--to", "hf"], "CheckpointError: SRC has no manifest.json"),
         (["SRC", "--verify"], "CheckpointError: SRC has no manifest.json"),
         (["SRC", "DST", "--to", "ep"], "AdapterError: SRC: transformers cannot read config.json"),
