@@ -22,7 +22,7 @@ from ds_moe_ep.errors import CheckpointError
 
 __all__ = ["DerivedTensor", "DrawnValues", "Noise", "changed", "torch_dtype"]
 
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 2 << 20  # several times that is in use while a chunk is computed, by each thread
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
