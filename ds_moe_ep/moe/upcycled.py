@@ -141,7 +141,7 @@ class UpcycledMoE(nn.Module):
         """Returns what the layer makes of ``[..., H]``, in the same shape."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, ids_TK = self.router(x_TH)
-        return self.dropout(self.experts(x_TH, ids_TK, weights_TK).view(hidden_states.shape))
+        return self.dropout(self.experts(x_TH, ids_TK, weights_TK).reshape(hidden_states.shape))
 
 
 def expert_shapes(layout: FfnLayout, hidden_size: int, width: int) -> dict[str, tuple[int, ...]]:
