@@ -153,8 +153,11 @@ def _understand(module: nn.Module) -> tuple[FfnLayout | None, str]:
     if len({linear.bias is None for linear in linears.values()}) > 1:
         return None, "only some of its linear layers have a bias"
     for layout in _guesses(linears, others[0]):
-        if _computes(module, linears, layout):
-            return layout, ""
+        if not _computes(module, linears, layout):
+            continue
+        if layout.has_gate and layout.is_transposed:
+            return None, "it has a gate, and its matrices are transposed"
+        return layout, ""
     return None, "it computes something else"
 
 

@@ -141,11 +141,12 @@ def _read(
             "upcycled. Leave --upcycle-experts out."
         )
     ffns = find_ffns(opened.model, request.ffn_class)
-    settings = _settings(request, ffns, ffns[0].intermediate_size)
+    layers = _layers(request, ffns)
+    chosen = select_ffns(ffns, layers)
+    settings = _settings(request, chosen)
     rules = ModelNames(opened.model)
     names = {rules.name(key): key for key in opened.files.tensors}
     opened.check_tensors()
-    chosen = select_ffns(ffns, settings.layers)
     return config, UpcycledTensors(request, settings, opened.files, names, chosen)
 
 
@@ -158,8 +159,24 @@ def _beside(
     return [*others, PlannedFile(_CONFIG_JSON, config.encode())], left_out
 
 
-def _settings(request: UpcycleRequest, ffns: list[Ffn], intermediate_size: int) -> UpcycleSettings:
-    """Checks what is asked for, and settles which layers get experts."""
+def _layers(request: UpcycleRequest, ffns: list[Ffn]) -> tuple[int, ...]:
+    """Returns which layers are to get experts."""
+    if request.layers is not None:
+        return tuple(sorted(set(request.layers)))
+    layers = tuple(ffn.layer for ffn in ffns)
+    if request.every is None:
+        return layers
+    every = tuple(n for n in layers if request.every > 0 and (n + 1) % request.every == 0)
+    if not every:
+        raise AdapterError(
+            f"--every {request.every}: no layer would get experts. Use 1 to {layers[-1] + 1}, or "
+            "name them: --layers 3,5,7."
+        )
+    return every
+
+
+def _settings(request: UpcycleRequest, ffns: list[Ffn]) -> UpcycleSettings:
+    """Checks that the FFNs can become what is asked for."""
     if request.num_experts < 1 or not 1 <= request.top_k <= request.num_experts:
         raise AdapterError(
             f"--top-k {request.top_k} with --upcycle-experts {request.num_experts}: a token can be "
@@ -167,21 +184,19 @@ def _settings(request: UpcycleRequest, ffns: list[Ffn], intermediate_size: int) 
         )
     if request.method not in METHODS:
         raise AdapterError(f"--method {request.method}: use one of {', '.join(METHODS)}.")
-    if request.method == "split" and intermediate_size % request.num_experts:
-        fitting = valid_ep_sizes(intermediate_size, at_most=4 * request.num_experts)
+    width = ffns[0].intermediate_size
+    if other := next((ffn for ffn in ffns if ffn.intermediate_size != width), None):
+        raise AdapterError(
+            f"the FFN {ffns[0].name} has width {width}, {other.name} has width "
+            f"{other.intermediate_size}: all experts must be equally wide. Name layers where they "
+            "are: --layers 3,5,7."
+        )
+    if request.method == "split" and width % request.num_experts:
+        fitting = valid_ep_sizes(width, at_most=4 * request.num_experts)
         raise AdapterError(
             f"--method split: --upcycle-experts {request.num_experts} does not divide the FFN's "
-            f"width {intermediate_size} ({ffns[0].name}). Use one of {fitting}, or --method copy."
+            f"width {width} ({ffns[0].name}). Use one of {fitting}, or --method copy."
         )
     layers = tuple(ffn.layer for ffn in ffns)
-    if request.layers is not None:
-        layers = tuple(sorted(set(request.layers)))
-    elif request.every is not None:
-        layers = tuple(n for n in layers if request.every > 0 and (n + 1) % request.every == 0)
-    if not layers:
-        raise AdapterError(
-            f"--every {request.every}: no layer would get experts. Use 1 to {ffns[-1].layer + 1}, "
-            "or name them: --layers 3,5,7."
-        )
     ffn_class = type(ffns[0].module).__name__
     return UpcycleSettings(request.num_experts, request.top_k, layers, request.method, ffn_class)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ds_moe_ep.adapter.ffn import find_ffns
+from ds_moe_ep.checkpoint import upcycle
 from ds_moe_ep.checkpoint.upcycle import upcycle_to_expert_sharded, upcycle_to_hugging_face
 from ds_moe_ep.checkpoint.upcycled_tensors import UpcycleRequest
 from ds_moe_ep.cli import main
@@ -220,6 +222,41 @@ def test_ffns_of_two_classes_must_be_told_apart():
     with pytest.raises(AdapterError, match="2 classes: LlamaMLP, _Swapped.*--ffn-class LlamaMLP"):
         find_ffns(model)
     assert [ffn.layer for ffn in find_ffns(model, "LlamaMLP")] == [1]
+
+
+def test_two_ffns_in_a_layer_cannot_be_told_by_layer():
+    model = build_dense("llama")
+    for layer in model.model.layers:
+        layer.second = layer.mlp.__class__(model.config)
+    with pytest.raises(AdapterError, match="6 FFNs of class LlamaMLP in model.layers, some layers"):
+        find_ffns(model)
+
+
+def test_ffns_of_two_widths_do_not_become_experts_of_one():
+    narrow = build_dense("llama", intermediate_size=24)
+    model = build_dense("llama")
+    model.model.layers[2] = narrow.model.layers[2]
+    ffns, request = find_ffns(model), UpcycleRequest(8, 2)
+    with pytest.raises(AdapterError, match=r"layers.0.mlp has width 32, .*2.mlp has width 24: all"):
+        upcycle._settings(request, ffns)
+    assert upcycle._settings(request, ffns[:2]).layers == (0, 1)
+
+
+class _TransposedGate(nn.Module):
+    """A gated FFN with GPT-2's kind of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = Conv1D(32, 16), Conv1D(32, 16), Conv1D(16, 32)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def test_a_gate_and_transposed_matrices():
+    with pytest.raises(AdapterError, match="it has a gate, and its matrices are transposed"):
+        find_ffns(_with_ffns(_TransposedGate), "_TransposedGate")
 
 
 def test_looking_for_ffns_draws_no_random_number():
