@@ -51,8 +51,8 @@ __all__ = [
 
 _SHOWN = 5
 _NO_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
-# glibc's option by its number in malloc.h. Below the first size tensors stay in the heap, where the
-# kernel need not clear new pages for each; the last is the highest that glibc raises it to by itself.
+# glibc's option by its number in malloc.h. Below the first size tensors stay in the heap, where not
+# every one takes new pages from the kernel; the last is the highest that glibc itself raises it to.
 _M_MMAP_THRESHOLD = -3
 _LEAST_MMAP_THRESHOLD = 1 << 20
 _MOST_MMAP_THRESHOLD = 1 << 25
