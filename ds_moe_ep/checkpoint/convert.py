@@ -232,9 +232,9 @@ def to_deepspeed(
 
     opened = open_source(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     of_experts = opened.find_experts()
-    weights, latest = deepspeed_files(opened.model, opened.files.tensors, opened.layers, of_experts)
+    weights = deepspeed_files(opened.model, opened.files.tensors, opened.layers, of_experts)
     others, not_copied = beside_the_weights(source, opened.files, with_code=trust_remote_code)
-    write_folder(folder, weights, [*others, latest], show_progress=show_progress)
+    write_folder(folder, weights, others, show_progress=show_progress)
     return describe(folder, not_copied)
 
 

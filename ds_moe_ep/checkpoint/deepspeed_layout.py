@@ -29,9 +29,9 @@ from ds_moe_ep.errors import CheckpointError
 from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.moe.state_dict import EXPERT_LIST, PATH_OF_EXPERTS
 
-__all__ = ["LATEST", "deepspeed_files"]
+__all__ = ["deepspeed_files"]
 
-LATEST = "latest"
+_LATEST = "latest"
 _TAG = "global_step0"  # as DeepSpeed calls what is saved before the first step
 _SUFFIX = "mp_rank_00_model_states.pt"
 _SHOWN = 5
@@ -45,8 +45,8 @@ def deepspeed_files(
     tensors: Mapping[str, tuple[StoredTensor, ...]],
     layers: list[SwappedLayer],
     of_experts: Mapping[str, ExpertTensor],
-) -> tuple[list[PlannedFile], PlannedFile]:
-    """Plans the weight files, and the file that names their folder, which is to be written last.
+) -> list[PlannedFile]:
+    """Plans the weight files, and the file that names their folder.
 
     An expert's file takes the memory of that expert when it is written, the dense weights' file
     that of all dense weights.
@@ -72,7 +72,7 @@ def deepspeed_files(
             write = partial(_write_expert, names, layer.name, expert, split, of_expert)
             name = f"{_TAG}/layer_{index}_expert_{expert}_{_SUFFIX}"
             files.append(_file(name, of_expert, write))
-    return files, PlannedFile(LATEST, _TAG.encode())
+    return [*files, PlannedFile(_LATEST, _TAG.encode())]
 
 
 def _cut_to_one_expert(model: PreTrainedModel, layers: list[SwappedLayer]) -> set[str]:

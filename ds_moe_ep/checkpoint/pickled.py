@@ -35,30 +35,34 @@ def read_pickled(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: It holds anything but tensors, is truncated or corrupt, in the format of
             torch before 1.6, or its tensors do not lie in the file as they are.
     """
-    _check_archive(path)
-    try:
-        with FakeTensorMode():
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that nobody vouches for can break the reader anyhow
-        raise _refusal(path, error) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, no tensors by name.")
-    return {key: _stored(path, key, value) for key, value in content.items()}
-
-
-def _check_archive(path: Path) -> None:
-    """Refuses what torch would not read as it is: its older format, and what was made elsewhere."""
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated, or in the format of torch "
             f"before 1.6. Copy it again from its source. {_INSTEAD}"
         )
+    try:
+        _check_archive(path)
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise CheckpointError(
+                f"{path} holds a {type(content).__name__}, no tensors by name. {_INSTEAD}"
+            )
+        return {key: _stored(path, key, value) for key, value in content.items()}
+    except CheckpointError:
+        raise
+    except Exception as error:  # what nobody vouches for can break its readers anyhow
+        raise _refusal(path, error) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses tensors whose bytes are not as they would be in memory."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        order = [archive.read(e) for e in entries if e.filename.endswith("/byteorder")]
+        orders = [archive.read(e) for e in entries if e.filename.endswith("/byteorder")]
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(f"{path} is compressed, which torch.save never does. {_INSTEAD}")
-    if any(name != b"little" for name in order):
+    if any(order != b"little" for order in orders):
         raise CheckpointError(f"{path} was written on a big-endian machine. {_INSTEAD}")
 
 
@@ -68,7 +72,11 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
             f"{path} holds more than tensors: it asks for {found[1]}, which can run code. None was "
             f"run, and nothing of the file was used. {_INSTEAD}"
         )
-    return CheckpointError(f"{path} is corrupt, or holds more than tensors: {error}. {_INSTEAD}")
+    # Not torch's own words, which advise to read the file nevertheless.
+    return CheckpointError(
+        f"{path} is corrupt, or holds more than tensors ({type(error).__name__}). Copy it again "
+        f"from its source. {_INSTEAD}"
+    )
 
 
 def _stored(path: Path, key: object, value: object) -> StoredTensor:
@@ -84,9 +92,10 @@ def _stored(path: Path, key: object, value: object) -> StoredTensor:
         )
     storage = value.untyped_storage()
     skipped_bytes = value.storage_offset() * value.element_size()
-    if skipped_bytes + value.nbytes > storage.nbytes():
-        raise CheckpointError(f"{path}: {key} reaches beyond its data. {_INSTEAD}")
     start = storage._checkpoint_offset + skipped_bytes
-    if start + value.nbytes > path.stat().st_size:
-        raise CheckpointError(f"{path}: {key} reaches beyond the end of the file. {_INSTEAD}")
+    if (
+        skipped_bytes + value.nbytes > storage.nbytes()
+        or start + value.nbytes > path.stat().st_size
+    ):
+        raise CheckpointError(f"{path}: {key} reaches beyond its data. {_INSTEAD}")
     return StoredTensor(path, start, value.nbytes, _NAMES[value.dtype], tuple(value.shape))

@@ -1,5 +1,6 @@
 """Pickled files: their tensors are found without running code; anything else is refused."""
 
+import contextlib
 import os
 import zipfile
 from collections import OrderedDict
@@ -117,7 +118,36 @@ def test_a_damaged_pickle(path):
     torch.save({"w": torch.ones(2)}, path)
     content = path.read_bytes()
     path.write_bytes(content.replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_vX"))
-    assert "holds more than tensors" in _refused(path)
+    assert "holds more than tensors: it asks for torch._utils._rebuild_tensor_vX" in _refused(path)
+
+
+def test_a_tensor_without_bytes(path):
+    torch.save({"w": torch.ones(2, device="meta")}, path)
+    assert "is corrupt, or holds more than tensors" in _refused(path)
+
+
+def test_a_pickle_that_ends_in_between(path):
+    torch.save({"w": torch.ones(2)}, path)
+    _rewrite(path, change=lambda name, data: data[:-9] if name.endswith(".pkl") else data)
+    message = _refused(path)
+    assert f"{path} is corrupt, or holds more than tensors (" in message
+    assert "weights_only" not in message
+
+
+@given(
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1)
+)
+def test_whatever_the_bytes_it_is_refused_or_stays_in_the_file(tmp_path_factory, changes):
+    path = tmp_path_factory.mktemp("pickled") / _NAME
+    torch.save({"w": torch.ones(4, 5), "v": torch.ones(3)[1:]}, path)
+    content = bytearray(path.read_bytes())
+    for place, value in changes:
+        content[int(place * len(content))] = value
+    path.write_bytes(content)
+    with contextlib.suppress(CheckpointError):
+        for stored in read_pickled(path).values():
+            assert 0 <= stored.start
+            assert stored.start + stored.num_bytes <= len(content)
 
 
 def _rewrite(path, *, change=lambda name, data: data, compression=zipfile.ZIP_STORED):
