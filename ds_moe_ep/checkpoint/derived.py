@@ -84,7 +84,7 @@ class Noise:
     """Gaussian noise on a tensor.
 
     Attributes:
-        relative_std: Its standard deviation, as a multiple of the tensor's own.
+        relative_std: Its standard deviation, as a multiple of that of the scaled tensor.
         seed: Seed of the run.
         stream: What else decides the values: which tensor, of which expert.
     """
@@ -118,6 +118,8 @@ def changed(
         CheckpointError: There is more to it, and its type is not one to calculate with.
     """
     taken = tensor if rows is None else tensor.cut(rows)
+    if columns is not None and len(columns) == tensor.shape[1]:
+        columns = None
     if columns is None and scale == 1.0 and noise is None:
         return ByteRange(taken.path, taken.start, taken.num_bytes)
     torch_dtype(tensor)
@@ -175,7 +177,7 @@ class _Changed(ProducedBytes):
         dtype = torch_dtype(self.whole)
         std, generator = 0.0, torch.Generator()
         if self.noise is not None:
-            std = self.noise.relative_std * _std(self.whole)
+            std = self.noise.relative_std * _std(self.whole) * self.scale
             generator.manual_seed(_seed(self.noise.seed, self.noise.stream))
         with self.taken.path.open("rb", buffering=0) as file:
             for rows in _in_chunks(self._num_rows, self._row_bytes):

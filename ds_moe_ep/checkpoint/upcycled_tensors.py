@@ -148,10 +148,7 @@ class UpcycledTensors:
         """
         made: dict[str, tuple[Piece, ...]] = {}
         for ffn in self.ffns:
-            like, name = (
-                self._stored(ffn, f"{ffn.layout.down}.weight"),
-                block.format(layer=ffn.layer),
-            )
+            like = self._stored(ffn, f"{ffn.layout.down}.weight")
             shapes = {
                 "shared_expert.gate_proj": (0, ffn.hidden_size),
                 "shared_expert.up_proj": (0, ffn.hidden_size),
@@ -160,7 +157,8 @@ class UpcycledTensors:
             }
             for part, shape in shapes.items():
                 values = DrawnValues(torch_dtype(like), shape[0] * shape[1])
-                made[f"{name}.{part}.weight"] = (DerivedTensor(like.dtype, shape, (values,)),)
+                key = f"{block.format(layer=ffn.layer)}.{part}.weight"
+                made[key] = (DerivedTensor(like.dtype, shape, (values,)),)
         return made
 
     def _parts(self, ffn: Ffn, parameter: str, expert: int) -> Iterator[ByteRange | ProducedBytes]:
@@ -171,19 +169,13 @@ class UpcycledTensors:
             return
         for name in ffn.layout.up:
             stored = self._stored(ffn, f"{name}.{suffix}")
-            neurons = range(ffn.intermediate_size)
-            if self.settings.method == "split":
-                width = self.settings.expert_width(ffn.intermediate_size)
-                neurons = range(expert * width, (expert + 1) * width)
             # A fused matrix has the gate's neurons first, then as many of up.
             is_fused = ffn.layout.has_gate and len(ffn.layout.up) == 1
             for begin in (0, ffn.intermediate_size) if is_fused else (0,):
-                taken = range(begin + neurons.start, begin + neurons.stop)
+                own = self._neurons(ffn, expert)
+                taken = range(begin + own.start, begin + own.stop)
                 noise = self._noise(f"{name}.{suffix} from {begin}", ffn, expert)
-                by_column = ffn.layout.is_transposed and suffix == "weight"
-                if by_column and len(taken) == stored.shape[1]:
-                    yield changed(stored, noise=noise)
-                elif by_column:
+                if ffn.layout.is_transposed and suffix == "weight":
                     yield changed(stored, columns=taken, noise=noise)
                 else:
                     yield changed(stored, rows=taken, noise=noise)
@@ -194,13 +186,19 @@ class UpcycledTensors:
         # With equal weights that sum to 1 every expert adds the bias once over E times.
         if self.settings.method == "copy" or suffix == "bias":
             return changed(stored, noise=noise)
-        width = self.settings.expert_width(ffn.intermediate_size)
-        taken = range(expert * width, (expert + 1) * width)
+        taken = self._neurons(ffn, expert)
         # The FFN is the sum of its parts, the MoE layer their weighted mean: hence the factor.
         scale = float(self.settings.num_experts)
         if ffn.layout.is_transposed:
             return changed(stored, rows=taken, scale=scale, noise=noise)
         return changed(stored, columns=taken, scale=scale, noise=noise)
+
+    def _neurons(self, ffn: Ffn, expert: int) -> range:
+        """Returns which neurons of the FFN an expert has."""
+        if self.settings.method == "copy":
+            return range(ffn.intermediate_size)
+        width = self.settings.expert_width(ffn.intermediate_size)
+        return range(expert * width, (expert + 1) * width)
 
     def _noise(self, tensor: str, ffn: Ffn, expert: int) -> Noise | None:
         if not self.request.noise:

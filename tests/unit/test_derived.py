@@ -67,7 +67,8 @@ def test_any_part_and_scale_is_what_torch_makes(tmp_path_factory, case):
     wanted = tensor[rows.start : rows.stop] if rows is not None else tensor
     wanted = wanted[:, columns.start : columns.stop] if columns is not None else wanted
     assert torch.equal(actual, (wanted.double() * scale).to(tensor.dtype).flatten())
-    assert isinstance(part, ByteRange) == (columns is None and scale == 1.0)
+    is_as_wide = columns is None or len(columns) == shape[1]
+    assert isinstance(part, ByteRange) == (is_as_wide and scale == 1.0)
 
 
 def test_noise_depends_on_seed_and_stream_and_not_on_the_files(tmp_path):
@@ -86,10 +87,11 @@ def test_noise_depends_on_seed_and_stream_and_not_on_the_files(tmp_path):
 def test_noise_is_measured_by_the_whole_tensor(tmp_path):
     tensor = torch.cat([torch.zeros(50, 40), 10 * torch.randn(50, 40)])
     stored = _store(tmp_path, tensor, "F32")
-    part = changed(stored, rows=range(50), noise=Noise(0.5, 0, ""))
-    assert float(_values(part, torch.float32).std()) == pytest.approx(
-        0.5 * float(tensor.std()), rel=0.1
-    )
+    for scale in (1.0, 8.0):
+        part = changed(stored, rows=range(50), scale=scale, noise=Noise(0.5, 0, ""))
+        assert float(_values(part, torch.float32).std()) == pytest.approx(
+            0.5 * scale * float(tensor.std()), rel=0.1
+        )
 
 
 def test_a_constant_has_no_noise(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_moe_ep.adapter import moe_layers
@@ -165,6 +165,17 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         for path in folder.glob("*.safetensors")
         for key, tensor in load_file(path).items()
     }
+
+
+def test_a_checkpoint_that_spells_its_names_as_the_hub_does(tmp_path):
+    """GPT-2's has no prefix in its names, and masks that are no weights any more."""
+    dense = save_dense("gpt2", tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = {key.removeprefix("transformer."): value for key, value in load_file(path).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    save_file(tensors, path, metadata={"format": "pt"})
+    upcycle_to_expert_sharded(tmp_path / "dense", tmp_path / "ep", UpcycleRequest(4, 2, every=2))
+    _close(_logits(_load(tmp_path / "ep")), _logits(dense))
 
 
 def test_copies_are_bit_by_bit_the_ffn(tmp_path):
