@@ -35,11 +35,6 @@ def read_pickled(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: It holds anything but tensors, is truncated or corrupt, in the format of
             torch before 1.6, or its tensors do not lie in the file as they are.
     """
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) is truncated, or in the format of torch "
-            f"before 1.6. Copy it again from its source. {_INSTEAD}"
-        )
     try:
         _check_archive(path)
         with FakeTensorMode():
@@ -56,7 +51,12 @@ def read_pickled(path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses tensors whose bytes are not as they would be in memory."""
+    """Refuses torch's older format, and tensors whose bytes are not as they would be in memory."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated, or in the format of torch "
+            f"before 1.6. Copy it again from its source. {_INSTEAD}"
+        )
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         orders = [archive.read(e) for e in entries if e.filename.endswith("/byteorder")]
