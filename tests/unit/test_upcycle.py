@@ -2,12 +2,18 @@
 
 import filecmp
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from ds_moe_ep.adapter import moe_layers
 from ds_moe_ep.checkpoint import load_expert_parallel_model, streams, writer
@@ -15,7 +21,7 @@ from ds_moe_ep.checkpoint.convert import to_hugging_face, verify
 from ds_moe_ep.checkpoint.manifest import read_manifest
 from ds_moe_ep.checkpoint.upcycle import upcycle_to_expert_sharded, upcycle_to_hugging_face
 from ds_moe_ep.checkpoint.upcycled_tensors import UpcycleRequest
-from ds_moe_ep.errors import CheckpointError
+from ds_moe_ep.errors import AdapterError, CheckpointError
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.dense import (
@@ -96,6 +102,28 @@ def test_every_family_computes_what_the_dense_model_does(family, tmp_path):
 def test_families_that_nobody_has_heard_of_here(family, tmp_path):
     dense = save_dense(family, tmp_path / "dense")
     upcycle_to_expert_sharded(tmp_path / "dense", tmp_path / "ep", UpcycleRequest(4, 2))
+    _close(_logits(_load(tmp_path / "ep")), _logits(dense))
+
+
+def test_the_language_model_within_a_multimodal_one(tmp_path):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = Gemma3Config(
+        text_config={**DENSE_FAMILIES["gemma3_text"], "num_hidden_layers": 4},
+        vision_config={**sizes, "intermediate_size": 24, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        boi_token_index=5,
+        eoi_token_index=6,
+        image_token_index=0,
+    )
+    torch.manual_seed(0)
+    dense = Gemma3ForConditionalGeneration(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    request = UpcycleRequest(4, 2, every=2)
+    with pytest.raises(AdapterError, match="Gemma3MLP, SiglipMLP. Name .* --ffn-class Gemma3MLP"):
+        upcycle_to_expert_sharded(tmp_path / "dense", tmp_path / "ep", request)
+    request = replace(request, ffn_class="Gemma3MLP")
+    upcycle_to_expert_sharded(tmp_path / "dense", tmp_path / "ep", request)
+    assert read_model_spec(tmp_path / "ep").moe_layers == (1, 3)
     _close(_logits(_load(tmp_path / "ep")), _logits(dense))
 
 
