@@ -80,8 +80,21 @@ def _train_one(
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
+    _save_and_load(engine, model, folder.parent / f"saved-{plan.ep_size}-{zero_stage}")
     experts = {_plain(name) for name, param in model.named_parameters() if is_moe_param(param)}
     return losses, _weights(model), experts
+
+
+def _save_and_load(engine: Any, model: nn.Module, folder: Path) -> None:
+    """What was trained comes back from DeepSpeed's own checkpoint."""
+    trained = _weights(model)
+    engine.save_checkpoint(str(folder))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    engine.load_checkpoint(str(folder))
+    for name, tensor in _weights(model).items():
+        assert torch.equal(tensor, trained[name]), name
 
 
 def _train_alone(folder: Path, world_size: int) -> tuple[list[float], dict[str, Tensor]]:
