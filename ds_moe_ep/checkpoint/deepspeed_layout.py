@@ -25,7 +25,7 @@ from ds_moe_ep.checkpoint.layout import PlannedFile
 from ds_moe_ep.checkpoint.mapping import ExpertTensor
 from ds_moe_ep.checkpoint.reader import TensorReader
 from ds_moe_ep.checkpoint.transform import ModelNames
-from ds_moe_ep.errors import CheckpointError
+from ds_moe_ep.errors import CheckpointError, some
 from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.moe.state_dict import EXPERT_LIST, PATH_OF_EXPERTS
 
@@ -34,7 +34,6 @@ __all__ = ["deepspeed_files"]
 _LATEST = "latest"
 _TAG = "global_step0"  # as DeepSpeed calls what is saved before the first step
 _SUFFIX = "mp_rank_00_model_states.pt"
-_SHOWN = 5
 
 Stored = dict[str, tuple[StoredTensor, ...]]
 """Tensors by their names on disk, each with its pieces."""
@@ -133,7 +132,7 @@ def _dense_file(
     if lacking := sorted(wanted - _with_tied(model, made).keys()):
         raise CheckpointError(
             f"{len(lacking)} tensors are not in the source; transformers would make them up, but "
-            f"DeepSpeed's loader insists on them: {', '.join(lacking[:_SHOWN])}. Load the model "
+            f"DeepSpeed's loader insists on them: {some(lacking)}. Load the model "
             "with transformers, save it, and convert that."
         )
     state = {

@@ -22,7 +22,7 @@ from ds_moe_ep.checkpoint.manifest import (
     is_file_name,
     read_manifest,
 )
-from ds_moe_ep.errors import CheckpointError
+from ds_moe_ep.errors import CheckpointError, some
 
 __all__ = [
     "PICKLED_INDEX",
@@ -36,7 +36,6 @@ __all__ = [
 _SINGLE = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _listed(
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(names)} files that {index} names are missing: "
-            f"{_some(missing)}."
+            f"{some(missing)}."
         )
     found: dict[str, tuple[StoredTensor, ...]] = {
         key: (tensor,) for name in names for key, tensor in read(folder / name).items()
@@ -101,7 +100,7 @@ def _listed(
     if listed is not None and (lost := sorted(listed.keys() - found.keys())):
         raise CheckpointError(
             f"{folder}: {len(lost)} tensors of {index} are in none of its {len(names)} files: "
-            f"{_some(lost)}."
+            f"{some(lost)}."
         )
     return found
 
@@ -133,7 +132,7 @@ def open_expert_sharded(folder: Path, manifest: Manifest) -> CheckpointFiles:
         if not _is_made_of(entry, pieces):
             raise CheckpointError(
                 f"{folder}: {MANIFEST_JSON} says that {key} is {entry.dtype} {entry.shape} in "
-                f"{_some(entry.files)}; the files disagree. Convert the model again."
+                f"{some(entry.files)}; the files disagree. Convert the model again."
             )
         tensors[key] = tuple(pieces)
     return CheckpointFiles(folder, tensors, manifest)
@@ -160,7 +159,7 @@ def _read_index(path: Path) -> dict[str, str]:
             f"{path}: not an index of weights ({error}). Copy it again from its source."
         ) from error
     if outside := sorted({name for name in weight_map.values() if not is_file_name(name)}):
-        raise CheckpointError(f"{path}: names files outside of its folder: {_some(outside)}.")
+        raise CheckpointError(f"{path}: names files outside of its folder: {some(outside)}.")
     return weight_map
 
 
@@ -203,9 +202,3 @@ def _other_formats(folder: Path) -> str:
             "was made from."
         )
     return "Name a Hugging Face model directory with its weights."
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (
-        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    )

@@ -128,7 +128,7 @@ def shard_tensors(
 
 
 def check_experts(of_experts: Mapping[str, ExpertTensor], layers: Iterable[str]) -> None:
-    """Refuses a checkpoint that lacks experts or has too many.
+    """Refuses a checkpoint that lacks experts.
 
     Args:
         of_experts: The tensors that hold experts.
@@ -147,11 +147,6 @@ def check_experts(of_experts: Mapping[str, ExpertTensor], layers: Iterable[str])
         if not single:
             continue
         num_experts = by_layer[name][0].layer.num_experts
-        if extra := sorted(expert for expert in single if expert >= num_experts):
-            raise CheckpointError(
-                f"{name} has a tensor of expert {extra[-1]}, but config.json says {num_experts} "
-                f"experts. {_NOT_OF_THIS_CONFIG}"
-            )
         most = max(single.values())
         if lacking := [expert for expert in range(num_experts) if single[expert] < most]:
             raise CheckpointError(
