@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_moe_ep.bench.memory import PeakMemory, read_bytes_so_far
 from ds_moe_ep.bench.models import SHAPES, write_model
-from ds_moe_ep.bench.report import markdown_table
+from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Table
 from ds_moe_ep.bench.timing import time_in_turn
 from ds_moe_ep.checkpoint import load_expert_parallel_model
@@ -123,8 +123,8 @@ def _to_markdown(results: Sequence[dict[str, Any]]) -> str:
                 f"{result['kept_bytes'] / _MB:,.0f}",
                 f"{result['read_factor']:.3f}",
                 f"{result['peak_bytes'] / _MB:,.0f} ({result['allowed_peak_bytes'] / _MB:,.0f})",
-                _with_range(ours),
-                _with_range(theirs),
+                with_range(ours),
+                with_range(theirs),
                 f"{theirs['median'] / ours['median']:.2f}",
             ]
         )
@@ -137,10 +137,6 @@ def _to_markdown(results: Sequence[dict[str, Any]]) -> str:
         "proportional set size with Python and all libraries; its bar is 1.2 times what it keeps "
         "+ 300 MB."
     )
-
-
-def _with_range(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
 
 
 def _rounds(results: Sequence[dict[str, Any]]) -> int:

@@ -21,7 +21,7 @@ import torch
 
 from ds_moe_ep import __version__
 
-__all__ = ["Report", "describe_machine", "markdown_table"]
+__all__ = ["Report", "describe_machine", "markdown_table", "with_range"]
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "safetensors")
 _GIB = 1 << 30
@@ -108,3 +108,9 @@ def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     """Returns a Markdown table; all columns but the first are aligned to the right."""
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def with_range(spread: dict[str, float], *, scale: float = 1.0, digits: int = 2) -> str:
+    """Returns a median with its least and most, of the fields of a `Spread`."""
+    median, least, most = (f"{scale * spread[key]:.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} ({least} to {most})"

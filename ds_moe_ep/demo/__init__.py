@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ds_moe_ep.errors import CheckpointError
 
-__all__ = ["write_demo_model"]
+__all__ = ["MODEL_DIR", "write_demo_model"]
 
 MODEL_DIR = Path(__file__).with_name("model")
 

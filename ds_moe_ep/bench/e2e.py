@@ -1,0 +1,139 @@
+"""`bench e2e`: prefill and decode of a whole model, against transformers alone and in EP."""
+
+# Shapes: B prompts, S tokens of a prompt
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_moe_ep.bench.generate_sides import GenerateSide, one_process, ours, transformers_ep
+from ds_moe_ep.bench.models import SHAPES, write_model
+from ds_moe_ep.bench.report import markdown_table, with_range
+from ds_moe_ep.bench.table import Result, Table
+from ds_moe_ep.bench.timing import time_in_turn
+from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.errors import DistributedError
+
+__all__ = ["TABLE"]
+
+_OURS = "ours"
+_PEERS = ("transformers EP", "one process, grouped_mm", "one process, eager")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
+    parser.add_argument("--model", choices=SHAPES, default="105M")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="prompts in all")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--dispatcher", default="auto")
+
+
+def _prepare(args: argparse.Namespace, work: Path) -> None:
+    write_model(SHAPES[args.model], work / args.model)
+
+
+@torch.no_grad()
+def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
+    folder = work / args.model
+    sides: dict[str, GenerateSide] = {
+        _OURS: ours(folder, job, args.dispatcher),
+        _PEERS[0]: transformers_ep(folder, job),
+        _PEERS[1]: one_process(folder, job, "grouped_mm"),
+        _PEERS[2]: one_process(folder, job, "eager"),
+    }
+    return [_measure_batch(args, job, sides, batch) for batch in args.batch]
+
+
+def _measure_batch(
+    args: argparse.Namespace, job: Job, sides: dict[str, GenerateSide], batch: int
+) -> Result:
+    generator = torch.Generator().manual_seed(batch)
+    vocabulary = SHAPES[args.model].vocab_size
+    prompts_BS = torch.randint(3, vocabulary, (batch, args.prompt_tokens), generator=generator)
+    _check_equal(job, sides, prompts_BS, args.new_tokens)
+
+    def seconds(num_new: int) -> dict[str, dict[str, float]]:
+        found = time_in_turn(
+            {name: functools.partial(side, prompts_BS, num_new) for name, side in sides.items()},
+            args.rounds,
+            wait_for_all=lambda: job.wait_for_all(args.timeout, "generating"),
+            slowest=lambda taken: max(job.all_gather(taken)),
+        )
+        return {name: vars(spread) for name, spread in found.items()}
+
+    return {
+        "world_size": job.info.world_size,
+        "batch": batch,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "prefill_s": seconds(1),
+        "all_s": seconds(1 + args.new_tokens),
+    }
+
+
+def _check_equal(
+    job: Job, sides: dict[str, GenerateSide], prompts_BS: Tensor, num_new: int
+) -> None:
+    """Refuses to time a side whose tokens are not those of the others."""
+    found = {}
+    for name, side in sides.items():
+        completed = side(prompts_BS, num_new)
+        parts = [part for part in job.all_gather(completed) if part is not None]
+        found[name] = torch.cat([part.cpu() for part in parts])
+    for name, tokens in found.items():
+        if not torch.equal(tokens, found[_PEERS[2]]):
+            raise DistributedError(f"{name} generates other tokens than eager transformers.")
+
+
+def _to_markdown(results: Sequence[Result]) -> str:
+    names = [_OURS, *_PEERS]
+    titles = ["ranks", "prompts", "phase", *(f"{name}, tokens/s" for name in names)]
+    titles += [f"ours / {peer}" for peer in _PEERS]
+    rows = []
+    for result in results:
+        prompt_tokens = result["batch"] * result["prompt_tokens"]
+        new_tokens = result["batch"] * result["new_tokens"]
+        for phase, rates in (
+            ("prefill", {n: prompt_tokens / s["median"] for n, s in result["prefill_s"].items()}),
+            ("decode", {n: new_tokens / _decode_s(result, n) for n in names}),
+        ):
+            row = [result["world_size"], result["batch"], phase]
+            row += [f"{rates[name]:,.0f}" for name in names]
+            row += [f"{rates[_OURS] / rates[peer]:.2f}" for peer in _PEERS]
+            rows.append(row)
+    first = [
+        [r["world_size"], r["batch"], *(with_range(r["prefill_s"][name]) for name in names)]
+        for r in results
+    ]
+    sizes = results[0]
+    return (
+        f"{markdown_table(titles, rows)}\n\nTime to the first token, s:\n\n"
+        f"{markdown_table(['ranks', 'prompts', *names], first)}\n\n"
+        f"Greedy generation in float32 with {sizes['prompt_tokens']} tokens a prompt and "
+        f"{sizes['new_tokens']} new ones; all sides give the same tokens (checked before each "
+        "row). Ranks have one thread each and share the prompts; one process has a thread a core "
+        "and all prompts, while the ranks wait. Prefill is the time to the first token, decode "
+        "that of the tokens after it (a difference of medians); "
+        f"{sizes['prefill_s'][_OURS]['num_rounds']} rounds of each."
+    )
+
+
+def _decode_s(result: Result, name: str) -> float:
+    return float(result["all_s"][name]["median"] - result["prefill_s"][name]["median"])
+
+
+TABLE = Table(
+    name="e2e",
+    heading="Generation, end to end",
+    add_arguments=_add_arguments,
+    prepare=_prepare,
+    measure=_measure,
+    to_markdown=_to_markdown,
+)

@@ -1,0 +1,122 @@
+"""Greedy generation by a whole model, as ours and as its peers run it, with the same weights.
+
+A side is a function from this rank's prompts to their completions. Every rank calls it at the same
+time; a side of one process does the whole batch on rank 0.
+"""
+
+# Shapes: B prompts, S tokens of a prompt, N new tokens
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from ds_moe_ep.adapter import bind_expert_groups, moe_layers
+from ds_moe_ep.checkpoint import load_expert_parallel_model
+from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.sync import ForwardSync
+from ds_moe_ep.plan import ParallelPlan
+
+__all__ = ["GenerateSide", "one_process", "ours", "transformers_ep"]
+
+GenerateSide = Callable[[Tensor, int], "Tensor | None"]
+"""Takes all prompts ``[B, S]`` and N; returns this rank's ``[B / ranks, S + N]`` tokens, or those
+of all prompts on rank 0 and None elsewhere."""
+
+
+def ours(folder: Path, job: Job, dispatcher: str) -> GenerateSide:
+    """Returns generation with experts spread over all ranks, as infer.py runs it."""
+    info = job.info
+    model, report = load_expert_parallel_model(
+        folder,
+        ParallelPlan(info.world_size),
+        ep_rank=info.rank,
+        device=job.device,
+        dispatcher=dispatcher,
+    )
+    bind_expert_groups(model, device=job.device)
+    sync = ForwardSync(
+        model,
+        moe_layers(model),
+        dist.group.WORLD,
+        top_k=model.config.num_experts_per_tok,
+        dtype=model.dtype,
+        device=job.device,
+    )
+
+    def generate(prompts_BS: Tensor, num_new: int) -> Tensor:
+        completed = _generate(model, _own(prompts_BS, job), num_new)
+        sync.join_others()
+        return completed
+
+    return generate
+
+
+def transformers_ep(folder: Path, job: Job) -> GenerateSide:
+    """Returns generation with transformers' own expert parallelism.
+
+    Ranks with batches of their own need its FSDP, so the dense weights are gathered every pass.
+    """
+    size = job.info.world_size
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        distributed_config=DistributedConfig(ep_size=size, fsdp_size=size),
+    ).eval()
+    return lambda prompts_BS, num_new: _generate(
+        model, _own(prompts_BS, job), num_new, synced_gpus=True
+    )
+
+
+def one_process(folder: Path, job: Job, experts_implementation: str) -> GenerateSide:
+    """Returns generation of the whole batch by rank 0 alone, with a thread for every core."""
+    model = None
+    if job.info.rank == 0:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation=experts_implementation
+        )
+        model = model.to(job.device).eval()
+
+    def generate(prompts_BS: Tensor, num_new: int) -> Tensor | None:
+        if model is None:
+            return None
+        with _all_cores():
+            return _generate(model, prompts_BS.to(job.device), num_new)
+
+    return generate
+
+
+def _own(prompts_BS: Tensor, job: Job) -> Tensor:
+    return prompts_BS.chunk(job.info.world_size)[job.info.rank].to(job.device)
+
+
+def _generate(model: PreTrainedModel, prompts_BS: Tensor, num_new: int, **kwargs: Any) -> Tensor:
+    completed = model.generate(
+        prompts_BS,
+        attention_mask=torch.ones_like(prompts_BS),
+        min_new_tokens=num_new,
+        max_new_tokens=num_new,
+        do_sample=False,
+        pad_token_id=0,
+        **kwargs,
+    )
+    return cast(Tensor, completed)
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
