@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -94,6 +94,8 @@ _ARCHITECTURES = {
 }
 # What transformers writes into every config.json, for the class it is of.
 _OF_THE_CLASS = ("architectures", "model_type", "transformers_version")
+# One is an alias of the other, and which one transformers writes differs from family to family.
+_NUM_EXPERTS = ("num_experts", "num_local_experts")
 _WAY_OUT = "Write an expert-sharded checkpoint instead, which launch/infer.py runs: --to ep"
 
 
@@ -150,16 +152,26 @@ def moe_config(
         settings: What it is made.
         width: Width of an expert.
     """
-    kept = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_CLASS}
-    kept = {name: value for name, value in kept.items() if name not in architecture.needs}
+    left_out = {*_OF_THE_CLASS, *architecture.needs}
+    kept = {name: value for name, value in config.to_dict().items() if name not in left_out}
     sizes = {"num_experts": settings.num_experts, "top_k": settings.top_k, "width": width}
-    fields: dict[str, Any] = {name: sizes[ours] for name, ours in architecture.config_sizes.items()}
+    own: dict[str, Any] = {name: sizes[ours] for name, ours in architecture.config_sizes.items()}
     if architecture.keeps_dense_layers:
-        fields["mlp_only_layers"] = [
+        own["mlp_only_layers"] = [
             layer for layer in range(config.num_hidden_layers) if layer not in settings.layers
         ]
-    new = AutoConfig.for_model(architecture.model_type, **{**kept, **architecture.config, **fields})
+    own |= architecture.config
+    new = AutoConfig.for_model(architecture.model_type, **{**kept, **own})
     new.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.model_type]]
-    # All fields, not only those that differ from the class: other programs know other defaults.
-    content = json.loads(new.to_json_string(use_diff=False))
+    # What transformers would save, and also what is the default of its class: other programs, and
+    # other versions, have other defaults. They know the number of experts by its usual name only.
+    content = json.loads(new.to_json_string())
+    every = json.loads(new.to_json_string(use_diff=False))
+    usual = {field.name for field in fields(type(new))} - {f.name for f in fields(PreTrainedConfig)}
+    content |= {name: value for name, value in every.items() if name in usual} | own
+    content = {
+        name: value
+        for name, value in content.items()
+        if not name.startswith("_") and (name in own or name not in _NUM_EXPERTS)
+    }
     return f"{json.dumps(content, indent=2, sort_keys=True)}\n"

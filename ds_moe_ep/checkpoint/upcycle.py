@@ -27,6 +27,7 @@ from ds_moe_ep.checkpoint.convert import (
 from ds_moe_ep.checkpoint.files import CheckpointFiles
 from ds_moe_ep.checkpoint.hub_folder import beside_the_weights
 from ds_moe_ep.checkpoint.layout import PlannedFile, model_files, shard_tensors
+from ds_moe_ep.checkpoint.load import read_model_config
 from ds_moe_ep.checkpoint.manifest import SourceSection
 from ds_moe_ep.checkpoint.source import open_source
 from ds_moe_ep.checkpoint.transform import ModelNames
@@ -133,8 +134,8 @@ def _read(
     source: Path, request: UpcycleRequest, allow_pickle: bool
 ) -> tuple[PreTrainedConfig, UpcycledTensors]:
     """Reads what there is and checks that it can be upcycled as asked."""
+    config = read_model_config(source)  # not the built model's, which says float32
     opened = open_source(source, allow_pickle=allow_pickle)
-    config = opened.model.config
     if read_model_spec(source).is_moe:
         raise AdapterError(
             f"{source} ({config.model_type}) has experts already: only dense models are "

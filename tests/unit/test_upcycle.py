@@ -149,6 +149,27 @@ def test_a_hugging_face_model_of_an_moe_family(case, tmp_path):
     assert generation.eos_token_id == dense.generation_config.eos_token_id
 
 
+@pytest.mark.parametrize(
+    ("family", "num_experts"), [("llama", "num_local_experts"), ("qwen3", "num_experts")]
+)
+def test_the_config_of_a_hugging_face_model(family, num_experts, tmp_path):
+    build_dense(family).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    upcycle_to_hugging_face(tmp_path / "dense", tmp_path / "hf", UpcycleRequest(8, 2))
+    dense = json.loads((tmp_path / "dense" / "config.json").read_text())
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    # The one spelling of it that other programs and older versions know.
+    spelt = {key for key in config if key in ("num_experts", "num_local_experts")}
+    assert (spelt, config[num_experts]) == ({num_experts}, 8)
+    assert not [key for key in config if key.startswith("_")]  # no path of this machine
+    assert config["dtype"] == "bfloat16"
+    not_the_same = {"architectures", "model_type"}
+    if family == "llama":  # Mixtral has no biases, so no switches for them
+        not_the_same |= {"attention_bias", "mlp_bias"}
+        assert not config.keys() & {"attention_bias", "mlp_bias"}
+    assert not [key for key in dense.keys() - not_the_same if config.get(key) != dense[key]]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
+
+
 def test_both_formats_hold_the_same_experts(tmp_path):
     save_dense("qwen3", tmp_path / "dense")
     request = UpcycleRequest(_NUM_EXPERTS, 2, layers=(0, 2), noise=0.2, router_std=0.5, seed=7)
