@@ -105,6 +105,11 @@ def to_expert_sharded(
     if ep_size is not None and ep_size < 1:
         raise PlanError(f"ep_size={ep_size}: at least 1 is needed.")
     opened = open_source(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    if opened.files.manifest is not None:
+        raise CheckpointError(
+            f"{source} is an expert-sharded checkpoint already, and it loads at any ep_size. For "
+            f"other files first go back: ds-moe-ep convert {source} DST --to hf."
+        )
     if ep_size is None:
         ep_size = default_ep_size(math.gcd(*(layer.num_experts for layer in opened.layers)))
     of_experts = opened.find_experts(ep_size)
@@ -216,7 +221,7 @@ def to_deepspeed(
     An expert is held in memory when it is written, for one file all dense weights are.
 
     Args:
-        source: Hugging Face model directory.
+        source: Hugging Face model directory, or an expert-sharded checkpoint.
         folder: What to write.
         allow_pickle: Whether weights may be pickled ones; even then no code in them is run.
         trust_remote_code: Whether the model's own code may be run, and is copied.

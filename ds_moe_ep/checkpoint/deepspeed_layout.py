@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_moe_ep.adapter.replace import SwappedLayer
-from ds_moe_ep.checkpoint.header import StoredTensor
+from ds_moe_ep.checkpoint.header import StoredTensor, joined_shape
 from ds_moe_ep.checkpoint.layout import PlannedFile
-from ds_moe_ep.checkpoint.mapping import ExpertTensor
+from ds_moe_ep.checkpoint.mapping import ExpertTensor, rows_of
 from ds_moe_ep.checkpoint.reader import TensorReader
 from ds_moe_ep.checkpoint.transform import ModelNames
 from ds_moe_ep.errors import CheckpointError, some
@@ -94,9 +94,9 @@ def _tensors_by_expert(
         if found.expert is not None:
             held[found.layer.name, found.expert][key] = tensors[key]
             continue
-        (fused,) = tensors[key]
         for expert in range(found.layer.num_experts):
-            held[found.layer.name, expert][key] = (fused.cut(range(expert, expert + 1)),)
+            rows = rows_of(tensors[key], range(expert, expert + 1))
+            held[found.layer.name, expert][key] = tuple(rows)
     return held
 
 
@@ -127,7 +127,7 @@ def _dense_file(
         if not name.startswith(tuple(f"{layer.name}." for layer in layers))
     }
     made = names.transform(
-        {key: torch.empty(pieces[0].shape, device="meta") for key, pieces in dense.items()}
+        {key: torch.empty(joined_shape(pieces), device="meta") for key, pieces in dense.items()}
     )
     if lacking := sorted(wanted - _with_tied(model, made).keys()):
         raise CheckpointError(

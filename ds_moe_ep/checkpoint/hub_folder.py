@@ -33,12 +33,14 @@ def beside_the_weights(
     """Plans the copies of what belongs to a model, and names what is left out.
 
     Args:
-        folder: Model directory.
+        folder: Model directory, or an expert-sharded checkpoint.
         files: Its weights, which are not among the copies.
         with_code: Whether the model's own code is copied.
     """
-    weights = {piece.path.name for (piece,) in files.tensors.values()}
+    weights = {piece.path.name for pieces in files.tensors.values() for piece in pieces}
     weights |= {PICKLED_INDEX if files.is_pickled else INDEX_JSON}
+    if files.manifest is not None:
+        weights.add(MANIFEST_JSON)
     suffixes = (*_COPIED_SUFFIXES, _CODE_SUFFIX) if with_code else _COPIED_SUFFIXES
     copied, left_out = [], []
     for path in sorted(folder.iterdir()):

@@ -29,7 +29,7 @@ from ds_moe_ep.checkpoint.reader import StoredSlice, TensorReader
 from ds_moe_ep.errors import CheckpointError, some
 from ds_moe_ep.moe.experts import expert_parameters
 
-__all__ = ["ExpertTensor", "OwnTensors", "expert_tensors", "own_tensors"]
+__all__ = ["ExpertTensor", "OwnTensors", "expert_tensors", "own_tensors", "rows_of"]
 
 _ANY = "*"  # stands for the expert in a name
 
@@ -150,7 +150,7 @@ def own_tensors(
         if found is None:
             picked[key] = StoredSlice(reader, pieces)
         elif found.expert is None:
-            picked[key] = StoredSlice(reader, _cut(pieces, found.layer.local_experts))
+            picked[key] = StoredSlice(reader, rows_of(pieces, found.layer.local_experts))
         else:
             of_any_expert, _ = _take_out_expert(key)
             owner[of_any_expert] = found.layer
@@ -234,8 +234,13 @@ def _as_rows(
     return [replace(stored[expert], shape=(1, *stored[expert].shape)) for expert in experts]
 
 
-def _cut(pieces: Sequence[StoredTensor], experts: range) -> list[StoredTensor]:
-    """Returns where the rows of some experts lie in the pieces of a fused tensor."""
+def rows_of(pieces: Sequence[StoredTensor], experts: range) -> list[StoredTensor]:
+    """Returns where the rows of some experts lie in the pieces of a fused tensor.
+
+    Args:
+        pieces: They follow each other in dimension 0.
+        experts: The experts.
+    """
     found, begin = [], 0
     for piece in pieces:
         num_rows = piece.shape[0]

@@ -1,4 +1,4 @@
-"""What is converted: a Hugging Face directory, opened, with the model that its config describes.
+"""What is converted: a model's folder, opened, with the model that its config describes.
 
 All that can be wrong with its weights is found here, before anything is written. Where their bytes
 go is decided in layout.py and deepspeed_layout.py.
@@ -22,14 +22,13 @@ from ds_moe_ep.checkpoint.header import joined_shape
 from ds_moe_ep.checkpoint.layout import check_experts
 from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config, refuse_incomplete
 from ds_moe_ep.checkpoint.mapping import ExpertTensor, expert_tensors
-from ds_moe_ep.errors import CheckpointError
 
 __all__ = ["Source", "open_source"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model directory that is to be converted.
+    """A model that is to be converted.
 
     Attributes:
         files: Its tensors.
@@ -94,7 +93,9 @@ class Source:
 def open_source(
     folder: Path, *, allow_pickle: bool = False, trust_remote_code: bool = False
 ) -> Source:
-    """Opens a Hugging Face directory, and builds its model without memory.
+    """Opens a Hugging Face directory or an expert-sharded checkpoint.
+
+    Its model is built without memory.
 
     Args:
         folder: The directory.
@@ -103,13 +104,8 @@ def open_source(
 
     Raises:
         AdapterError: The model cannot be built or supported.
-        CheckpointError: The source is not whole, or expert-sharded.
+        CheckpointError: The source is not whole.
     """
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
     files = open_checkpoint(folder, allow_pickle=allow_pickle)
-    if files.manifest is not None:
-        raise CheckpointError(
-            f"{folder} is an expert-sharded checkpoint already, and it loads at any ep_size. For "
-            f"other files first go back: ds-moe-ep convert {folder} DST --to hf."
-        )
     return Source(files, build_on_meta(config, torch.float32))

@@ -9,10 +9,12 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_moe_ep.checkpoint import deepspeed_layout, load_expert_parallel_model, streams
-from ds_moe_ep.checkpoint.convert import to_deepspeed, to_hugging_face
+from ds_moe_ep.checkpoint.convert import to_deepspeed, to_expert_sharded, to_hugging_face
+from ds_moe_ep.checkpoint.upcycle import upcycle_to_expert_sharded
+from ds_moe_ep.checkpoint.upcycled_tensors import UpcycleRequest
 from ds_moe_ep.errors import CheckpointError
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import FAMILIES, NUM_EXPERTS, save_tiny
@@ -49,6 +51,38 @@ def test_every_family_bit_by_bit(family, tmp_path):
     assert written.keys() == wanted.keys()
     different = [name for name in wanted if not torch.equal(written[name], wanted[name])]
     assert not different
+
+
+# Experts in a tensor each, and in one for all of a layer, which lies in several files then.
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_an_expert_sharded_checkpoint_gives_the_same(family, tmp_path):
+    save_tiny(family, tmp_path / "source")
+    to_deepspeed(tmp_path / "source", tmp_path / "wanted")
+    to_expert_sharded(tmp_path / "source", tmp_path / "ep", 4)
+    done = to_deepspeed(tmp_path / "ep", tmp_path / "deepspeed")
+    assert done.not_copied == ()
+    wanted, found = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in (tmp_path / "wanted", tmp_path / "deepspeed")
+    )
+    assert wanted == found
+
+
+def test_an_upcycled_model(tmp_path):
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, vocab_size=8
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    request = UpcycleRequest(num_experts=4, top_k=2)
+    upcycle_to_expert_sharded(tmp_path / "dense", tmp_path / "ep", request)
+    to_deepspeed(tmp_path / "ep", tmp_path / "deepspeed")
+    wanted = load_expert_parallel_model(tmp_path / "ep", ParallelPlan(1), ep_rank=0)[0].state_dict()
+    files = _read(tmp_path / "deepspeed")
+    written = files.pop(_DENSE)["module"]
+    assert len(files) == 2 * 4
+    written |= {name: tensor for content in files.values() for name, tensor in content.items()}
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[name], wanted[name]) for name in wanted)
 
 
 def test_every_tensor_keeps_its_type(tmp_path):
