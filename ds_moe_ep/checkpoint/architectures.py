@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -32,6 +32,7 @@ class MoeArchitecture:
         config_sizes: Its field -> ours, of `UpcycleSettings` or the expert's `width`.
         keeps_dense_layers: Whether some layers may have no experts.
         needs: Field of the dense config -> the only value that it can express.
+        needs_equal_attention: Whether a sliding window is for all layers or for none.
         has_empty_shared_expert: Whether every layer has a shared expert, here of width 0.
     """
 
@@ -42,6 +43,7 @@ class MoeArchitecture:
     config_sizes: Mapping[str, str] = field(default_factory=dict)
     keeps_dense_layers: bool = False
     needs: Mapping[str, Any] = field(default_factory=dict)
+    needs_equal_attention: bool = False
     has_empty_shared_expert: bool = False
 
 
@@ -63,9 +65,7 @@ _QWEN_SIZES = {
     "moe_intermediate_size": "width",
 }
 _ARCHITECTURES = {
-    "llama": MoeArchitecture(
-        **{**vars(_MIXTRAL), "needs": {"attention_bias": False, "mlp_bias": False}}
-    ),
+    "llama": replace(_MIXTRAL, needs={"attention_bias": False, "mlp_bias": False}),
     "mistral": _MIXTRAL,
     # A shared expert of width 0 adds exactly 0.
     "qwen2": MoeArchitecture(
@@ -80,6 +80,7 @@ _ARCHITECTURES = {
         config={"norm_topk_prob": True},
         config_sizes=_QWEN_SIZES,
         keeps_dense_layers=True,
+        needs_equal_attention=True,
     ),
     # Not OLMoE, whose norms stand before the blocks: FlexOlmo has OLMo2's layers.
     "olmo2": MoeArchitecture(
@@ -123,7 +124,7 @@ def architecture_for(config: PreTrainedConfig, settings: UpcycleSettings) -> Moe
                 f"{found.model_type}, which has {name}={value!r}. {_WAY_OUT}."
             )
     kinds = set(getattr(config, "layer_types", None) or [])
-    if dense_type == "qwen3" and len(kinds) > 1:
+    if found.needs_equal_attention and len(kinds) > 1:
         raise AdapterError(
             f"--to hf: layer_types of this {dense_type} model are {', '.join(sorted(kinds))}, but "
             f"in {found.model_type} all layers attend alike. {_WAY_OUT}."
@@ -152,7 +153,9 @@ def moe_config(
         settings: What it is made.
         width: Width of an expert.
     """
-    left_out = {*_OF_THE_CLASS, *architecture.needs}
+    target = type(AutoConfig.for_model(architecture.model_type))
+    # What the dense family does not know, it ignores; where the MoE family knows it, it would not.
+    left_out = {*_OF_THE_CLASS, *architecture.needs, *(_names(target) - _names(type(config)))}
     kept = {name: value for name, value in config.to_dict().items() if name not in left_out}
     sizes = {"num_experts": settings.num_experts, "top_k": settings.top_k, "width": width}
     own: dict[str, Any] = {name: sizes[ours] for name, ours in architecture.config_sizes.items()}
@@ -161,13 +164,13 @@ def moe_config(
             layer for layer in range(config.num_hidden_layers) if layer not in settings.layers
         ]
     own |= architecture.config
-    new = AutoConfig.for_model(architecture.model_type, **{**kept, **own})
+    new = target(**{**kept, **own})
     new.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.model_type]]
     # What transformers would save, and also what is the default of its class: other programs, and
     # other versions, have other defaults. They know the number of experts by its usual name only.
     content = json.loads(new.to_json_string())
     every = json.loads(new.to_json_string(use_diff=False))
-    usual = {field.name for field in fields(type(new))} - {f.name for f in fields(PreTrainedConfig)}
+    usual = _names(target) - _names(PreTrainedConfig)
     content |= {name: value for name, value in every.items() if name in usual} | own
     content = {
         name: value
@@ -175,3 +178,8 @@ def moe_config(
         if not name.startswith("_") and (name in own or name not in _NUM_EXPERTS)
     }
     return f"{json.dumps(content, indent=2, sort_keys=True)}\n"
+
+
+def _names(config_class: type[PreTrainedConfig]) -> set[str]:
+    """Returns the fields that a class of configs knows."""
+    return set(config_class().to_dict())

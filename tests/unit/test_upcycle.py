@@ -47,6 +47,7 @@ _EXACT = {
 _HUGGING_FACE = {
     "llama": ("MixtralForCausalLM", {}),
     "llama, tied": ("MixtralForCausalLM", {"tie_word_embeddings": True}),
+    "llama, what it ignores": ("MixtralForCausalLM", {"sliding_window": 4}),
     "mistral": ("MixtralForCausalLM", {}),
     "qwen2": ("Qwen2MoeForCausalLM", {}),
     "qwen2, sliding": (
