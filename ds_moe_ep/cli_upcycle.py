@@ -78,7 +78,10 @@ def check_upcycle_arguments(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None:
                 args.refuse(f"--{name.replace('_', '-')} is for --upcycle-experts only")
     elif args.to not in ("ep", "hf"):
-        args.refuse("--upcycle-experts takes --to ep or --to hf")
+        args.refuse(
+            "--upcycle-experts takes --to ep or --to hf; for DeepSpeed's format convert what --to "
+            "ep wrote: --to deepspeed"
+        )
     elif args.trust_remote_code:
         args.refuse("--trust-remote-code is not for --upcycle-experts")
     elif args.top_k is None:

@@ -94,14 +94,9 @@ def test_a_model_that_has_experts(write, tmp_path):
 
 def test_an_upcycled_model(llama, tmp_path):
     upcycle_to_expert_sharded(llama, tmp_path / "once", UpcycleRequest(8, 2))
-    message = _refused(
-        upcycle_to_expert_sharded,
-        tmp_path / "once",
-        UpcycleRequest(8, 2),
-        tmp_path,
-        CheckpointError,
-    )
-    assert "is an expert-sharded checkpoint already" in message
+    request = UpcycleRequest(8, 2)
+    message = _refused(upcycle_to_expert_sharded, tmp_path / "once", request, tmp_path)
+    assert "once (llama) has experts already" in message
 
 
 @pytest.mark.parametrize(
