@@ -9,23 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightTransform
 
 from ds_moe_ep.adapter.replace import SwappedLayer
 from ds_moe_ep.checkpoint.files import CheckpointFiles
 from ds_moe_ep.checkpoint.header import StoredTensor, joined_shape
 from ds_moe_ep.checkpoint.reader import StoredSlice, TensorReader
+from ds_moe_ep.checkpoint.transform import ModelNames
 from ds_moe_ep.errors import CheckpointError, some
 from ds_moe_ep.moe.experts import expert_parameters
 
@@ -73,7 +65,7 @@ def expert_tensors(
         for layer in layers
         for name in expert_parameters(model.get_submodule(layer.name))
     }
-    names = _Names(model)
+    names = ModelNames(model)
     # Tensors of one expert each that differ in the expert only belong to one parameter, and finding
     # out which one takes longer than reading them.
     known: dict[str, SwappedLayer] = {}
@@ -83,7 +75,7 @@ def expert_tensors(
         if layer := known.get(of_any_expert):
             found[key] = ExpertTensor(layer, expert)
             continue
-        target = names.parameter_of(key)
+        target = names.name(key)
         layer = layer_of.get(target)
         if layer is None:
             continue
@@ -141,7 +133,7 @@ def own_tensors(
         CheckpointError: Experts are missing or of different shapes; see also `expert_tensors`.
     """
     of_experts = expert_tensors(model, files, layers)
-    names = _Names(model)
+    names = ModelNames(model)
     picked: dict[str, StoredSlice] = {}
     merged: dict[str, dict[int, StoredTensor]] = defaultdict(dict)
     owner: dict[str, SwappedLayer] = {}
@@ -162,56 +154,6 @@ def own_tensors(
         picked[first] = StoredSlice(reader, rows)
         names.merge_on_reading(first)
     return OwnTensors(picked, names.conversions)
-
-
-class _Names:
-    """transformers' way from names on disk to those of parameters.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.conversions = get_model_conversion_mapping(model)
-        self._renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
-        self._converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
-        self._prefix = model.base_model_prefix
-        self._parameters = model.state_dict()
-
-    def parameter_of(self, key: str) -> str:
-        """Returns the name of the parameter that a tensor is part of."""
-        return self._rename(key)[0]
-
-    def merge_on_reading(self, key: str) -> None:
-        """Lets the conversion of a tensor take all experts in one tensor."""
-        _, pattern = self._rename(key)
-        for converter in self._converters:
-            if pattern in converter.source_patterns:
-                converter.operations = [
-                    _MergedOnReading(op.dim) if isinstance(op, MergeModulelist) else op
-                    for op in converter.operations
-                ]
-
-    def _rename(self, key: str) -> tuple[str, str | None]:
-        return rename_source_key(
-            key, self._renamings, self._converters, self._prefix, self._parameters
-        )
-
-
-class _MergedOnReading(MergeModulelist):
-    """Stands where transformers would join tensors of one expert each; they are read joined."""
-
-    def convert(
-        self,
-        input_dict: dict[str, list[Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        return {
-            self.get_target_pattern(len(input_dict), pattern, target_patterns): tensor
-            for pattern, (tensor,) in input_dict.items()
-        }
 
 
 def _as_rows(

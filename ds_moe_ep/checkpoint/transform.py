@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -28,14 +30,17 @@ class ModelNames:
     Args:
         model: The model, with as many experts as it is to get tensors of: some of the rules compare
             shapes.
+
+    Attributes:
+        conversions: The rules as transformers' loader takes them.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._parameters = model.state_dict()
-        conversions = get_model_conversion_mapping(model)
-        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self.conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
         self._converter_of = {pattern: c for c in self._converters for pattern in c.source_patterns}
 
     def name(self, key: str) -> str:
@@ -68,9 +73,37 @@ class ModelNames:
             made |= {n: t[0] if isinstance(t, list) else t for n, t in results.items()}
         return {name: tensor for name, tensor in made.items() if name in self._parameters}
 
+    def merge_on_reading(self, key: str) -> None:
+        """Lets the rule for a tensor of one expert take all experts in one tensor."""
+        _, pattern = self._rule(key)
+        if pattern is not None:
+            rule = self._converter_of[pattern]
+            rule.operations = [
+                _MergedOnReading(operation.dim)
+                if isinstance(operation, MergeModulelist)
+                else operation
+                for operation in rule.operations
+            ]
+
     def _rule(self, key: str) -> tuple[str, str | None]:
         base, known = self._model.base_model_prefix, self._parameters
         name, pattern = rename_source_key(key, self._renamings, self._converters, base, known)
         if name not in known and key in known:  # it has its name in the model already
             return rename_source_key(key, [], [], base, known)
         return name, pattern
+
+
+class _MergedOnReading(MergeModulelist):
+    """Stands where transformers would join tensors of one expert each; they are read joined."""
+
+    def convert(
+        self,
+        input_dict: dict[str, list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        return {
+            self.get_target_pattern(len(input_dict), pattern, target_patterns): tensor
+            for pattern, (tensor,) in input_dict.items()
+        }
