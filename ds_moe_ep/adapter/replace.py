@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ds_moe_ep.dist.groups import create_expert_groups
-from ds_moe_ep.dist.node_groups import create_node_groups
+from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
 from ds_moe_ep.errors import AdapterError
 from ds_moe_ep.model_families import UNSUPPORTED
 from ds_moe_ep.moe.dispatch import TWO_LEVEL, make_links
@@ -161,14 +161,17 @@ def bind_expert_groups(
     *,
     nodes: Sequence[int] | None = None,
     device: torch.device | None = None,
+    timeout_s: float = 1800.0,
 ) -> None:
     """Gives every swapped layer its expert group; all ranks call it after `init_distributed`.
 
     Args:
         model: The adapted model.
-        nodes: Node of every rank, for dispatch in two levels; by default there is one level.
+        nodes: Node of every rank, for dispatch in two levels, and for memory that the ranks of a
+            node share; by default there is one level, and no such memory.
         device: Where the model is to run. With it, a dispatcher that is ``auto`` measures the
             groups' links and chooses by them; without, it is alltoall.
+        timeout_s: How long a rank waits for another at shared memory.
 
     Raises:
         ConfigError: The dispatcher needs two levels, and the ranks have not got them.
@@ -177,13 +180,16 @@ def bind_expert_groups(
     for ep_size in sorted({layer.ep_size for layer in layers}):
         of_size = [layer.deepspeed_moe for layer in layers if layer.ep_size == ep_size]
         names = {experts.dispatcher_name for experts in of_size}
-        ep_group, node_groups, prices = create_expert_groups(ep_size), None, None
+        ep_group, node_groups, shared, prices = create_expert_groups(ep_size), None, None, None
         if nodes and names & {"auto", *TWO_LEVEL}:
             node_groups = create_node_groups(ep_size, nodes)
+        if nodes and ep_size > 1:
+            shared = open_within_nodes(ep_group, node_groups, nodes, timeout_s=timeout_s)
         if device is not None and "auto" in names and ep_size > 1:
-            prices = measure_links(make_links(ep_group, node_groups), device)
+            links = make_links(ep_group, node_groups, shared=shared)
+            prices = measure_links(links, device)
         for experts in of_size:
-            experts.node_groups, experts.prices = node_groups, prices
+            experts.node_groups, experts.shared, experts.prices = node_groups, shared, prices
     for layer in layers:
         layer.set_deepspeed_parallelism()
 

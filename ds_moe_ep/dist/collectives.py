@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.row_layout import RowLayout
+from ds_moe_ep.dist.shared_memory import SharedMemory
 
 __all__ = ["Communicator"]
 
@@ -30,10 +31,17 @@ class Communicator:
     Args:
         group: The process group, or None for a group of one, where nothing travels.
         stats: Where costs are counted; by default in a record of its own.
+        shared: Memory that all ranks of the group share; what fits there goes by it.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, stats: CommStats | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        stats: CommStats | None = None,
+        shared: SharedMemory | None = None,
+    ) -> None:
         self.group = group
+        self._shared = shared
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.stats = CommStats() if stats is None else stats
@@ -134,16 +142,24 @@ class Communicator:
         return tensor_TC if self.size == 1 else _SameOnAllRanks.apply(self, tensor_TC)
 
     def _exchange(self, rows_SC: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
-        received_RC = rows_SC.new_empty((sum(recv), rows_SC.shape[1]))
-        with self._timed(received_RC, sum(send) - send[self.rank]):
-            dist.all_to_all_single(
-                received_RC, rows_SC.contiguous(), list(recv), list(send), group=self.group
-            )
+        rows_SC = rows_SC.contiguous()
+        with self._timed(rows_SC, sum(send) - send[self.rank]):
+            if self._shared:
+                received_RC = self._shared.exchange(rows_SC, send, recv)
+                if received_RC is not None:
+                    return received_RC
+            received_RC = rows_SC.new_empty((sum(recv), rows_SC.shape[1]))
+            dist.all_to_all_single(received_RC, rows_SC, list(recv), list(send), group=self.group)
         return received_RC
 
     def _gather(self, rows_TC: Tensor, counts: Sequence[int]) -> Tensor:
         """Returns the rows of all ranks ``[R, C]``."""
         num_rows = counts[self.rank]
+        if self._shared:
+            with self._timed(rows_TC, (self.size - 1) * num_rows):
+                gathered_RC = self._shared.gather(rows_TC, counts)
+            if gathered_RC is not None:
+                return gathered_RC
         if self._only_exchanges:
             return self._exchange(rows_TC.repeat(self.size, 1), [num_rows] * self.size, counts)
         most = max(counts)
@@ -158,6 +174,11 @@ class Communicator:
     def _reduce(self, partial_RC: Tensor, counts: Sequence[int]) -> Tensor:
         """Returns the sums of all ranks' partial rows for this rank ``[T, C]``."""
         num_rows, width = counts[self.rank], partial_RC.shape[1]
+        if self._shared:
+            with self._timed(partial_RC, sum(counts) - num_rows):
+                sum_TC = self._shared.reduce(partial_RC, counts)
+            if sum_TC is not None:
+                return sum_TC
         if self._only_exchanges:
             received_RC = self._exchange(partial_RC, counts, [num_rows] * self.size)
             blocks_WTC = received_RC.view(self.size, num_rows, width)

@@ -1,4 +1,4 @@
-"""Process groups for two-level dispatch: within each node, and across nodes.
+"""Process groups for two-level dispatch, within each node and across nodes; a node's shared memory.
 
 Where a node ends is the caller's knowledge, and an argument.
 """
@@ -11,7 +11,19 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-__all__ = ["NodeGroups", "create_node_groups", "nodes_of", "ranks_per_node"]
+from ds_moe_ep.dist.shared_memory import SharedMemory
+
+__all__ = [
+    "NodeGroups",
+    "create_node_groups",
+    "nodes_of",
+    "open_within_nodes",
+    "ranks_per_node",
+]
+
+# For the rows of two exchanges of all ranks of a group on a node: half of what a container has
+# there if nobody asked for more.
+_SHARED_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,32 @@ def create_node_groups(ep_size: int, nodes: Sequence[int]) -> NodeGroups | None:
     within = [ranks[i : i + places] for ranks in expert_groups for i in range(0, ep_size, places)]
     across = [ranks[place::places] for ranks in expert_groups for place in range(places)]
     return NodeGroups(across=_own_group(across), within=_own_group(within))
+
+
+def open_within_nodes(
+    ep_group: dist.ProcessGroup,
+    node_groups: NodeGroups | None,
+    nodes: Sequence[int],
+    *,
+    timeout_s: float,
+) -> SharedMemory | None:
+    """Maps memory for this rank's part of an expert group on its node; all ranks call it.
+
+    Args:
+        ep_group: This rank's expert group.
+        node_groups: Its two levels, if it has them.
+        nodes: Node of every rank.
+        timeout_s: How long a rank waits for another.
+
+    Returns:
+        None where a group without two levels is spread over nodes, where its tensors are not on the
+        CPU, or where there is no room.
+    """
+    group = ep_group if node_groups is None else node_groups.within
+    on_one_node = len({nodes[rank] for rank in dist.get_process_group_ranks(group)}) == 1
+    if not on_one_node or dist.get_backend(group) != "gloo":
+        return None
+    return SharedMemory.open(group, total_bytes=_SHARED_BYTES, timeout_s=timeout_s)
 
 
 def _own_group(all_ranks: Sequence[Sequence[int]]) -> dist.ProcessGroup:

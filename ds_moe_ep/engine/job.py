@@ -22,6 +22,7 @@ from torch import nn
 from ds_moe_ep.adapter import bind_expert_groups, moe_layers
 from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.dist.groups import Job, create_expert_groups, init_distributed, read_rank_info
+from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.engine.console import (
     let_rank_0_speak,
     only_rank_0_prints,
@@ -161,7 +162,7 @@ def _load(options: JobOptions, job: Job, work: Work) -> Engine:
 
     model = job.all_or_none(load, what="loading weights", timeout_s=options.start_timeout_s)
     with only_rank_0_prints(job.info.rank):
-        bind_expert_groups(model, nodes=job.nodes, device=job.device)
+        bind_expert_groups(model, nodes=job.nodes, device=job.device, timeout_s=options.timeout_s)
         engine = init_inference(model, work.deepspeed_config)
     return Engine(engine, moe_layers(model), time.perf_counter() - start)
 
@@ -187,6 +188,7 @@ def _run(
             top_k=work.spec.top_k,
             dtype=work.dtype,
             device=job.device,
+            shared=_shared_by_all(job, engine),
             on_progress=show,
         )
         for batch in batches:
@@ -200,6 +202,12 @@ def _run(
         sync.join_others()
     run_s = time.perf_counter() - start
     return results, _summarise(job, work, engine, results, sync.num_steps, run_s)
+
+
+def _shared_by_all(job: Job, engine: Engine) -> SharedMemory | None:
+    """Returns the memory that all ranks of the job share, if the layers have one."""
+    shared = engine.layers[0].deepspeed_moe.shared
+    return shared if shared is not None and shared.size == job.info.world_size else None
 
 
 def _server(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
 __all__ = ["ForwardSync"]
@@ -37,6 +38,7 @@ class ForwardSync:
         top_k: K.
         dtype: Dtype of the hidden states.
         device: Device of the hidden states.
+        shared: Memory that the ranks of `group` share, for short announcements.
         on_progress: Called on rank 0 at each pass with the number of prompts that all ranks have
             finished so far.
     """
@@ -50,10 +52,11 @@ class ForwardSync:
         top_k: int,
         dtype: torch.dtype,
         device: torch.device,
+        shared: SharedMemory | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         self._layers = layers
-        self._comm = Communicator(group)
+        self._comm = Communicator(group, shared=shared)
         self._device = device
         self._dtype = dtype
         self._no_ids_0K = torch.zeros((0, top_k), dtype=torch.int64, device=device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.node_groups import NodeGroups
+from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.allgather import AllGather
 from ds_moe_ep.moe.allreduce import AllReduce
@@ -76,16 +77,26 @@ class Links:
 def make_links(
     ep_group: dist.ProcessGroup | None,
     node_groups: NodeGroups | None = None,
+    *,
     stats: CommStats | None = None,
+    shared: SharedMemory | None = None,
 ) -> Links:
-    """Returns the links of an expert group; None is a group of one. All count in `stats`."""
-    flat = Communicator(ep_group, stats)
+    """Returns the links of an expert group.
+
+    Args:
+        ep_group: The group; None is a group of one.
+        node_groups: Its two levels, if it has them.
+        stats: Where all collectives count.
+        shared: Memory of the ranks within a node: of the whole group where that is on one.
+    """
     if node_groups is None:
-        return Links(flat)
-    across, within = (
-        Communicator(group, flat.stats) for group in (node_groups.across, node_groups.within)
+        return Links(Communicator(ep_group, stats, shared))
+    flat = Communicator(ep_group, stats)
+    return Links(
+        flat,
+        across=Communicator(node_groups.across, flat.stats),
+        within=Communicator(node_groups.within, flat.stats, shared),
     )
-    return Links(flat, across, within)
 
 
 def _two_level(kind: type[AllToAll] | type[AllGather]) -> Callable[[Links, int], Dispatcher]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.node_groups import NodeGroups
+from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.cost_model import LinkPrices
@@ -41,9 +42,10 @@ class DispatchedExperts(nn.Module):
         name_experts_as_deepspeed_does(experts)
         self.dispatcher_name = dispatcher
         self.ep_group: dist.ProcessGroup | None = None
-        # What the next two hold is for the binding: without node groups there are no two levels,
-        # and without prices `auto` is alltoall.
+        # What the next three hold is for the binding: without node groups there are no two levels,
+        # without shared memory rows go by the group, and without prices `auto` is alltoall.
         self.node_groups: NodeGroups | None = None
+        self.shared: SharedMemory | None = None
         self.prices: LinkPrices | None = None
         self.stats = CommStats()
         self.dispatcher: Dispatcher | None = None
@@ -55,7 +57,7 @@ class DispatchedExperts(nn.Module):
         """Binds the expert group; DeepSpeed calls it by this name. None is a group of one."""
         self.ep_group = ep_group
         self._group_ranks = [0] if ep_group is None else dist.get_process_group_ranks(ep_group)
-        links = make_links(ep_group, self.node_groups, self.stats)
+        links = make_links(ep_group, self.node_groups, stats=self.stats, shared=self.shared)
         self._ep_rank = links.flat.rank
         num_local_experts = self.experts.num_experts
         if self.dispatcher_name == "auto" and self.prices is not None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from ds_moe_ep.dist.node_groups import create_node_groups
+from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
+from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.cost_model import LinkPrices
 from ds_moe_ep.moe.dispatch import DISPATCHERS, TWO_LEVEL, Links, make_dispatcher, make_links
@@ -25,6 +27,8 @@ HIDDEN, WIDTH, TOP_K = 16, 8, 3
 EXPERTS_PER_RANK = (1, 4)
 FLAT = [name for name in DISPATCHERS if name not in TWO_LEVEL]
 # Four ranks are two nodes of two; two ranks have no second level.
+# The tokens of every rank are announced or not; rows go by gloo or by memory that the ranks share.
+WAYS = ("announced", "unannounced", "memory")
 DISPATCHERS_OF_WORLD = {2: [*FLAT, "auto"], 4: [*DISPATCHERS, "auto"]}
 
 
@@ -82,7 +86,7 @@ class Ranks:
     """
 
     def __init__(
-        self, rank: int, links: Links, dispatcher: str, num_local: int, announced: bool
+        self, rank: int, links: Links, dispatcher: str, num_local: int, *, announced: bool
     ) -> None:
         self.rank, self.world_size, self.num_local = rank, links.flat.size, num_local
         self.num_experts = self.world_size * num_local
@@ -264,16 +268,31 @@ def run_all_cases(rank: int, world_size: int) -> dict[tuple[Any, ...], str]:
     """Runs every case of every dispatcher; returns the tracebacks of those that failed."""
     failed = {}
     nodes = [each // 2 for each in range(world_size)]
-    links = make_links(dist.group.WORLD, create_node_groups(world_size, nodes))
+    node_groups = create_node_groups(world_size, nodes)
+    links = make_links(dist.group.WORLD, node_groups)
+    shared = SharedMemory.open(dist.group.WORLD, total_bytes=2**18, timeout_s=60)
+    within = open_within_nodes(dist.group.WORLD, node_groups, nodes, timeout_s=60)
+    assert shared is not None and within is not None
+    links_by_memory = Links(
+        Communicator(dist.group.WORLD, shared=shared),
+        links.across,
+        links.within and Communicator(node_groups.within, shared=within),
+    )
     for dispatcher in DISPATCHERS_OF_WORLD[world_size]:
         for num_local in EXPERTS_PER_RANK:
-            for announced in (True, False):
+            for way in WAYS:
                 for name in cases_of(dispatcher):
-                    at = Ranks(rank, links, dispatcher, num_local, announced)
+                    at = Ranks(
+                        rank,
+                        links_by_memory if way == "memory" else links,
+                        dispatcher,
+                        num_local,
+                        announced=way != "unannounced",
+                    )
                     try:
                         CASES[name](at)
                     except AssertionError:
-                        failed[dispatcher, num_local, announced, name] = traceback.format_exc()
+                        failed[dispatcher, num_local, way, name] = traceback.format_exc()
     return failed
 
 
@@ -298,10 +317,10 @@ def failures(tmp_path_factory) -> Callable[[int], list[dict[tuple[Any, ...], str
     ],
 )
 @pytest.mark.parametrize("num_local", EXPERTS_PER_RANK)
-@pytest.mark.parametrize("announced", [True, False], ids=["announced", "unannounced"])
+@pytest.mark.parametrize("way", WAYS)
 def test_dispatcher(
-    failures, world_size: int, dispatcher: str, num_local: int, announced: bool, case: str
+    failures, world_size: int, dispatcher: str, num_local: int, way: str, case: str
 ) -> None:
     for rank, failed in enumerate(failures(world_size)):
-        key = (dispatcher, num_local, announced, case)
+        key = (dispatcher, num_local, way, case)
         assert key not in failed, f"rank {rank}: {failed[key]}"

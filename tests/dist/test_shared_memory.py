@@ -1,0 +1,75 @@
+"""Rows by shared memory: what does not fit, a rank that does not come, slots used again."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ds_moe_ep.dist import shared_memory
+from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.shared_memory import SharedMemory
+from ds_moe_ep.errors import DistributedError
+from tests.helpers import run_ranks
+
+_WORLD_SIZE = 3
+
+
+def _open(total_bytes: int = 3 * 2 * 4096, timeout_s: float = 60.0) -> SharedMemory | None:
+    return SharedMemory.open(dist.group.WORLD, total_bytes=total_bytes, timeout_s=timeout_s)
+
+
+def _rounds(rank: int, memory: SharedMemory) -> None:
+    """Ranks that come early and late in turn read what was meant for the round."""
+    for round_ in range(60):
+        if round_ % _WORLD_SIZE == rank:
+            time.sleep(0.001)
+        rows = torch.full((1 + rank, 4), 100 * round_ + rank)
+        gathered = memory.gather(rows, [1, 2, 3])
+        assert gathered[:, 0].tolist() == [100 * round_ + r for r in (0, 1, 1, 2, 2, 2)]
+
+
+def _too_large_for_one(rank: int, memory: SharedMemory) -> None:
+    """All ranks are told, and the next exchange works again; gloo takes the rows instead."""
+    counts = [1, 600, 1]
+    rows = torch.full((counts[rank], 2), float(rank))
+    assert memory.gather(rows, counts) is None
+    assert memory.gather(rows[:1], [1, 1, 1])[:, 1].tolist() == [0, 1, 2]
+    comm = Communicator(dist.group.WORLD, shared=memory)
+    (gathered,) = comm.gather_rows((rows,), counts)
+    assert gathered[:, 0].tolist() == [0.0] + [1.0] * 600 + [2.0]
+    partial = torch.full((602, 2), float(rank + 1))
+    assert comm.reduce_rows(partial, counts).unique().tolist() == [6.0]
+    (received,) = comm.exchange_rows((rows[:1].repeat(3, 1),), [1, 1, 1], [1, 1, 1])
+    assert received[:, 0].tolist() == [0.0, 1.0, 2.0]
+
+
+def _sums_are_of_float32(rank: int, memory: SharedMemory) -> None:
+    partial = torch.tensor([[256.0, 1.0]] * 3, dtype=torch.bfloat16) if rank == 0 else None
+    partial = torch.full((3, 2), 1.0, dtype=torch.bfloat16) if partial is None else partial
+    total = memory.reduce(partial, [1, 1, 1])
+    assert total.dtype == torch.bfloat16
+    assert total.tolist() == [[258.0, 3.0]]  # bfloat16 cannot add 1 to 256
+
+
+def _run(rank: int, world_size: int) -> str:
+    memory = _open()
+    for case in (_rounds, _too_large_for_one, _sums_are_of_float32):
+        case(rank, memory)
+    shared_memory._FOLDER = "/nowhere" if rank == 0 else shared_memory._FOLDER
+    assert _open() is None
+    shared_memory._FOLDER = "/dev/shm"
+    assert _open(total_bytes=2**50) is None  # no room
+    impatient = _open(timeout_s=0.2)
+    if rank == 1:
+        return ""
+    with pytest.raises(DistributedError) as late:
+        impatient.gather(torch.ones(1, 1), [1, 1, 1])
+    return str(late.value)
+
+
+def test_exchanges_of_three_ranks(tmp_path):
+    messages = run_ranks(_run, _WORLD_SIZE, tmp_path)
+    for message in (messages[0], messages[2]):
+        assert message.startswith("rank 1 of 3 on ")
+        assert "did not come to an exchange of rows within 0.2 s" in message
