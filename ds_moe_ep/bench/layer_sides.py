@@ -9,7 +9,8 @@ included. Every rank of the group calls it at the same time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -23,12 +24,28 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
 from ds_moe_ep.adapter import adapt, bind_expert_groups, moe_layers
 from ds_moe_ep.bench.models import Shape
+from ds_moe_ep.bench.timing import Spread, time_in_turn
+from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.plan import ParallelPlan
 
-__all__ = ["LayerSide", "autoep", "build_one_layer", "deepspeed_moe", "ours", "transformers_block"]
+__all__ = [
+    "LayerSide",
+    "OurLayer",
+    "autoep",
+    "build_one_layer",
+    "check_equal",
+    "deepspeed_moe",
+    "time_sides",
+    "transformers_block",
+]
 
 LayerSide = Callable[[Tensor], Tensor]
+
+# A call is repeated until a round has about this many tokens, so that short ones can be told apart.
+_TOKENS_A_ROUND = 64
+_MOST_CALLS = 8
 
 
 def build_one_layer(shape: Shape) -> Qwen3MoeForCausalLM:
@@ -47,29 +64,41 @@ def transformers_block(model: Qwen3MoeForCausalLM) -> LayerSide:
     return _on_rows(_block(model))
 
 
-def ours(
-    model: Qwen3MoeForCausalLM, job: Job, dispatcher: str, num_tokens: Callable[[], list[int]]
-) -> LayerSide:
-    """Returns the block with its experts spread over all ranks.
+class OurLayer:
+    """The block with its experts spread over all ranks, as infer.py runs it.
 
     Args:
         model: The whole model, which is left as it is.
         job: The job.
         dispatcher: Name of the dispatcher.
         num_tokens: Tells the tokens of every rank, which a pass of infer.py announces once for all
-            layers.
+            layers; None where nothing is announced.
     """
-    model = copy.deepcopy(model).to(job.device)
-    adapt(model, ParallelPlan(job.info.world_size), ep_rank=job.info.rank, dispatcher=dispatcher)
-    bind_expert_groups(model, device=job.device)
-    (layer,) = moe_layers(model)
-    block = _on_rows(_block(model))
 
-    def run(x_TH: Tensor) -> Tensor:
-        layer.deepspeed_moe.announce(num_tokens())
-        return block(x_TH)
+    def __init__(
+        self,
+        model: Qwen3MoeForCausalLM,
+        job: Job,
+        dispatcher: str,
+        num_tokens: Callable[[], list[int] | None],
+    ) -> None:
+        model = copy.deepcopy(model).to(job.device)
+        plan = ParallelPlan(job.info.world_size)
+        adapt(model, plan, ep_rank=job.info.rank, dispatcher=dispatcher)
+        bind_expert_groups(model, nodes=job.nodes, device=job.device)
+        (self._layer,) = moe_layers(model)
+        self._block = _on_rows(_block(model))
+        self._num_tokens = num_tokens
 
-    return run
+    @property
+    def stats(self) -> CommStats:
+        """What this rank's collectives cost so far."""
+        return self._layer.deepspeed_moe.stats
+
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        """Returns the outputs of this rank's tokens."""
+        self._layer.announce(self._num_tokens())
+        return self._block(x_TH)
 
 
 def deepspeed_moe(model: Qwen3MoeForCausalLM, job: Job) -> LayerSide:
@@ -82,6 +111,7 @@ def deepspeed_moe(model: Qwen3MoeForCausalLM, job: Job) -> LayerSide:
         ep_size=job.info.world_size,
         k=config.num_experts_per_tok,
         drop_tokens=False,
+        top2_2nd_expert_sampling=False,  # with k=2 it would draw the second expert by chance
     )
     gate_up, down = block.experts.gate_up_proj, block.experts.down_proj
     num_local = config.num_experts // job.info.world_size
@@ -116,6 +146,51 @@ def autoep(model: Qwen3MoeForCausalLM, job: Job) -> LayerSide:
         return cast(Tensor, output[0] if isinstance(output, tuple) else output).view_as(x_TH)
 
     return run
+
+
+def check_equal(job: Job, name: str, actual_TH: Tensor, expected_TH: Tensor) -> None:
+    """Refuses to time a side that computes something else; all ranks call it.
+
+    Raises:
+        DistributedError: On every rank, if the outputs differ on any.
+    """
+    error = (actual_TH.cpu() - expected_TH).abs()
+    worst = max(job.all_gather(error.max().item() if error.numel() else 0.0))
+    if not worst < 1e-4:
+        raise DistributedError(f"{name} differs from transformers by {worst:g}: not timed.")
+
+
+def time_sides(
+    job: Job, sides: Mapping[str, LayerSide], x_TH: Tensor, *, rounds: int, timeout_s: float
+) -> dict[str, Spread]:
+    """Times one call of each side, in turn; all ranks call it.
+
+    Args:
+        job: The job.
+        sides: What to time, by name.
+        x_TH: Tokens of this rank.
+        rounds: How often.
+        timeout_s: How long a rank waits for another.
+
+    Returns:
+        Seconds of the slowest rank.
+    """
+    num_tokens = max(job.all_gather(len(x_TH)))
+    num_calls = max(1, min(_MOST_CALLS, _TOKENS_A_ROUND // num_tokens))
+    x_TH = x_TH.to(job.device)
+
+    def repeat(side: LayerSide) -> None:
+        for _ in range(num_calls):
+            side(x_TH)
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+
+    return time_in_turn(
+        {name: functools.partial(repeat, side) for name, side in sides.items()},
+        rounds,
+        wait_for_all=lambda: job.wait_for_all(timeout_s, "timing a layer"),
+        slowest=lambda taken: max(job.all_gather(taken)) / num_calls,
+    )
 
 
 def _block(model: Qwen3MoeForCausalLM) -> nn.Module:

@@ -39,6 +39,13 @@ class Shape:
             max_position_embeddings=512,
         )
 
+    def describe_layer(self) -> str:
+        """Returns the sizes of one MoE layer in words."""
+        return (
+            f"{self.num_experts} experts, top-{self.top_k}, hidden {self.hidden_size}, expert "
+            f"width {self.moe_intermediate_size}"
+        )
+
 
 SHAPES = {
     "tiny": Shape(2, 8, 2, hidden_size=64, moe_intermediate_size=32, num_heads=2),
