@@ -6,13 +6,13 @@ ranks. The prices of messages are measured by probe.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
 from statistics import median
 
-__all__ = ["GroupPrices", "LayerShape", "LinkPrices", "Price", "fit_price", "predict_s"]
+__all__ = ["GroupPrices", "LayerShape", "LinkPrices", "Price", "fit_prices", "predict_s"]
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,33 @@ class LayerShape:
         return 1.0 - comb(others, self.top_k) / comb(self.num_experts, self.top_k)
 
 
-def fit_price(samples: Sequence[tuple[int, float]]) -> Price:
-    """Fits a price to measured seconds of small and large messages.
+def fit_prices(samples_of: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Price]:
+    """Fits prices to measured seconds of small and large messages.
+
+    The quickest of each size counts, as other work on the machine only ever adds to one. Bytes cost
+    the same in all kinds of collectives: the median of what each says.
 
     Args:
-        samples: Bytes and seconds of each measurement, of two sizes.
+        samples_of: Bytes and seconds of each measurement, of two sizes, by kind of collective.
 
     Returns:
-        The line through the medians of both sizes, its latency and slope not below zero.
+        The price of each kind, neither its latency nor that of bytes below zero.
     """
-    small, large = min(samples)[0], max(samples)[0]
-    small_s = median(seconds for size, seconds in samples if size == small)
-    large_s = median(seconds for size, seconds in samples if size == large)
-    slope = max(0.0, (large_s - small_s) / (large - small)) if large > small else 0.0
-    return Price(latency_s=max(0.0, small_s - slope * small), s_per_byte=slope)
+    points = {}
+    for kind, samples in samples_of.items():
+        sizes = min(samples)[0], max(samples)[0]
+        points[kind] = [
+            (size, min(s for num_bytes, s in samples if num_bytes == size)) for size in sizes
+        ]
+    slopes = [
+        (large_s - small_s) / (large - small) if large > small else 0.0
+        for (small, small_s), (large, large_s) in points.values()
+    ]
+    slope = max(0.0, median(slopes))
+    return {
+        kind: Price(max(0.0, small_s - slope * small), slope)
+        for kind, ((small, small_s), _) in points.items()
+    }
 
 
 @lru_cache(maxsize=256)  # asked by every layer of a pass

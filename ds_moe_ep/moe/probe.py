@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.dist.collectives import Communicator
-from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, Price, fit_price
+from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, fit_prices
 from ds_moe_ep.moe.dispatch import Links
 
 __all__ = ["measure_links"]
@@ -66,21 +66,20 @@ def _measure_group(comm: Communicator, everyone: Communicator, device: torch.dev
     def reduce(rows_TC: Tensor) -> None:
         comm.reduce_rows(rows_TC.repeat(size, 1), [len(rows_TC)] * size)
 
-    def price(run: Callable[[Tensor], None]) -> Price:
-        samples = []
-        for num_rows in (1, max(2, _LARGE_BYTES // _ROW_BYTES // size)):
-            rows_TC = torch.zeros((num_rows, _ROW_BYTES // 4), device=device)
-            num_bytes = (size - 1) * num_rows * _ROW_BYTES
-            samples += [(num_bytes, s) for s in _time(partial(run, rows_TC), everyone, device)]
-        return fit_price(samples)
+    def samples(run: Callable[[Tensor], None], num_rows: int) -> list[tuple[int, float]]:
+        rows_TC = torch.zeros((num_rows, _ROW_BYTES // 4), device=device)
+        num_bytes = (size - 1) * num_rows * _ROW_BYTES
+        return [(num_bytes, s) for s in _time(partial(run, rows_TC), everyone, device)]
 
-    return GroupPrices(
-        size=size,
-        counts_s=price(exchange_counts).latency_s,
-        exchange=price(exchange),
-        gather=price(gather),
-        reduce=price(reduce),
+    num_rows = max(2, _LARGE_BYTES // _ROW_BYTES // size)
+    prices = fit_prices(
+        {
+            run.__name__: samples(run, 1) + samples(run, num_rows)
+            for run in (exchange, gather, reduce)
+        }
     )
+    counts_s = min(seconds for _, seconds in samples(exchange_counts, 1))
+    return GroupPrices(size=size, counts_s=counts_s, **prices)
 
 
 def _time(run: Callable[[], None], everyone: Communicator, device: torch.device) -> list[float]:

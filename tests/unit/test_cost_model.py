@@ -7,7 +7,7 @@ from ds_moe_ep.moe.cost_model import (
     LayerShape,
     LinkPrices,
     Price,
-    fit_price,
+    fit_prices,
     predict_s,
 )
 
@@ -21,12 +21,27 @@ def prices(size: int, price: Price, counts_s: float = 0.0) -> GroupPrices:
     return GroupPrices(size, counts_s, exchange=price, gather=price, reduce=price)
 
 
-def test_a_line_is_found_through_the_medians():
-    samples = [(100, 1.0), (100, 1.1), (100, 9.0), (1100, 2.0), (1100, 2.1), (1100, 0.0)]
-    price = fit_price(samples)
-    assert price.s_per_byte == pytest.approx(0.9 / 1000)
+def test_a_line_goes_through_the_quickest_of_each_size():
+    samples = [(100, 1.1), (100, 1.0), (100, 9.0), (1100, 2.1), (1100, 2.0), (1100, 5.0)]
+    price = fit_prices({"gather": samples})["gather"]
+    assert price.s_per_byte == pytest.approx(1.0 / 1000)
+    assert price.seconds(100) == pytest.approx(1.0)
     assert price.seconds(1100) == pytest.approx(2.0)
-    assert price.seconds(100) == pytest.approx(1.1)
+
+
+def test_all_kinds_share_the_median_price_of_bytes():
+    found = fit_prices(
+        {
+            "exchange": [(0, 1.0), (100, 2.0)],
+            "gather": [(0, 3.0), (100, 3.0)],  # noise hides what its bytes cost
+            "reduce": [(0, 2.0), (100, 4.0)],
+        }
+    )
+    assert found == {
+        "exchange": Price(1.0, 0.01),
+        "gather": Price(3.0, 0.01),
+        "reduce": Price(2.0, 0.01),
+    }
 
 
 @pytest.mark.parametrize(
@@ -34,11 +49,11 @@ def test_a_line_is_found_through_the_medians():
     [
         ([(100, 2.0), (200, 1.0)], Price(2.0, 0.0)),  # noise: large was faster
         ([(100, 0.1), (200, 1.1)], Price(0.0, 0.01)),  # noise: the line starts below zero
-        ([(0, 0.5), (0, 0.7)], Price(0.6, 0.0)),  # a group of one sends nothing
+        ([(0, 0.5), (0, 0.7)], Price(0.5, 0.0)),  # a group of one sends nothing
     ],
 )
 def test_no_price_is_negative(samples, expected):
-    assert fit_price(samples) == Price(
+    assert fit_prices({"gather": samples})["gather"] == Price(
         pytest.approx(expected.latency_s), pytest.approx(expected.s_per_byte)
     )
 
