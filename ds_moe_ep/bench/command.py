@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ds_moe_ep.bench import e2e, layer, load, scale
+from ds_moe_ep.bench import collectives, e2e, layer, load, scale
 from ds_moe_ep.bench.report import Report
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import init_distributed, read_rank_info
@@ -28,7 +28,7 @@ from ds_moe_ep.local_machine import count_local_gpus, free_port
 
 __all__ = ["main"]
 
-_TABLES = {table.name: table for table in (load.TABLE, layer.TABLE, scale.TABLE, e2e.TABLE)}
+_TABLES = {module.TABLE.name: module.TABLE for module in (load, layer, scale, collectives, e2e)}
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 

@@ -43,14 +43,17 @@ def ours(folder: Path, job: Job, dispatcher: str) -> GenerateSide:
         device=job.device,
         dispatcher=dispatcher,
     )
-    bind_expert_groups(model, device=job.device)
+    bind_expert_groups(model, nodes=job.nodes, device=job.device)
+    layers = moe_layers(model)
+    shared = layers[0].deepspeed_moe.shared
     sync = ForwardSync(
         model,
-        moe_layers(model),
+        layers,
         dist.group.WORLD,
         top_k=model.config.num_experts_per_tok,
         dtype=model.dtype,
         device=job.device,
+        shared=shared if shared is not None and shared.size == info.world_size else None,
     )
 
     def generate(prompts_BS: Tensor, num_new: int) -> Tensor:

@@ -1,0 +1,174 @@
+"""`bench collectives`: what the links between ranks do, flat and two-level, by message size."""
+
+# Shapes: T rows of this rank, R rows of all, C columns
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_moe_ep.bench.report import markdown_table, with_range
+from ds_moe_ep.bench.table import Result, Table
+from ds_moe_ep.bench.timing import time_in_turn
+from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.groups import Job, create_expert_groups
+from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
+from ds_moe_ep.moe.dispatch import make_links
+from ds_moe_ep.moe.probe import measure_links
+
+__all__ = ["TABLE"]
+
+_MS = 1000.0
+_MB = 1_000_000
+_ROW_BYTES = 1024
+# Ranks leave a barrier one after the other, which is not to be measured.
+_CALLS_A_ROUND = 5
+
+
+def _all_to_all(comm: Communicator, rows_RC: Tensor) -> Tensor:
+    counts = [len(rows_RC) // comm.size] * comm.size
+    return comm.exchange_rows((rows_RC,), counts, counts)[0]
+
+
+def _all_gather(comm: Communicator, rows_TC: Tensor) -> Tensor:
+    return comm.gather_rows((rows_TC,), [len(rows_TC)] * comm.size)[0]
+
+
+def _reduce(comm: Communicator, rows_RC: Tensor) -> Tensor:
+    return comm.reduce_rows(rows_RC, [len(rows_RC) // comm.size] * comm.size)
+
+
+def _all_reduce(comm: Communicator, rows_TC: Tensor) -> Tensor:
+    return comm.sum_over_ranks(rows_TC)
+
+
+@dataclass(frozen=True)
+class _Collective:
+    """One kind: what it does, whether a rank begins with a message for each, and where it ends."""
+
+    run: Callable[[Communicator, Tensor], Tensor]
+    has_one_each: bool = False
+    is_within_first: bool = False
+
+
+_COLLECTIVES = {
+    "all-to-all": _Collective(_all_to_all, has_one_each=True),
+    "all-gather": _Collective(_all_gather),
+    "reduce": _Collective(_reduce, has_one_each=True, is_within_first=True),
+    "all-reduce": _Collective(_all_reduce, is_within_first=True),
+}
+_FLAT, _SHARED, _TWO_LEVEL = "flat", "shared memory", "two-level"
+_FITTED = {"exchange": "all-to-all", "gather": "all-gather", "reduce": "reduce"}
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
+    parser.add_argument(
+        "--message-kib",
+        type=int,
+        nargs="+",
+        default=[1, 16, 256],
+        metavar="KIB",
+        help="what a rank has for each other rank",
+    )
+
+
+def _prepare(args: argparse.Namespace, work: Path) -> None:
+    pass  # nothing is read
+
+
+@torch.no_grad()
+def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
+    size = job.info.world_size
+    group, node_groups = create_expert_groups(size), create_node_groups(size, job.nodes)
+    shared = open_within_nodes(group, node_groups, job.nodes, timeout_s=args.timeout)
+    links = make_links(group, node_groups, shared=shared)
+    ways = {_FLAT: [Communicator(group)]}
+    if links.across is not None and links.within is not None:
+        ways[_TWO_LEVEL] = [links.across, links.within]
+    elif shared is not None:
+        ways[_SHARED] = [links.flat]
+    times = []
+    for kib in args.message_kib:
+        for name, collective in _COLLECTIVES.items():
+            num_rows = kib * 1024 // _ROW_BYTES * (size if collective.has_one_each else 1)
+            rows = torch.zeros((num_rows, _ROW_BYTES // 4), device=job.device)
+            sides = {
+                way: functools.partial(_run, collective, comms, rows) for way, comms in ways.items()
+            }
+            for side in sides.values():
+                side()  # the first is slower: connections open, buffers are made
+            spreads = time_in_turn(
+                sides,
+                args.rounds,
+                wait_for_all=lambda: job.wait_for_all(args.timeout, "timing a collective"),
+                slowest=lambda taken: max(job.all_gather(taken)) / _CALLS_A_ROUND,
+            )
+            times += [
+                {"collective": name, "way": way, "message_bytes": kib * 1024, **vars(spread)}
+                for way, spread in spreads.items()
+            ]
+    prices = asdict(measure_links(links, job.device))
+    fit = {level: price for level, price in prices.items() if price is not None}
+    return [{"world_size": size, "num_nodes": len(set(job.nodes)), "times": times, "fit": fit}]
+
+
+def _run(collective: _Collective, comms: Sequence[Communicator], rows: Tensor) -> None:
+    for _ in range(_CALLS_A_ROUND):
+        part = rows
+        for comm in reversed(comms) if collective.is_within_first else comms:
+            part = collective.run(comm, part)
+    if rows.is_cuda:
+        torch.cuda.synchronize(rows.device)
+
+
+def _to_markdown(results: Sequence[Result]) -> str:
+    titles = ["collective", "ranks", "nodes", "way", "message, KiB", "ms", "MB/s"]
+    rows, fitted = [], []
+    for result in results:
+        size, where = result["world_size"], (result["world_size"], result["num_nodes"])
+        for time in result["times"]:
+            rate = (size - 1) * time["message_bytes"] / time["median"] / _MB
+            rows.append(
+                [time["collective"], *where, time["way"], time["message_bytes"] // 1024]
+                + [with_range(time, scale=_MS), f"{rate:,.1f}"]
+            )
+        for level, prices in result["fit"].items():
+            row = [level, *where, prices["size"], f"{prices['counts_s'] * _MS:.3f}"]
+            for kind in _FITTED:
+                slope = prices[kind]["s_per_byte"]
+                rate = f"{1 / slope / _MB:,.0f}" if slope else "-"
+                row.append(f"{prices[kind]['latency_s'] * _MS:.3f} + {rate}")
+            fitted.append(row)
+    rounds = results[0]["times"][0]["num_rounds"]
+    fit_titles = ["links", "ranks", "nodes", "ranks of a group", "numbers of rows, ms"]
+    fit_titles += [f"{name}, ms + MB/s" for name in _FITTED.values()]
+    return (
+        f"{markdown_table(titles, rows)}\n\n"
+        f"Milliseconds are the median (least to most) of {rounds} rounds of "
+        f"{_CALLS_A_ROUND} calls, the slowest rank's. A message is what a rank has for each other rank: of its own rows (all-to-all), its rows "
+        "(all-gather), its share of that rank's sum (reduce), or the tensor that all sum "
+        "(all-reduce). MB/s are the messages of all other ranks to one, by the time: what it gets, "
+        "however it travels. On gloo everything is all-to-all, with sums made by the rank that "
+        "needs them. Two-level: across the nodes and within them (sums the other way round), "
+        "where there are several; within a node rows go by shared memory if there is room.\n\n"
+        "What `--dispatcher auto` fits to such links when it starts, a latency and a rate of the "
+        "bytes of the rank that sends or receives most:\n\n"
+        f"{markdown_table(fit_titles, fitted)}"
+    )
+
+
+TABLE = Table(
+    name="collectives",
+    heading="What the links do",
+    add_arguments=_add_arguments,
+    prepare=_prepare,
+    measure=_measure,
+    to_markdown=_to_markdown,
+)
