@@ -8,7 +8,8 @@ It owns how rows travel. It does not decide which rows go where: that is a dispa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -142,23 +143,25 @@ class Communicator:
         return tensor_TC if self.size == 1 else _SameOnAllRanks.apply(self, tensor_TC)
 
     def _exchange(self, rows_SC: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
-        rows_SC = rows_SC.contiguous()
-        with self._timed(rows_SC, sum(send) - send[self.rank]):
-            if self._shared:
-                received_RC = self._shared.exchange(rows_SC, send, recv)
-                if received_RC is not None:
-                    return received_RC
-            received_RC = rows_SC.new_empty((sum(recv), rows_SC.shape[1]))
-            dist.all_to_all_single(received_RC, rows_SC, list(recv), list(send), group=self.group)
+        rows_sent = sum(send) - send[self.rank]
+        if self._shared:
+            by_memory = partial(self._shared.exchange, rows_SC, send, recv)
+            if (received_RC := self._try(by_memory, rows_SC, rows_sent)) is not None:
+                return received_RC
+        received_RC = rows_SC.new_empty((sum(recv), rows_SC.shape[1]))
+        with self._timed(rows_SC, rows_sent):
+            dist.all_to_all_single(
+                received_RC, rows_SC.contiguous(), list(recv), list(send), group=self.group
+            )
         return received_RC
 
     def _gather(self, rows_TC: Tensor, counts: Sequence[int]) -> Tensor:
         """Returns the rows of all ranks ``[R, C]``."""
         num_rows = counts[self.rank]
         if self._shared:
-            with self._timed(rows_TC, (self.size - 1) * num_rows):
-                gathered_RC = self._shared.gather(rows_TC, counts)
-            if gathered_RC is not None:
+            by_memory = partial(self._shared.gather, rows_TC, counts)
+            rows_sent = (self.size - 1) * num_rows
+            if (gathered_RC := self._try(by_memory, rows_TC, rows_sent)) is not None:
                 return gathered_RC
         if self._only_exchanges:
             return self._exchange(rows_TC.repeat(self.size, 1), [num_rows] * self.size, counts)
@@ -175,9 +178,9 @@ class Communicator:
         """Returns the sums of all ranks' partial rows for this rank ``[T, C]``."""
         num_rows, width = counts[self.rank], partial_RC.shape[1]
         if self._shared:
-            with self._timed(partial_RC, sum(counts) - num_rows):
-                sum_TC = self._shared.reduce(partial_RC, counts)
-            if sum_TC is not None:
+            by_memory = partial(self._shared.reduce, partial_RC, counts)
+            rows_sent = sum(counts) - num_rows
+            if (sum_TC := self._try(by_memory, partial_RC, rows_sent)) is not None:
                 return sum_TC
         if self._only_exchanges:
             received_RC = self._exchange(partial_RC, counts, [num_rows] * self.size)
@@ -206,6 +209,16 @@ class Communicator:
         borders = [num_rows * rank // self.size for rank in range(self.size + 1)]
         shares = [end - start for start, end in zip(borders, borders[1:], strict=False)]
         return self._gather(self._reduce(partial_TC, shares), shares)
+
+    def _try(
+        self, by_memory: Callable[[], Tensor | None], rows: Tensor, rows_sent: int
+    ) -> Tensor | None:
+        """Returns what came by shared memory, and counts it; None if rows did not fit there."""
+        with self.stats.timed(rows.device, sent_bytes=0):
+            result = by_memory()
+        if result is not None:
+            self.stats.sent_bytes += rows_sent * rows.shape[1] * rows.element_size()
+        return result
 
     def _timed(self, rows: Tensor, rows_sent: int):
         return self.stats.timed(rows.device, rows_sent * rows.shape[1] * rows.element_size())

@@ -38,6 +38,7 @@ def _too_large_for_one(rank: int, memory: SharedMemory) -> None:
     comm = Communicator(dist.group.WORLD, shared=memory)
     (gathered,) = comm.gather_rows((rows,), counts)
     assert gathered[:, 0].tolist() == [0.0] + [1.0] * 600 + [2.0]
+    assert comm.stats.sent_bytes == 2 * counts[rank] * 8  # once, though memory was tried first
     partial = torch.full((602, 2), float(rank + 1))
     assert comm.reduce_rows(partial, counts).unique().tolist() == [6.0]
     (received,) = comm.exchange_rows((rows[:1].repeat(3, 1),), [1, 1, 1], [1, 1, 1])
