@@ -34,12 +34,6 @@ _REFUSED = """
 | model_type | reason |
 |---|---|
 """
-_NOT_BUILT = """
-## What was not tried
-
-| model_type | reason |
-|---|---|
-"""
 
 
 @dataclass
@@ -63,7 +57,6 @@ class FamilyResult:
 
 def render_models_doc(
     results: Mapping[str, FamilyResult],
-    not_built: Mapping[str, str],
     *,
     rtol: float,
     atol: float,
@@ -72,7 +65,6 @@ def render_models_doc(
 
     Args:
         results: What was seen, by model_type.
-        not_built: Why a family was not tried, by model_type.
         rtol: Relative tolerance of the comparison.
         atol: Absolute tolerance of the comparison.
     """
@@ -84,7 +76,7 @@ def render_models_doc(
         for model_type, seen in sorted(results.items())
     )
     head = _HEAD.format(version=transformers.__version__, rtol=rtol, atol=atol)
-    return head + passed + _REFUSED + _reasons(UNSUPPORTED) + _NOT_BUILT + _reasons(not_built)
+    return head + passed + _REFUSED + _reasons(UNSUPPORTED)
 
 
 def _reasons(reasons: Mapping[str, str]) -> str:

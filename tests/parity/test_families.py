@@ -19,7 +19,6 @@ from tests.helpers import run_ranks
 from tests.helpers.families import (
     CORE_FAMILIES,
     FAMILIES,
-    NOT_BUILT,
     UNKNOWN_FAMILIES,
     VOCAB_SIZE,
     auto_class,
@@ -228,7 +227,7 @@ def test_config_json_tells_what_the_model_is(folders, family: str) -> None:
 
 def test_every_family_of_transformers_is_here() -> None:
     """Whatever generates text and has experts that transformers itself can spread is listed."""
-    listed = {*FAMILIES, *UNSUPPORTED, *NOT_BUILT}
+    listed = {*FAMILIES, *UNSUPPORTED}
     models = Path(find_spec("transformers").origin).parent / "models"
     missing = set()
     for file in models.glob("*/modeling_*.py"):
@@ -256,7 +255,7 @@ def test_the_table_of_models_is_what_this_run_saw(request, results) -> None:
     if UNKNOWN_FAMILIES:
         pytest.skip(f"this transformers has no {', '.join(UNKNOWN_FAMILIES)}")
     if not request.config.option.keyword and results.keys() == FAMILIES.keys():
-        page = render_models_doc(results, NOT_BUILT, **FP32)
+        page = render_models_doc(results, **FP32)
         file = REPO / "docs" / "models.md"
         if request.config.getoption("--write-models-doc"):
             file.write_text(page, encoding="utf-8")

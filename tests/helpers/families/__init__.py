@@ -30,7 +30,6 @@ from tests.helpers.families.settings import COMMON, NUM_EXPERTS, VOCAB_SIZE
 __all__ = [
     "CORE_FAMILIES",
     "FAMILIES",
-    "NOT_BUILT",
     "NUM_EXPERTS",
     "UNKNOWN_FAMILIES",
     "VOCAB_SIZE",
@@ -53,14 +52,6 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 UNKNOWN_FAMILIES: tuple[str, ...] = tuple(sorted(_SETTINGS.keys() - FAMILIES.keys()))
 """Families that an older transformers does not have."""
-
-NOT_BUILT: dict[str, str] = {
-    "inkling_mm_model": (
-        "transformers builds its image encoder with scipy, which the tests do not install; its "
-        "language model is inkling_text."
-    ),
-}
-"""Families that should run and were not tried, by model_type, with the reason."""
 
 CORE_FAMILIES: tuple[str, ...] = tuple(CORE)
 """The families that are also launched end to end."""

@@ -179,6 +179,13 @@ MULTIMODAL: dict[str, Settings] = {
             "posemb_grid_size": 2,
         },
     ),
+    "inkling_mm_model": _with_text(
+        ATTENTION["inkling_text"],
+        image_token_id=90,
+        audio_token_id=91,
+        vision_config={"text_hidden_size": 32, "patch_size": 4, "num_hidden_layers": 4},
+        audio_config={"text_hidden_size": 32, "n_mel_bins": 4, "mel_vocab_size": 8},
+    ),
     "minimax_m3_vl": _with_text(
         ATTENTION["minimax_m3_vl_text"],
         image_token_index=90,
