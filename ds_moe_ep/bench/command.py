@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ds_moe_ep.bench import collectives, e2e, layer, load, scale
+from ds_moe_ep.bench import collectives, e2e, layer, load, replay, scale
 from ds_moe_ep.bench.report import Report
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import init_distributed, read_rank_info
@@ -28,7 +28,9 @@ from ds_moe_ep.local_machine import count_local_gpus, free_port
 
 __all__ = ["main"]
 
-_TABLES = {module.TABLE.name: module.TABLE for module in (load, layer, scale, collectives, e2e)}
+_TABLES = {
+    module.TABLE.name: module.TABLE for module in (load, layer, scale, collectives, e2e, replay)
+}
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -68,23 +70,29 @@ def _parser() -> argparse.ArgumentParser:
         command = tables.add_parser(table.name, help=table.heading, allow_abbrev=False)
         command.add_argument("--rounds", type=int, default=5, metavar="N", help="of each side")
         command.add_argument(
-            "--hostfile", metavar="H", help="DeepSpeed hostfile (default: this machine alone)"
-        )
-        command.add_argument(
             "--out",
             type=Path,
             default=_DOCS,
             metavar="DIR",
             help="folder of benchmarks.md and benchmarks/ (default: the checkout's docs)",
         )
-        command.add_argument(
-            "--timeout", type=float, default=600.0, metavar="S", help="longest wait for a rank"
-        )
-        # For the ranks only.
-        command.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-        command.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+        command.set_defaults(result=None)
+        if table.start is None:
+            _add_launch_arguments(command)
         table.add_arguments(command)
     return parser
+
+
+def _add_launch_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--hostfile", metavar="H", help="DeepSpeed hostfile (default: this machine alone)"
+    )
+    command.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="longest wait for a rank"
+    )
+    # For the ranks only.
+    command.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    command.add_argument("--result", type=Path, help=argparse.SUPPRESS)
 
 
 def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Sequence[str]) -> None:
@@ -93,9 +101,13 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
         work = Path(folder)
         print(f"{table.name}: preparing", file=sys.stderr)
         table.prepare(args, work)
-        for world_size in args.world:
-            print(f"{table.name}: measuring with {world_size} ranks", file=sys.stderr)
-            results += _launch(script, argv, world_size, args.hostfile, work)
+        if table.start is None:
+            for world_size in args.world:
+                print(f"{table.name}: measuring with {world_size} ranks", file=sys.stderr)
+                results += _launch(script, argv, world_size, args.hostfile, work)
+        else:
+            quiet_libraries()
+            results = table.measure(args, table.start(args), work)
     command = shlex.join(["python", os.path.join("launch", script.name), *argv])
     report = Report(table.name, table.heading, command, table.to_markdown(results), results)
     report.write(args.out)

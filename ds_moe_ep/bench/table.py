@@ -23,10 +23,13 @@ class Table:
     Attributes:
         name: Its name on the command line.
         heading: Its heading in the document.
-        add_arguments: Adds what it can be asked; ``--world``, the numbers of ranks, among it.
+        add_arguments: Adds what it can be asked; ``--world``, the numbers of ranks (one number with
+            `start`), among it.
         prepare: Called once before any rank starts: writes what they read to a folder.
         measure: Called on every rank of each world; rank 0's results count.
         to_markdown: Shows the results of all worlds.
+        start: Makes this process the only one that measures, of a job that is not there; without
+            it, ranks are launched.
     """
 
     name: str
@@ -35,3 +38,4 @@ class Table:
     prepare: Callable[[argparse.Namespace, Path], None]
     measure: Callable[[argparse.Namespace, Job, Path], list[Result]]
     to_markdown: Callable[[Sequence[Result]], str]
+    start: Callable[[argparse.Namespace], Job] | None = None

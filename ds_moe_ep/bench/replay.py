@@ -1,0 +1,259 @@
+"""`bench replay`: one rank of a large job in this process, with no other rank and no communication.
+
+Torch's ``fake`` process group plays the others: each sends this rank what it sends to rank 0. So
+shapes and kernels are those of the job, the results are not. Weights are random.
+"""
+
+# Shapes: T tokens of this rank
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PreTrainedModel, StaticCache
+
+from ds_moe_ep.adapter import adapt, moe_layers, shard_experts
+from ds_moe_ep.bench.report import markdown_table, with_range
+from ds_moe_ep.bench.table import Result, Table
+from ds_moe_ep.bench.timing import Spread, time_in_turn
+from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
+from ds_moe_ep.dist.groups import Job, RankInfo
+from ds_moe_ep.model_spec import ModelSpec, read_model_spec
+from ds_moe_ep.plan import ParallelPlan
+
+__all__ = ["TABLE", "prefill_flops"]
+
+_MS = 1000.0
+_STEPS = 8  # decode steps of a round, for which the cache has room after the context
+
+
+def prefill_flops(spec: ModelSpec, num_tokens: int, expert_rows: int) -> int:
+    """Returns the operations of a rank's matrix products in a prefill of one prompt.
+
+    The head is left out, as it sees the last token alone; attention is causal.
+
+    Args:
+        spec: The model.
+        num_tokens: Tokens of the prompt.
+        expert_rows: Pairs of a row and an expert that this rank computes, in all layers.
+    """
+    num_embeddings = 1 if spec.tie_word_embeddings else 2
+    dense = spec.num_dense_params - num_embeddings * spec.vocab_size * spec.hidden_size
+    attention = 2 * spec.num_layers * spec.num_attention_heads * spec.head_dim * num_tokens**2
+    return 2 * dense * num_tokens + 2 * spec.num_params_per_expert * expert_rows + attention
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder with a config.json")
+    parser.add_argument("--world", type=int, default=64, help="ranks of the job")
+    parser.add_argument("--rank", type=int, default=0, help="the one that this process plays")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 8, 32, 128], metavar="T", help="tokens a rank"
+    )
+    parser.add_argument("--context", type=int, default=512, help="tokens before those decoded")
+    parser.add_argument("--prefill", type=int, default=4096, help="tokens of the prompt")
+
+
+def _prepare(args: argparse.Namespace, work: Path) -> None:
+    read_model_spec(args.model)  # refuses what it cannot read
+
+
+def _start(args: argparse.Namespace) -> Job:
+    dist.init_process_group("fake", store=FakeStore(), rank=args.rank, world_size=args.world)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return Job(RankInfo(args.rank, 0, args.world), device, dist.group.WORLD)
+
+
+@torch.no_grad()
+def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
+    dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
+    model = _build(args.model, job, dtype, "allgather")
+    weight_bytes = sum(param.nbytes for param in model.parameters())
+    about = {
+        "model": Path(args.model).name,
+        "world_size": args.world,
+        "rank": args.rank,
+        "dtype": str(dtype).removeprefix("torch."),
+        "weight_bytes": weight_bytes,
+        "bytes_per_s": _copy_rate(job.device, args.rounds),
+        "flops": _matmul_rate(job.device, dtype, args.rounds),
+    }
+    results = []
+    for num_tokens in args.tokens:
+        _announce(model, num_tokens, args.world)
+        floor = {"floor": "weights", "floor_s": weight_bytes / about["bytes_per_s"]}
+        for mode, spread in _time_decode(model, num_tokens, args.context, args.rounds).items():
+            what = {"phase": "decode", "tokens": num_tokens, "context": args.context, "mode": mode}
+            results.append({**about, **what, **floor, "seconds": vars(spread)})
+    del model
+    model = _build(args.model, job, dtype, "alltoall")
+    _announce(model, args.prefill, args.world)
+    spread, expert_rows = _time_prefill(model, args.prefill, args.rounds)
+    flops = prefill_flops(read_model_spec(args.model), args.prefill, expert_rows)
+    what = {"phase": "prefill", "tokens": args.prefill, "context": 0, "mode": "eager"}
+    floor = {"floor": "products", "floor_s": flops / about["flops"]}
+    results.append({**about, **what, **floor, "seconds": vars(spread)})
+    return results
+
+
+def _build(folder: str, job: Job, dtype: torch.dtype, dispatcher: str) -> PreTrainedModel:
+    """Builds this rank's part of a model, with random weights; the rest is never there."""
+    torch.manual_seed(0)
+    rank, plan = job.info.rank, ParallelPlan(job.info.world_size)
+    model = build_on_meta(read_model_config(Path(folder)), dtype)
+    shard_experts(model, plan.ep_size, rank)
+    model.to_empty(device=job.device).init_weights()
+    adapt(model, plan, ep_rank=rank, dispatcher=dispatcher)
+    for layer in moe_layers(model):
+        # The expert group is the world; DeepSpeed's groups would need other ranks to be made.
+        layer.deepspeed_moe._set_ep_group(dist.group.WORLD)
+    return model.eval()
+
+
+def _announce(model: PreTrainedModel, num_tokens: int, world_size: int) -> None:
+    for layer in moe_layers(model):
+        layer.announce([num_tokens] * world_size)
+
+
+def _time_decode(
+    model: PreTrainedModel, num_tokens: int, context: int, rounds: int
+) -> dict[str, Spread]:
+    cache = StaticCache(config=model.config, max_cache_len=context + _STEPS)
+    ids_T1 = torch.full((num_tokens, 1), 3, device=model.device)
+    steps: dict[str, Callable[[], object]] = {
+        "eager": functools.partial(model, ids_T1, past_key_values=cache)
+    }
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(context)
+        _wait(model.device)
+
+    steps["eager"]()  # makes the cache
+    if model.device.type == "cuda":
+        compiled = torch.compile(model)
+        steps["compiled"] = functools.partial(compiled, ids_T1, past_key_values=cache)
+        steps["CUDA graph"] = _capture(steps["eager"], rewind)
+
+    def run(step: Callable[[], object]) -> None:
+        for _ in range(_STEPS):
+            step()
+        _wait(model.device)
+
+    sides = {mode: functools.partial(run, step) for mode, step in steps.items()}
+    for side in sides.values():
+        rewind()
+        side()  # compiles, and makes buffers
+    return time_in_turn(
+        sides, rounds, wait_for_all=rewind, slowest=lambda seconds: seconds / _STEPS
+    )
+
+
+def _capture(step: Callable[[], object], rewind: Callable[[], None]) -> Callable[[], None]:
+    """Returns a CUDA graph of a step, which was called before."""
+    rewind()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return cast(Callable[[], None], graph.replay)
+
+
+def _time_prefill(model: PreTrainedModel, num_tokens: int, rounds: int) -> tuple[Spread, int]:
+    vocabulary = model.config.vocab_size
+    ids_1T = torch.randint(vocabulary, (1, num_tokens), device=model.device)
+
+    def run() -> None:
+        model(ids_1T, logits_to_keep=1)
+        _wait(model.device)
+
+    run()
+    expert_rows = sum(
+        int(layer.deepspeed_moe.tokens_per_expert.sum()) for layer in moe_layers(model)
+    )
+    return time_in_turn({"eager": run}, rounds)["eager"], expert_rows
+
+
+def _copy_rate(device: torch.device, rounds: int) -> float:
+    """Bytes a second of reading and writing."""
+    source = torch.ones(1 << (31 if device.type == "cuda" else 26), dtype=torch.uint8).to(device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device, rounds)
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
+    """Operations a second of a large matrix product."""
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn((size, size), device=device, dtype=dtype)
+    return 2 * size**3 / _fastest(lambda: matrix @ matrix, device, rounds)
+
+
+def _fastest(run: Callable[[], object], device: torch.device, rounds: int) -> float:
+    def run_and_wait() -> None:
+        run()
+        _wait(device)
+
+    run_and_wait()
+    return time_in_turn({"it": run_and_wait}, rounds)["it"].min
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _to_markdown(results: Sequence[Result]) -> str:
+    titles = ["phase", "tokens a rank", "context", "mode", "ms", "floor, ms", "share of the floor"]
+    rows = []
+    for result in results:
+        seconds, floor_s = result["seconds"], result["floor_s"]
+        rows.append(
+            [
+                *(result["phase"], f"{result['tokens']:,}", result["context"], result["mode"]),
+                with_range(seconds, scale=_MS),
+                f"{floor_s * _MS:.2f} ({result['floor']})",
+                f"{floor_s / seconds['median']:.0%}",
+            ]
+        )
+    one = results[0]
+    return (
+        f"{markdown_table(titles, rows)}\n\n"
+        f"Rank {one['rank']} of {one['world_size']} of {one['model']} in one process with torch's "
+        f"`fake` process group: its shapes and kernels, random weights in {one['dtype']}, no "
+        "communication; every other rank is taken to send it what it sends to rank 0. Milliseconds "
+        f"are of a pass through the whole model, the median (least to most) of "
+        f"{one['seconds']['num_rounds']} rounds. Decode: allgather with announced tokens, {_STEPS} "
+        "steps a round; prefill: alltoall, one prompt a rank. Floors: reading all "
+        f"{one['weight_bytes'] / 1e6:,.0f} MB of weights that the rank holds (dense, embeddings "
+        "among them, and its experts) at the rate of a copy, "
+        f"{one['bytes_per_s'] / 1e9:,.1f} GB/s measured here; the matrix products of the pass at "
+        f"the rate of a large one, {one['flops'] / 1e12:,.2f} TFLOP/s measured here."
+        + ("" if one["dtype"] == "bfloat16" else _NO_GPU)
+    )
+
+
+_NO_GPU = (
+    " There was no GPU: this shows that the command works; its rows on a GPU, compiled and as a "
+    "CUDA graph too, are not measured yet."
+)
+
+TABLE = Table(
+    name="replay",
+    heading="One rank of a large job",
+    add_arguments=_add_arguments,
+    prepare=_prepare,
+    measure=_measure,
+    to_markdown=_to_markdown,
+    start=_start,
+)
