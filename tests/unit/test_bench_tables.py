@@ -1,0 +1,103 @@
+"""What the benchmark's tables count, and how they show it."""
+
+import torch
+
+from ds_moe_ep.bench import collectives, replay, scale
+from ds_moe_ep.bench.models import SHAPES
+from ds_moe_ep.bench.replay import prefill_flops
+from ds_moe_ep.bench.scale import least_bytes
+from ds_moe_ep.bench.timing import Spread
+from ds_moe_ep.model_spec import read_model_spec
+
+
+def cells(text, line):
+    return [cell.strip() for cell in text.splitlines()[line].split("|")[1:-1]]
+
+
+def spread(ms):
+    return vars(Spread(ms / 1000, ms / 2000, ms / 500, 5))
+
+
+def test_a_row_counts_once_for_each_other_rank_and_back():
+    # Two experts a rank. Rank 0 has three tokens, rank 1 none, rank 2 one.
+    topk_ids = torch.tensor([[0, 1], [2, 3], [3, 5], [4, 0]])
+    # Token 0 stays; 1 goes to rank 1 once; 2 to ranks 1 and 2; 3 from rank 2 to rank 0 alone.
+    assert least_bytes(topk_ids, [3, 0, 1], 2, row_bytes=10) == 2 * 10 * (0 + 1 + 2 + 1)
+
+
+def test_one_rank_needs_to_send_nothing():
+    assert least_bytes(torch.tensor([[0, 7], [3, 4]]), [2], 8, row_bytes=10) == 0
+
+
+def scale_result(fixed, world_size, total_tokens):
+    return {
+        "fixed": fixed,
+        "world_size": world_size,
+        "num_nodes": 1,
+        "shape": "tiny",
+        "total_tokens": total_tokens,
+        "least_bytes": 4000.0,
+        "sent_bytes": {"auto": 8000.0, "routed rows only": 4200.0},
+        "seconds": {"auto": spread(2.0), "routed rows only": spread(3.0)},
+    }
+
+
+def test_scaling_shows_bytes_next_to_the_minimum():
+    results = [
+        scale_result("per rank", 2, 32),
+        scale_result("in all", 2, 512),
+        scale_result("per rank", 4, 64),
+        scale_result("in all", 4, 512),
+    ]
+    text = scale.TABLE.to_markdown(results)
+    assert [cells(text, line)[:3] for line in range(2, 6)] == [
+        ["tokens in all", "2", "512"],
+        ["tokens in all", "4", "512"],
+        ["tokens per rank", "2", "32"],
+        ["tokens per rank", "4", "64"],
+    ]
+    assert cells(text, 2)[3:] == [
+        *("2.0 (1.0 to 4.0)", "3.0 (1.5 to 6.0)"),
+        *("4.0", "8.0", "4.2", "2.00", "1.05"),
+    ]
+    assert "8 experts, top-2, hidden 64, expert width 32" in text
+
+
+def test_collectives_show_the_rate_of_what_a_rank_gets_and_the_fit():
+    price = {"latency_s": 0.001, "s_per_byte": 1e-9}
+    flat = {"size": 4, "counts_s": 0.0005, "exchange": price, "gather": price, "reduce": price}
+    flat["reduce"] = {"latency_s": 0.002, "s_per_byte": 0.0}
+    time = {"collective": "all-gather", "way": "flat", "message_bytes": 65536, **spread(2.0)}
+    result = {"world_size": 4, "num_nodes": 1, "times": [time], "fit": {"flat": flat}}
+    text = collectives.TABLE.to_markdown([result])
+    assert cells(text, 2) == ["all-gather", "4", "1", "flat", "64", "2.00 (1.00 to 4.00)", "98.3"]
+    assert cells(text, -1) == [
+        *("flat", "4", "1", "4", "0.500"),
+        *("1.000 + 1,000", "1.000 + 1,000", "2.000 + -"),
+    ]
+
+
+def test_the_operations_of_a_prefill(tmp_path):
+    SHAPES["tiny"].config().save_pretrained(tmp_path)
+    # A layer has four projections of 64 x 64, a router of 8 x 64, two norms of 64 and two of 32 for
+    # queries and keys; the model has one norm more. An expert has three matrices of 64 x 32.
+    dense = 2 * (4 * 64 * 64 + 8 * 64 + 2 * 64 + 2 * 32) + 64
+    attention = 2 * 2 * 64 * 10**2  # each of two layers: two products, half of each masked
+    expected = 2 * 10 * dense + 2 * 7 * (3 * 64 * 32) + attention
+    assert prefill_flops(read_model_spec(tmp_path), 10, expert_rows=7) == expected
+
+
+def test_a_replay_shows_its_share_of_the_floor():
+    result = {
+        **{"model": "olmoe", "world_size": 64, "rank": 5, "dtype": "bfloat16"},
+        **{"weight_bytes": 1_150_000_000, "bytes_per_s": 4.3e12, "flops": 7.9e14},
+        **{"phase": "decode", "tokens": 8, "context": 512, "mode": "CUDA graph"},
+        **{"floor": "weights", "floor_s": 0.00027, "seconds": spread(1.08)},
+    }
+    text = replay.TABLE.to_markdown([result])
+    assert cells(text, 2) == [
+        *("decode", "8", "512", "CUDA graph", "1.08 (0.54 to 2.16)", "0.27 (weights)", "25%"),
+    ]
+    assert "Rank 5 of 64 of olmoe" in text
+    assert "no GPU" not in text
+    assert "There was no GPU" in replay.TABLE.to_markdown([result | {"dtype": "float32"}])
