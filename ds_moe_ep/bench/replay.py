@@ -1,10 +1,11 @@
 """`bench replay`: one rank of a large job in this process, with no other rank and no communication.
 
 Torch's ``fake`` process group plays the others: each sends this rank what it sends to rank 0. So
-shapes and kernels are those of the job, the results are not. Weights are random.
+shapes and kernels are those of the job, the results are not. Weights are random, and tokens choose
+all experts equally.
 """
 
-# Shapes: T tokens of this rank
+# Shapes: T tokens of this rank, H hidden, K top_k
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel, StaticCache
 
@@ -26,9 +28,10 @@ from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
 from ds_moe_ep.dist.groups import Job, RankInfo
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
+from ds_moe_ep.moe.layer import ExpertParallelMoE
 from ds_moe_ep.plan import ParallelPlan
 
-__all__ = ["TABLE", "prefill_flops"]
+__all__ = ["TABLE", "even_ids", "prefill_flops"]
 
 _MS = 1000.0
 _STEPS = 8  # decode steps of a round, for which the cache has room after the context
@@ -114,7 +117,30 @@ def _build(folder: str, job: Job, dtype: torch.dtype, dispatcher: str) -> PreTra
     for layer in moe_layers(model):
         # The expert group is the world; DeepSpeed's groups would need other ranks to be made.
         layer.deepspeed_moe._set_ep_group(dist.group.WORLD)
+        layer.register_forward_pre_hook(_route_evenly)
     return model.eval()
+
+
+def _route_evenly(
+    layer: ExpertParallelMoE, args: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives every expert as many rows: with random weights, a rank might get none."""
+    x_TH, topk_ids_TK, weights_TK = args
+    return (
+        x_TH,
+        even_ids(*topk_ids_TK.shape, layer.ep_size, layer.num_experts, x_TH.device),
+        weights_TK,
+    )
+
+
+@functools.cache  # a step is to be timed without it
+def even_ids(
+    num_tokens: int, top_k: int, ep_size: int, num_experts: int, device: torch.device
+) -> Tensor:
+    """Returns expert ids ``[T, K]`` that go round the ranks, and on each round its experts."""
+    slots_TK = torch.arange(num_tokens * top_k, device=device).view(num_tokens, top_k)
+    num_local_experts = num_experts // ep_size
+    return slots_TK % ep_size * num_local_experts + slots_TK // ep_size % num_local_experts
 
 
 def _announce(model: PreTrainedModel, num_tokens: int, world_size: int) -> None:
@@ -231,7 +257,8 @@ def _to_markdown(results: Sequence[Result]) -> str:
         f"{markdown_table(titles, rows)}\n\n"
         f"Rank {one['rank']} of {one['world_size']} of {one['model']} in one process with torch's "
         f"`fake` process group: its shapes and kernels, random weights in {one['dtype']}, no "
-        "communication; every other rank is taken to send it what it sends to rank 0. Milliseconds "
+        "communication; every other rank is taken to send it what it sends to rank 0. Tokens "
+        "choose all experts equally, and each as many ranks as it can. Milliseconds "
         f"are of a pass through the whole model, the median (least to most) of "
         f"{one['seconds']['num_rounds']} rounds. Decode: allgather with announced tokens, {_STEPS} "
         "steps a round; prefill: alltoall, one prompt a rank. Floors: reading all "

@@ -4,7 +4,7 @@ import torch
 
 from ds_moe_ep.bench import collectives, replay, scale
 from ds_moe_ep.bench.models import SHAPES
-from ds_moe_ep.bench.replay import prefill_flops
+from ds_moe_ep.bench.replay import even_ids, prefill_flops
 from ds_moe_ep.bench.scale import least_bytes
 from ds_moe_ep.bench.timing import Spread
 from ds_moe_ep.model_spec import read_model_spec
@@ -85,6 +85,12 @@ def test_the_operations_of_a_prefill(tmp_path):
     attention = 2 * 2 * 64 * 10**2  # each of two layers: two products, half of each masked
     expected = 2 * 10 * dense + 2 * 7 * (3 * 64 * 32) + attention
     assert prefill_flops(read_model_spec(tmp_path), 10, expert_rows=7) == expected
+
+
+def test_replayed_tokens_choose_different_ranks_and_all_experts_equally():
+    ids = even_ids(8, 2, 4, 8, torch.device("cpu"))  # two experts on each of four ranks
+    assert ids.flatten().bincount().tolist() == [2] * 8
+    assert all(first // 2 != second // 2 for first, second in ids.tolist())
 
 
 def test_a_replay_shows_its_share_of_the_floor():
