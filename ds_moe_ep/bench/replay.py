@@ -27,6 +27,7 @@ from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
 from ds_moe_ep.dist.groups import Job, RankInfo
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 from ds_moe_ep.plan import ParallelPlan
@@ -66,6 +67,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(args: argparse.Namespace, work: Path) -> None:
     read_model_spec(args.model)  # refuses what it cannot read
+    if not 0 <= args.rank < args.world:
+        raise ConfigError(
+            f"--rank={args.rank} is not a rank of --world={args.world}. Use 0 to {args.world - 1}."
+        )
 
 
 def _start(args: argparse.Namespace) -> Job:
@@ -164,7 +169,8 @@ def _time_decode(
 
     steps["eager"]()  # makes the cache
     if model.device.type == "cuda":
-        compiled = torch.compile(model)
+        torch._dynamo.reset()  # what was compiled for other shapes counts towards a limit
+        compiled = torch.compile(model, dynamic=False)
         steps["compiled"] = functools.partial(compiled, ids_T1, past_key_values=cache)
         steps["CUDA graph"] = _capture(steps["eager"], rewind)
 

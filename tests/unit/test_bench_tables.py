@@ -1,5 +1,8 @@
 """What the benchmark's tables count, and how they show it."""
 
+import argparse
+
+import pytest
 import torch
 
 from ds_moe_ep.bench import collectives, replay, scale
@@ -7,6 +10,7 @@ from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.replay import even_ids, prefill_flops
 from ds_moe_ep.bench.scale import least_bytes
 from ds_moe_ep.bench.timing import Spread
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model_spec import read_model_spec
 
 
@@ -91,6 +95,13 @@ def test_replayed_tokens_choose_different_ranks_and_all_experts_equally():
     ids = even_ids(8, 2, 4, 8, torch.device("cpu"))  # two experts on each of four ranks
     assert ids.flatten().bincount().tolist() == [2] * 8
     assert all(first // 2 != second // 2 for first, second in ids.tolist())
+
+
+def test_a_rank_outside_of_the_job_is_refused(tmp_path):
+    SHAPES["tiny"].config().save_pretrained(tmp_path)
+    asked = argparse.Namespace(model=tmp_path, rank=8, world=8)
+    with pytest.raises(ConfigError, match=r"--rank=8 .* --world=8. Use 0 to 7\."):
+        replay.TABLE.prepare(asked, tmp_path)
 
 
 def test_a_replay_shows_its_share_of_the_floor():
