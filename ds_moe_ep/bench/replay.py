@@ -1,11 +1,4 @@
-"""`bench replay`: one rank of a large job in this process, with no other rank and no communication.
-
-Torch's ``fake`` process group plays the others: each sends this rank what it sends to rank 0. So
-shapes and kernels are those of the job, the results are not. Weights are random, and tokens choose
-all experts equally.
-"""
-
-# Shapes: T tokens of this rank, H hidden, K top_k
+"""`bench replay`: one rank of a large job in this process, against what its hardware could do."""
 
 from __future__ import annotations
 
@@ -16,23 +9,19 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel, StaticCache
 
-from ds_moe_ep.adapter import adapt, moe_layers, shard_experts
+from ds_moe_ep.adapter import moe_layers
+from ds_moe_ep.bench.floors import copy_rate, matmul_rate, wait
+from ds_moe_ep.bench.replayed_rank import announce, build_own_part, join_fake_job
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread, time_in_turn
-from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
-from ds_moe_ep.dist.groups import Job, RankInfo
+from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
-from ds_moe_ep.moe.layer import ExpertParallelMoE
-from ds_moe_ep.plan import ParallelPlan
 
-__all__ = ["TABLE", "even_ids", "prefill_flops"]
+__all__ = ["TABLE", "prefill_flops"]
 
 _MS = 1000.0
 _STEPS = 8  # decode steps of a round, for which the cache has room after the context
@@ -74,15 +63,13 @@ def _prepare(args: argparse.Namespace, work: Path) -> None:
 
 
 def _start(args: argparse.Namespace) -> Job:
-    dist.init_process_group("fake", store=FakeStore(), rank=args.rank, world_size=args.world)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return Job(RankInfo(args.rank, 0, args.world), device, dist.group.WORLD)
+    return join_fake_job(args.rank, args.world)
 
 
 @torch.no_grad()
 def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
-    model = _build(args.model, job, dtype, "allgather")
+    model = build_own_part(args.model, job, dtype, "allgather")
     weight_bytes = sum(param.nbytes for param in model.parameters())
     about = {
         "model": Path(args.model).name,
@@ -90,67 +77,25 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
         "rank": args.rank,
         "dtype": str(dtype).removeprefix("torch."),
         "weight_bytes": weight_bytes,
-        "bytes_per_s": _copy_rate(job.device, args.rounds),
-        "flops": _matmul_rate(job.device, dtype, args.rounds),
+        "bytes_per_s": copy_rate(job.device, args.rounds),
+        "flops": matmul_rate(job.device, dtype, args.rounds),
     }
     results = []
     for num_tokens in args.tokens:
-        _announce(model, num_tokens, args.world)
+        announce(model, num_tokens, args.world)
         floor = {"floor": "weights", "floor_s": weight_bytes / about["bytes_per_s"]}
         for mode, spread in _time_decode(model, num_tokens, args.context, args.rounds).items():
             what = {"phase": "decode", "tokens": num_tokens, "context": args.context, "mode": mode}
             results.append({**about, **what, **floor, "seconds": vars(spread)})
     del model
-    model = _build(args.model, job, dtype, "alltoall")
-    _announce(model, args.prefill, args.world)
+    model = build_own_part(args.model, job, dtype, "alltoall")
+    announce(model, args.prefill, args.world)
     spread, expert_rows = _time_prefill(model, args.prefill, args.rounds)
     flops = prefill_flops(read_model_spec(args.model), args.prefill, expert_rows)
     what = {"phase": "prefill", "tokens": args.prefill, "context": 0, "mode": "eager"}
     floor = {"floor": "products", "floor_s": flops / about["flops"]}
     results.append({**about, **what, **floor, "seconds": vars(spread)})
     return results
-
-
-def _build(folder: str, job: Job, dtype: torch.dtype, dispatcher: str) -> PreTrainedModel:
-    """Builds this rank's part of a model, with random weights; the rest is never there."""
-    torch.manual_seed(0)
-    rank, plan = job.info.rank, ParallelPlan(job.info.world_size)
-    model = build_on_meta(read_model_config(Path(folder)), dtype)
-    shard_experts(model, plan.ep_size, rank)
-    model.to_empty(device=job.device).init_weights()
-    adapt(model, plan, ep_rank=rank, dispatcher=dispatcher)
-    for layer in moe_layers(model):
-        # The expert group is the world; DeepSpeed's groups would need other ranks to be made.
-        layer.deepspeed_moe._set_ep_group(dist.group.WORLD)
-        layer.register_forward_pre_hook(_route_evenly)
-    return model.eval()
-
-
-def _route_evenly(
-    layer: ExpertParallelMoE, args: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives every expert as many rows: with random weights, a rank might get none."""
-    x_TH, topk_ids_TK, weights_TK = args
-    return (
-        x_TH,
-        even_ids(*topk_ids_TK.shape, layer.ep_size, layer.num_experts, x_TH.device),
-        weights_TK,
-    )
-
-
-@functools.cache  # a step is to be timed without it
-def even_ids(
-    num_tokens: int, top_k: int, ep_size: int, num_experts: int, device: torch.device
-) -> Tensor:
-    """Returns expert ids ``[T, K]`` that go round the ranks, and on each round its experts."""
-    slots_TK = torch.arange(num_tokens * top_k, device=device).view(num_tokens, top_k)
-    num_local_experts = num_experts // ep_size
-    return slots_TK % ep_size * num_local_experts + slots_TK // ep_size % num_local_experts
-
-
-def _announce(model: PreTrainedModel, num_tokens: int, world_size: int) -> None:
-    for layer in moe_layers(model):
-        layer.announce([num_tokens] * world_size)
 
 
 def _time_decode(
@@ -165,7 +110,7 @@ def _time_decode(
     def rewind() -> None:
         for layer in cache.layers:
             layer.cumulative_length.fill_(context)
-        _wait(model.device)
+        wait(model.device)
 
     steps["eager"]()  # makes the cache
     if model.device.type == "cuda":
@@ -177,7 +122,7 @@ def _time_decode(
     def run(step: Callable[[], object]) -> None:
         for _ in range(_STEPS):
             step()
-        _wait(model.device)
+        wait(model.device)
 
     sides = {mode: functools.partial(run, step) for mode, step in steps.items()}
     for side in sides.values():
@@ -208,41 +153,13 @@ def _time_prefill(model: PreTrainedModel, num_tokens: int, rounds: int) -> tuple
 
     def run() -> None:
         model(ids_1T, logits_to_keep=1)
-        _wait(model.device)
+        wait(model.device)
 
     run()
     expert_rows = sum(
         int(layer.deepspeed_moe.tokens_per_expert.sum()) for layer in moe_layers(model)
     )
     return time_in_turn({"eager": run}, rounds)["eager"], expert_rows
-
-
-def _copy_rate(device: torch.device, rounds: int) -> float:
-    """Bytes a second of reading and writing."""
-    source = torch.ones(1 << (31 if device.type == "cuda" else 26), dtype=torch.uint8).to(device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device, rounds)
-
-
-def _matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
-    """Operations a second of a large matrix product."""
-    size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn((size, size), device=device, dtype=dtype)
-    return 2 * size**3 / _fastest(lambda: matrix @ matrix, device, rounds)
-
-
-def _fastest(run: Callable[[], object], device: torch.device, rounds: int) -> float:
-    def run_and_wait() -> None:
-        run()
-        _wait(device)
-
-    run_and_wait()
-    return time_in_turn({"it": run_and_wait}, rounds)["it"].min
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _to_markdown(results: Sequence[Result]) -> str:

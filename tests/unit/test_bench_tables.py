@@ -7,7 +7,8 @@ import torch
 
 from ds_moe_ep.bench import collectives, replay, scale
 from ds_moe_ep.bench.models import SHAPES
-from ds_moe_ep.bench.replay import even_ids, prefill_flops
+from ds_moe_ep.bench.replay import prefill_flops
+from ds_moe_ep.bench.replayed_rank import even_ids
 from ds_moe_ep.bench.scale import least_bytes
 from ds_moe_ep.bench.timing import Spread
 from ds_moe_ep.errors import ConfigError
