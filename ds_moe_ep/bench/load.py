@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ds_moe_ep.bench.memory import PeakMemory, read_bytes_so_far
 from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import markdown_table, with_range
-from ds_moe_ep.bench.table import Table
+from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import time_in_turn
 from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.dist.groups import Job
@@ -39,20 +38,37 @@ def _prepare(args: argparse.Namespace, work: Path) -> None:
         write_model(SHAPES[name], work / name)
 
 
-def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[dict[str, Any]]:
-    return [_measure_model(args, job, name, work / name) for name in args.models]
+def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
+    # Memory first: what a whole model leaves behind in rank 0 would count as its own.
+    memory = {name: _measure_memory(args, job, work / name) for name in args.models}
+    return [
+        {"model": name, **memory[name], "seconds": _time(args, job, work / name)}
+        for name in args.models
+    ]
 
 
-def _measure_model(args: argparse.Namespace, job: Job, name: str, folder: Path) -> dict[str, Any]:
-    info = job.info
+def _measure_memory(args: argparse.Namespace, job: Job, folder: Path) -> Result:
+    job.wait_for_all(args.timeout, "loading")
+    before = read_bytes_so_far()
+    with PeakMemory() as peak:
+        model = _load_own_experts(job, folder)
+    read_bytes = read_bytes_so_far() - before
+    kept_bytes = _num_bytes(model)
+    ranks = job.all_gather((read_bytes / kept_bytes, kept_bytes, peak.num_bytes))
+    read_factor, kept_bytes, peak_bytes = (max(values) for values in zip(*ranks, strict=True))
+    return {
+        "world_size": job.info.world_size,
+        "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "kept_bytes": kept_bytes,
+        "read_factor": read_factor,
+        "peak_bytes": peak_bytes,
+        "allowed_peak_bytes": int(_KEPT_FACTOR * kept_bytes + _INTERPRETER_BYTES),
+    }
 
-    def load_own_experts() -> nn.Module:
-        plan = ParallelPlan(info.world_size)
-        model, _ = load_expert_parallel_model(folder, plan, ep_rank=info.rank, device=job.device)
-        return model
 
+def _time(args: argparse.Namespace, job: Job, folder: Path) -> dict[str, dict[str, float]]:
     def load_all() -> nn.Module | None:
-        if info.rank != 0:
+        if job.info.rank != 0:
             return None
         torch.set_num_threads(os.cpu_count() or 1)
         try:
@@ -62,36 +78,21 @@ def _measure_model(args: argparse.Namespace, job: Job, name: str, folder: Path) 
         finally:
             torch.set_num_threads(1)
 
-    def wait_for_all() -> None:
-        job.wait_for_all(args.timeout, f"loading {name}")
-
-    # The first time, nothing is timed; it also brings the files into the page cache.
-    wait_for_all()
-    before = read_bytes_so_far()
-    with PeakMemory() as peak:
-        model = load_own_experts()
-    read_bytes = read_bytes_so_far() - before
-    kept_bytes = _num_bytes(model)
-    del model
     seconds = time_in_turn(
-        {"ours": load_own_experts, "transformers": load_all},
+        {"ours": lambda: _load_own_experts(job, folder), "transformers": load_all},
         args.rounds,
-        wait_for_all=wait_for_all,
+        wait_for_all=lambda: job.wait_for_all(args.timeout, "loading"),
         slowest=lambda taken: max(job.all_gather(taken)),
     )
-    ranks = job.all_gather((read_bytes / kept_bytes, kept_bytes, peak.num_bytes))
-    read_factor, kept_bytes, peak_bytes = (max(values) for values in zip(*ranks, strict=True))
-    file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {
-        "model": name,
-        "world_size": info.world_size,
-        "file_bytes": file_bytes,
-        "kept_bytes": kept_bytes,
-        "read_factor": read_factor,
-        "peak_bytes": peak_bytes,
-        "allowed_peak_bytes": int(_KEPT_FACTOR * kept_bytes + _INTERPRETER_BYTES),
-        "seconds": {side: vars(spread) for side, spread in seconds.items()},
-    }
+    return {side: vars(spread) for side, spread in seconds.items()}
+
+
+def _load_own_experts(job: Job, folder: Path) -> nn.Module:
+    info = job.info
+    model, _ = load_expert_parallel_model(
+        folder, ParallelPlan(info.world_size), ep_rank=info.rank, device=job.device
+    )
+    return model
 
 
 def _num_bytes(model: nn.Module) -> int:
@@ -100,7 +101,7 @@ def _num_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _to_markdown(results: Sequence[dict[str, Any]]) -> str:
+def _to_markdown(results: Sequence[Result]) -> str:
     titles = [
         "model",
         "ranks",
@@ -139,7 +140,7 @@ def _to_markdown(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _rounds(results: Sequence[dict[str, Any]]) -> int:
+def _rounds(results: Sequence[Result]) -> int:
     return int(results[0]["seconds"]["ours"]["num_rounds"])
 
 
