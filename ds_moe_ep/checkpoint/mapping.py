@@ -6,6 +6,7 @@ model family.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from ds_moe_ep.moe.experts import expert_parameters
 __all__ = ["ExpertTensor", "OwnTensors", "expert_tensors", "own_tensors", "rows_of"]
 
 _ANY = "*"  # stands for the expert in a name
+_LAST_NUMBER = re.compile(r"(.*\.)(\d+)(?=\.|$)(.*)")  # greedy: the last that fits
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,10 @@ def own_tensors(
             picked[key] = StoredSlice(reader, pieces)
         elif found.expert is None:
             picked[key] = StoredSlice(reader, rows_of(pieces, found.layer.local_experts))
-        else:
-            of_any_expert, _ = _take_out_expert(key)
+        elif found.expert in found.layer.local_experts:
+            of_any_expert, expert = _take_out_expert(key)
             owner[of_any_expert] = found.layer
-            if found.expert in found.layer.local_experts:
-                (merged[of_any_expert][found.expert],) = pieces
+            (merged[of_any_expert][expert],) = pieces
     for of_any_expert, layer in owner.items():
         first = of_any_expert.replace(_ANY, str(layer.local_experts.start))
         rows = _as_rows(of_any_expert, merged[of_any_expert], layer.local_experts)
@@ -193,13 +194,13 @@ def rows_of(pieces: Sequence[StoredTensor], experts: range) -> list[StoredTensor
     return found
 
 
-def _take_out_expert(key: str) -> tuple[str, int | None]:
+def _take_out_expert(key: str) -> tuple[str, int]:
     """Splits a name at its last number, which is that of the expert if it is a name of one."""
-    parts = key.split(".")
-    for at in reversed(range(len(parts))):
-        if parts[at].isdigit():
-            return ".".join((*parts[:at], _ANY, *parts[at + 1 :])), int(parts[at])
-    return key, None
+    found = _LAST_NUMBER.match(key)
+    if found is None:
+        return key, 0
+    before, number, after = found.groups()
+    return f"{before}{_ANY}{after}", int(number)
 
 
 def _check_fused(key: str, num_experts: int, layer: SwappedLayer) -> None:
