@@ -69,3 +69,32 @@ def test_collectives_are_timed_without_a_sync(device) -> None:
         torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
     assert comm.stats.calls == 1
     assert 0.0 < comm.stats.seconds() < 10.0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_captured_layer_computes_new_rows_when_it_is_replayed(tmp_path, device, family) -> None:
+    save_tiny(family, tmp_path)
+    (layer, *_) = moe_layers(load(tmp_path, torch.bfloat16, device).module)
+
+    def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scores = torch.rand((5, layer.num_experts), device=device).topk(2)
+        x = torch.randn((5, layer.hidden_size), device=device, dtype=torch.bfloat16)
+        return x, scores.indices, scores.values
+
+    held = inputs()
+    layer.deepspeed_moe.announce([5])
+    with torch.no_grad():
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # what is set up at first must not be captured
+            layer(*held)
+        torch.cuda.current_stream().wait_stream(side_stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layer(*held)
+        for _ in range(2):
+            fresh = inputs()
+            for place, value in zip(held, fresh, strict=True):
+                place.copy_(value)
+            graph.replay()
+            torch.testing.assert_close(captured, layer(*fresh), rtol=1e-2, atol=1e-3)
