@@ -79,10 +79,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _prepare(args: argparse.Namespace, work: Path) -> None:
-    pass  # nothing is read
-
-
 @torch.no_grad()
 def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     size = job.info.world_size
@@ -169,7 +165,6 @@ TABLE = Table(
     name="collectives",
     heading="What the links do",
     add_arguments=_add_arguments,
-    prepare=_prepare,
     measure=_measure,
     to_markdown=_to_markdown,
 )

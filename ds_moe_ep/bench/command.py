@@ -100,7 +100,8 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
     with tempfile.TemporaryDirectory(prefix="ds-moe-ep-bench-") as folder:
         work = Path(folder)
         print(f"{table.name}: preparing", file=sys.stderr)
-        table.prepare(args, work)
+        if table.prepare is not None:
+            table.prepare(args, work)
         if table.start is None:
             for world_size in args.world:
                 print(f"{table.name}: measuring with {world_size} ranks", file=sys.stderr)

@@ -46,10 +46,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dispatchers", nargs="+", default=_OURS, metavar="D")
 
 
-def _prepare(args: argparse.Namespace, work: Path) -> None:
-    pass  # every rank builds the layer itself
-
-
 @torch.no_grad()
 def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     model = build_one_layer(SHAPES[args.shape])
@@ -119,7 +115,6 @@ TABLE = Table(
     name="layer",
     heading="One MoE layer",
     add_arguments=_add_arguments,
-    prepare=_prepare,
     measure=_measure,
     to_markdown=_to_markdown,
 )

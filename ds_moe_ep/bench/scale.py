@@ -67,10 +67,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _prepare(args: argparse.Namespace, work: Path) -> None:
-    pass  # every rank builds the layer itself
-
-
 @torch.no_grad()
 def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     model = build_one_layer(SHAPES[args.shape])
@@ -161,7 +157,6 @@ TABLE = Table(
     name="scale",
     heading="One MoE layer on more ranks",
     add_arguments=_add_arguments,
-    prepare=_prepare,
     measure=_measure,
     to_markdown=_to_markdown,
 )

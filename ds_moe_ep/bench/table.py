@@ -25,9 +25,10 @@ class Table:
         heading: Its heading in the document.
         add_arguments: Adds what it can be asked; ``--world``, the numbers of ranks (one number with
             `start`), among it.
-        prepare: Called once before any rank starts: writes what they read to a folder.
         measure: Called on every rank of each world; rank 0's results count.
         to_markdown: Shows the results of all worlds.
+        prepare: Called once before any rank starts, if there is anything to check or to write to
+            the folder that they read.
         start: Makes this process the only one that measures, of a job that is not there; without
             it, ranks are launched.
     """
@@ -35,7 +36,7 @@ class Table:
     name: str
     heading: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    prepare: Callable[[argparse.Namespace, Path], None]
     measure: Callable[[argparse.Namespace, Job, Path], list[Result]]
     to_markdown: Callable[[Sequence[Result]], str]
+    prepare: Callable[[argparse.Namespace, Path], None] | None = None
     start: Callable[[argparse.Namespace], Job] | None = None

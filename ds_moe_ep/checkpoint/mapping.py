@@ -61,13 +61,18 @@ def expert_tensors(
         CheckpointError: A fused tensor has another number of experts than its layer, or a tensor
             is of an expert that its layer does not have.
     """
+    return _expert_tensors(model, ModelNames(model), files, layers)
+
+
+def _expert_tensors(
+    model: PreTrainedModel, names: ModelNames, files: CheckpointFiles, layers: list[SwappedLayer]
+) -> dict[str, ExpertTensor]:
     parameters = model.state_dict()
     layer_of = {
         f"{layer.name}.{name}": layer
         for layer in layers
         for name in expert_parameters(model.get_submodule(layer.name))
     }
-    names = ModelNames(model)
     # Tensors of one expert each that differ in the expert only belong to one parameter, and finding
     # out which one takes longer than reading them.
     known: dict[str, SwappedLayer] = {}
@@ -134,8 +139,8 @@ def own_tensors(
     Raises:
         CheckpointError: Experts are missing or of different shapes; see also `expert_tensors`.
     """
-    of_experts = expert_tensors(model, files, layers)
     names = ModelNames(model)
+    of_experts = _expert_tensors(model, names, files, layers)
     picked: dict[str, StoredSlice] = {}
     merged: dict[str, dict[int, StoredTensor]] = defaultdict(dict)
     owner: dict[str, SwappedLayer] = {}

@@ -35,10 +35,7 @@ DTYPES = {
 
 
 class TensorReader:
-    """Holds files open between reads; it may be used by several threads.
-
-    Use it as a context manager: it closes the files at the end.
-    """
+    """Holds files open between reads; as a context manager it closes them at the end."""
 
     def __init__(self) -> None:
         self._files: dict[Path, IO[bytes]] = {}
@@ -72,7 +69,6 @@ class TensorReader:
     def _fill(self, view: memoryview, piece: StoredTensor) -> None:
         start = piece.start
         try:
-            # One descriptor for all threads: preadv has no position that they could fight over.
             descriptor = self._open(piece.path).fileno()
             while view:
                 num_bytes = os.preadv(descriptor, [view], start)
@@ -85,10 +81,7 @@ class TensorReader:
     def _open(self, path: Path) -> IO[bytes]:
         file = self._files.get(path)
         if file is None:
-            opened = path.open("rb", buffering=0)
-            file = self._files.setdefault(path, opened)
-            if file is not opened:  # another thread was faster
-                opened.close()
+            file = self._files[path] = path.open("rb", buffering=0)
         return file
 
 
@@ -108,11 +101,3 @@ class StoredSlice:
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Reads the bytes."""
         return self._reader.read(self._pieces)[index]
-
-    def get_shape(self) -> list[int]:
-        """Returns the shape of what would be read."""
-        return list(joined_shape(self._pieces))
-
-    def get_dtype(self) -> str:
-        """Returns safetensors' name of the dtype on disk."""
-        return self._pieces[0].dtype
