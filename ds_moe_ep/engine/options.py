@@ -17,6 +17,7 @@ DISPATCHER_NAMES = (
     "alltoall",
     "allgather",
     "allreduce",
+    "deepspeed",
     "alltoall-2level",
     "allgather-2level",
 )
@@ -157,7 +158,8 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
         "--dispatcher",
         choices=DISPATCHER_NAMES,
         default="auto",
-        help="how tokens reach their experts (default: %(default)s)",
+        help="how tokens reach their experts (default: %(default)s; deepspeed: padded as in "
+        "DeepSpeed's own layer, to compare with)",
     )
     add(
         "--batch-mode",

@@ -21,7 +21,9 @@ class Auto:
     """Dispatches each pass in the way that is predicted to cost least.
 
     What it knows is the same on all ranks: the agreed prices and the tokens of each rank. Where
-    those are not known, it uses alltoall, which needs to know nothing.
+    those are not known, it uses alltoall, which needs to know nothing. The deepspeed dispatcher is
+    not considered: it sends and computes the rows of alltoall and padding besides, in as many
+    messages, so it never costs less.
 
     Args:
         links: What connects the ranks.

@@ -19,6 +19,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.allgather import AllGather
 from ds_moe_ep.moe.allreduce import AllReduce
 from ds_moe_ep.moe.alltoall import AllToAll
+from ds_moe_ep.moe.capacity import Capacity
 from ds_moe_ep.moe.experts import Compute
 from ds_moe_ep.moe.two_level import TwoLevel
 
@@ -119,6 +120,7 @@ DISPATCHERS: dict[str, Callable[[Links, int], Dispatcher]] = {
     "alltoall": lambda links, num_local_experts: AllToAll(links.flat, num_local_experts),
     "allgather": lambda links, num_local_experts: AllGather(links.flat, num_local_experts),
     "allreduce": lambda links, num_local_experts: AllReduce(links.flat, num_local_experts),
+    "deepspeed": lambda links, num_local_experts: Capacity(links.flat, num_local_experts),
     "alltoall-2level": _two_level(AllToAll),
     "allgather-2level": _two_level(AllGather),
 }

@@ -26,6 +26,7 @@ REPLICATED = ("--batch-mode", "replicated")
 WAYS = {
     ("--dispatcher", "alltoall"): "alltoall",
     ("--dispatcher", "allgather"): "allgather",
+    ("--dispatcher", "deepspeed"): "deepspeed",
     REPLICATED: "allreduce",
     (*REPLICATED, "--dispatcher", "alltoall"): "alltoall",
     (*REPLICATED, "--dispatcher", "allgather"): "allgather",
