@@ -15,6 +15,7 @@ __all__ = [
     "Cluster",
     "Host",
     "filter_cluster",
+    "first_slots",
     "local_cluster",
     "parse_hostfile",
     "read_hostfile",
@@ -215,6 +216,25 @@ def filter_cluster(cluster: Cluster, *, include: str = "", exclude: str = "") ->
             "Leave at least one."
         )
     return Cluster(tuple(kept), f"{cluster.source} {flag} {text}")
+
+
+def first_slots(cluster: Cluster, num_slots: int) -> Cluster:
+    """Keep as many slots, those of the lowest ranks.
+
+    Raises:
+        HostfileError: if there are not so many.
+    """
+    if not 1 <= num_slots <= cluster.num_gpus:
+        raise HostfileError(
+            f"{num_slots} ranks are asked for, but {cluster.describe()}, has {cluster.num_gpus}. "
+            f"Ask for 1 to {cluster.num_gpus}."
+        )
+    kept: list[Host] = []
+    for host in cluster.hosts:
+        if num_slots > 0:
+            kept.append(Host(host.name, host.slots[:num_slots]))
+        num_slots -= len(host.slots)
+    return Cluster(tuple(kept), cluster.source)
 
 
 def _parse_filter(text: str, flag: str, cluster: Cluster) -> dict[str, set[int]]:

@@ -6,6 +6,7 @@ One command a table. It calls itself once for each number of ranks, through Deep
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -13,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from ds_moe_ep.bench.report import Report
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import init_distributed, read_rank_info
 from ds_moe_ep.engine.console import only_rank_0_prints, quiet_libraries
-from ds_moe_ep.errors import DistributedError, DsMoeEpError
+from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
+from ds_moe_ep.hostfile import Cluster, first_slots, read_hostfile
 from ds_moe_ep.local_machine import count_local_gpus, free_port
+from ds_moe_ep.rehearsal.hosts import SimulatedHosts, simulate_hosts
 
 __all__ = ["main"]
 
@@ -85,7 +88,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_launch_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--hostfile", metavar="H", help="DeepSpeed hostfile (default: this machine alone)"
+        "--hostfile",
+        type=Path,
+        metavar="H",
+        help="DeepSpeed hostfile, whose first slots are used (default: this machine alone). Its "
+        "hosts must see this machine's TMPDIR",
+    )
+    command.add_argument(
+        "--simulate-hosts",
+        action="store_true",
+        help="make the hosts of --hostfile on this machine, as network namespaces (takes root)",
     )
     command.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="longest wait for a rank"
@@ -103,9 +115,11 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
         if table.prepare is not None:
             table.prepare(args, work)
         if table.start is None:
-            for world_size in args.world:
-                print(f"{table.name}: measuring with {world_size} ranks", file=sys.stderr)
-                results += _launch(script, argv, world_size, args.hostfile, work)
+            cluster = read_hostfile(args.hostfile) if args.hostfile else None
+            with _simulated(args, cluster) as hosts:
+                for world_size in args.world:
+                    print(f"{table.name}: measuring with {world_size} ranks", file=sys.stderr)
+                    results += _launch([script, *argv], world_size, cluster, hosts, work)
         else:
             quiet_libraries()
             results = table.measure(args, table.start(args), work)
@@ -116,16 +130,42 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
     print(f"\nwrote {args.out / 'benchmarks.md'}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def _simulated(
+    args: argparse.Namespace, cluster: Cluster | None
+) -> Iterator[SimulatedHosts | None]:
+    """Makes the hosts if that is asked for."""
+    if not args.simulate_hosts:
+        yield None
+        return
+    if cluster is None:
+        raise ConfigError(
+            "--simulate-hosts makes the hosts of a hostfile. Name it with --hostfile."
+        )
+    with simulate_hosts(cluster) as hosts:
+        yield hosts
+
+
 def _launch(
-    script: Path, argv: Sequence[str], world_size: int, hostfile: str | None, work: Path
+    rank_command: Sequence[str | Path],
+    world_size: int,
+    cluster: Cluster | None,
+    hosts: SimulatedHosts | None,
+    work: Path,
 ) -> list[Result]:
     result = work / f"result-{world_size}.json"
-    where = [f"--hostfile={hostfile}"] if hostfile else [f"--num_gpus={world_size}"]
-    command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *(*where, f"--master_port={free_port()}", "--no_local_rank"),
-        *(str(script), *argv, f"--work={work}", f"--result={result}"),
-    ]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    if cluster is None:
+        command.append(f"--num_gpus={world_size}")
+    else:
+        hostfile = work / f"hostfile-{world_size}"
+        hostfile.write_text(first_slots(cluster, world_size).to_hostfile(), encoding="utf-8")
+        # Forced: DeepSpeed would run a hostfile of one host on the machine at hand.
+        command += [f"--hostfile={hostfile}", "--launcher=pdsh", "--force_multi"]
+    command += [f"--master_port={free_port()}", "--no_local_rank"]
+    command += [*map(str, rank_command), f"--work={work}", f"--result={result}"]
+    if hosts is not None:
+        command = hosts.command(command)
     # The ranks share the cores: a thread each.
     env = {"OMP_NUM_THREADS": "1", **os.environ}
     if count_local_gpus() == 0:

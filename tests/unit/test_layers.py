@@ -30,6 +30,7 @@ _LAYER_OF_FOLDER = {
     "monitor": 5,
     "bench": 5,
     "demo": 5,
+    "rehearsal": 5,
     "cli": 6,
     "cli_convert": 6,
     "cli_upcycle": 6,
