@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help="folder of benchmarks.md and benchmarks/ (default: the checkout's docs)",
         )
-        command.set_defaults(result=None)
+        command.set_defaults(result=None, hostfile=None)
         if table.start is None:
             _add_launch_arguments(command)
         table.add_arguments(command)
@@ -124,7 +124,10 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
             quiet_libraries()
             results = table.measure(args, table.start(args), work)
     command = shlex.join(["python", os.path.join("launch", script.name), *argv])
-    report = Report(table.name, table.heading, command, table.to_markdown(results), results)
+    name, heading = table.name, table.heading
+    if args.hostfile:
+        name, heading = f"{name}-hosts", f"{heading}, on {read_hostfile(args.hostfile).describe()}"
+    report = Report(name, heading, command, table.to_markdown(results), results)
     report.write(args.out)
     print(report.to_markdown())
     print(f"\nwrote {args.out / 'benchmarks.md'}", file=sys.stderr)

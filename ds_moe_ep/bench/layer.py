@@ -27,12 +27,17 @@ from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.routing import ROUTINGS, tokens_with_logits
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.moe.dispatch import TWO_LEVEL
 
 __all__ = ["TABLE"]
 
 _TOKENS = (1, 4, 16, 64, 256, 1024)
 _OURS = ("auto", "alltoall", "allgather")
 _PEERS = {"DeepSpeed MoE": deepspeed_moe, "DeepSpeed AutoEP": autoep}
+_FLAT_AND_TWO_LEVEL = (
+    " Flat dispatchers (alltoall, allgather) bring rows to all ranks in one step; 2level ones "
+    "across hosts first, then within each by shared memory."
+)
 _MS = 1000.0
 
 
@@ -44,6 +49,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--dispatchers", nargs="+", default=_OURS, metavar="D")
+    parser.add_argument("--peers", nargs="*", choices=_PEERS, default=list(_PEERS), metavar="P")
 
 
 @torch.no_grad()
@@ -55,7 +61,7 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
         name: OurLayer(model, job, name, lambda: announced * job.info.world_size)
         for name in args.dispatchers
     }
-    sides |= {name: build(model, job) for name, build in _PEERS.items()}
+    sides |= {name: _PEERS[name](model, job) for name in args.peers}
     results = []
     for routing in args.routing:
         for num_tokens in args.tokens:
@@ -88,17 +94,21 @@ def _own_tokens(job: Job, model: Any, routing: str, num_tokens: int) -> Tensor:
 
 def _to_markdown(results: Sequence[Result]) -> str:
     names = list(results[0]["seconds"])
-    best = [name for name in names if name not in _PEERS]
-    titles = ["ranks", "routing", "tokens a rank"]
-    titles += [f"{name}, ms" for name in names]
-    titles += [f"{peer} / {best[0]}" for peer in _PEERS]
+    ours = [name for name in names if name not in _PEERS]
+    rivals = {name: [name] for name in names if name in _PEERS}
+    flat = [name for name in ours[1:] if name not in TWO_LEVEL]
+    if flat and set(ours) & set(TWO_LEVEL):
+        rivals |= {"best flat": flat} | {name: [name] for name in flat}
+    titles = ["ranks", "routing", "tokens a rank", *(f"{name}, ms" for name in names)]
+    titles += [f"{rival} / {ours[0]}" for rival in rivals]
     rows = []
     for result in results:
         seconds = result["seconds"]
         row = [result["world_size"], result["routing"], result["tokens_per_rank"]]
         row += [with_range(seconds[name], scale=_MS, digits=1) for name in names]
-        own = seconds[best[0]]["median"]
-        row += [f"{seconds[peer]['median'] / own:.1f}" for peer in _PEERS]
+        own = seconds[ours[0]]["median"]
+        best = [min(seconds[each]["median"] for each in rival) for rival in rivals.values()]
+        row += [f"{median / own:.1f}" for median in best]
         rows.append(row)
     return (
         f"{markdown_table(titles, rows)}\n\n"
@@ -108,6 +118,7 @@ def _to_markdown(results: Sequence[Result]) -> str:
         f"{results[0]['seconds'][names[0]]['num_rounds']} rounds, the slowest rank's. DeepSpeed "
         "MoE drops no tokens. Ours is told the tokens of each rank, as infer.py announces them "
         "once for all layers of a pass."
+        f"{_FLAT_AND_TWO_LEVEL if 'best flat' in rivals else ''}"
     )
 
 
