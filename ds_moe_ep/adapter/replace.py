@@ -22,6 +22,7 @@ from ds_moe_ep.moe.dispatch import TWO_LEVEL, make_links
 from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 from ds_moe_ep.moe.probe import measure_links
+from ds_moe_ep.moe.shared_expert import EarlySharedExpert
 from ds_moe_ep.plan import HOW_TO_UPCYCLE, ParallelPlan, valid_ep_sizes
 
 __all__ = [
@@ -46,6 +47,8 @@ _CONTRACT = (
 )
 # How a model's expert-parallel plan names an experts module that is called with a routing.
 _DISPATCHED = "ep_dispatch_experts"
+# What families call the expert of all tokens, which stands beside the experts.
+_SHARED_EXPERT = ("shared_experts", "shared_expert", "shared_mlp")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,11 @@ def adapt(
         moe = ExpertParallelMoE(
             experts, num_experts=layer.num_experts, ep_size=plan.ep_size, dispatcher=dispatcher
         )
-        setattr(model.get_submodule(parent_name), attribute, moe)
+        block = model.get_submodule(parent_name)
+        setattr(block, attribute, moe)
+        for name in _SHARED_EXPERT:
+            if isinstance(shared_expert := getattr(block, name, None), nn.Module):
+                moe.deepspeed_moe.shared_expert = EarlySharedExpert(block, shared_expert)
     return AdaptReport(tuple(swapped), ep_rank, plan.ep_size)
 
 

@@ -19,7 +19,10 @@ from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.row_layout import RowLayout
 from ds_moe_ep.dist.shared_memory import SharedMemory
 
-__all__ = ["Communicator"]
+__all__ = ["Communicator", "Meanwhile"]
+
+Meanwhile = Callable[[], None]
+"""Local work to do, once, while rows travel; it must not use the communicator that they go by."""
 
 # A sum over ranks of up to this many bytes is exchanged whole, in one message to each rank; a
 # larger one in two, of a share each.
@@ -86,7 +89,11 @@ class Communicator:
         return send, recv
 
     def exchange_rows(
-        self, tensors: Sequence[Tensor], send_counts: Sequence[int], recv_counts: Sequence[int]
+        self,
+        tensors: Sequence[Tensor],
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, ...]:
         """Sends rows to their ranks in one message each; gradients travel back the same way.
 
@@ -95,27 +102,36 @@ class Communicator:
                 Dtypes may differ.
             send_counts: Rows for each rank; they sum to S.
             recv_counts: Rows from each rank; they sum to R.
+            meanwhile: Local work to do while rows travel.
 
         Returns:
             The received tensors ``[R, C_i]``, rows from rank 0 first, with the dtypes of the input.
         """
+        local_work = self._local_work(meanwhile, tensors[0])
         if self.size == 1:
             return tuple(tensors)
-        return _ExchangeRows.apply(self, list(send_counts), list(recv_counts), *tensors)
+        return _ExchangeRows.apply(self, list(send_counts), list(recv_counts), local_work, *tensors)
 
-    def gather_rows(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, ...]:
+    def gather_rows(
+        self,
+        tensors: Sequence[Tensor],
+        counts: Sequence[int],
+        meanwhile: Meanwhile | None = None,
+    ) -> tuple[Tensor, ...]:
         """Gives every rank the rows of all, in one message; the gradients of all come back summed.
 
         Args:
             tensors: Tensors ``[T, C_i]`` that belong together row by row. Dtypes may differ.
             counts: Rows of each rank; they sum to R.
+            meanwhile: See `exchange_rows`.
 
         Returns:
             The tensors ``[R, C_i]``, rows of rank 0 first, with the dtypes of the input.
         """
+        local_work = self._local_work(meanwhile, tensors[0])
         if self.size == 1:
             return tuple(tensors)
-        return _GatherRows.apply(self, list(counts), *tensors)
+        return _GatherRows.apply(self, list(counts), local_work, *tensors)
 
     def reduce_rows(self, partial_RC: Tensor, counts: Sequence[int]) -> Tensor:
         """Sums what all ranks have for the rows of this one; gradients go to all ranks.
@@ -131,59 +147,94 @@ class Communicator:
             return partial_RC
         return _ReduceRows.apply(self, list(counts), partial_RC)
 
-    def sum_over_ranks(self, partial_TC: Tensor) -> Tensor:
+    def sum_over_ranks(self, partial_TC: Tensor, meanwhile: Meanwhile | None = None) -> Tensor:
         """Sums tensors of one shape over all ranks, bit for bit the same everywhere.
 
-        The gradient of the sum is the same on all ranks, and passes through.
+        The gradient of the sum is the same on all ranks, and passes through. For `meanwhile` see
+        `exchange_rows`.
         """
-        return partial_TC if self.size == 1 else _SumOverRanks.apply(self, partial_TC)
+        local_work = self._local_work(meanwhile, partial_TC)
+        return partial_TC if self.size == 1 else _SumOverRanks.apply(self, local_work, partial_TC)
 
     def same_on_all_ranks(self, tensor_TC: Tensor) -> Tensor:
         """Returns a tensor that is the same on all ranks, and sums its gradients over them."""
         return tensor_TC if self.size == 1 else _SameOnAllRanks.apply(self, tensor_TC)
 
-    def _exchange(self, rows_SC: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
+    def _local_work(self, meanwhile: Meanwhile | None, rows: Tensor) -> Meanwhile | None:
+        """Returns what does the work as if it were done here, outside of any collective.
+
+        In a group of one, where nothing travels, it does it at once.
+        """
+        if meanwhile is None:
+            return None
+        if self.size == 1:
+            meanwhile()
+            return None
+        records_gradients = torch.is_grad_enabled()  # an autograd function's forward does not
+
+        def work() -> None:
+            with self.stats.untimed(rows.device), torch.set_grad_enabled(records_gradients):
+                meanwhile()
+
+        return work
+
+    def _exchange(
+        self,
+        rows_SC: Tensor,
+        send: Sequence[int],
+        recv: Sequence[int],
+        meanwhile: Meanwhile | None = None,
+    ) -> Tensor:
         rows_sent = sum(send) - send[self.rank]
         if self._shared:
-            by_memory = partial(self._shared.exchange, rows_SC, send, recv)
+            by_memory = partial(self._shared.exchange, rows_SC, send, recv, meanwhile)
             if (received_RC := self._try(by_memory, rows_SC, rows_sent)) is not None:
                 return received_RC
+            meanwhile = None  # it is done
         received_RC = rows_SC.new_empty((sum(recv), rows_SC.shape[1]))
         with self._timed(rows_SC, rows_sent):
-            dist.all_to_all_single(
-                received_RC, rows_SC.contiguous(), list(recv), list(send), group=self.group
-            )
+            sent_SC = rows_SC.contiguous()
+            start = partial(dist.all_to_all_single, received_RC, sent_SC, list(recv), list(send))
+            self._run(start, meanwhile)
         return received_RC
 
-    def _gather(self, rows_TC: Tensor, counts: Sequence[int]) -> Tensor:
+    def _gather(
+        self, rows_TC: Tensor, counts: Sequence[int], meanwhile: Meanwhile | None = None
+    ) -> Tensor:
         """Returns the rows of all ranks ``[R, C]``."""
         num_rows = counts[self.rank]
         if self._shared:
-            by_memory = partial(self._shared.gather, rows_TC, counts)
+            by_memory = partial(self._shared.gather, rows_TC, counts, meanwhile)
             rows_sent = (self.size - 1) * num_rows
             if (gathered_RC := self._try(by_memory, rows_TC, rows_sent)) is not None:
                 return gathered_RC
+            meanwhile = None  # it is done
         if self._only_exchanges:
-            return self._exchange(rows_TC.repeat(self.size, 1), [num_rows] * self.size, counts)
+            rows_RC = rows_TC.repeat(self.size, 1)
+            return self._exchange(rows_RC, [num_rows] * self.size, counts, meanwhile)
         most = max(counts)
         gathered_RC = rows_TC.new_empty((self.size * most, rows_TC.shape[1]))
         with self._timed(gathered_RC, (self.size - 1) * most):
-            dist.all_gather_into_tensor(gathered_RC, _pad(rows_TC, most), group=self.group)
+            start = partial(dist.all_gather_into_tensor, gathered_RC, _pad(rows_TC, most))
+            self._run(start, meanwhile)
         if min(counts) == most:
             return gathered_RC
         blocks_WMC = gathered_RC.view(self.size, most, -1)
         return torch.cat([block[:count] for block, count in zip(blocks_WMC, counts, strict=True)])
 
-    def _reduce(self, partial_RC: Tensor, counts: Sequence[int]) -> Tensor:
+    def _reduce(
+        self, partial_RC: Tensor, counts: Sequence[int], meanwhile: Meanwhile | None = None
+    ) -> Tensor:
         """Returns the sums of all ranks' partial rows for this rank ``[T, C]``."""
         num_rows, width = counts[self.rank], partial_RC.shape[1]
         if self._shared:
-            by_memory = partial(self._shared.reduce, partial_RC, counts)
+            by_memory = partial(self._shared.reduce, partial_RC, counts, meanwhile)
             rows_sent = sum(counts) - num_rows
             if (sum_TC := self._try(by_memory, partial_RC, rows_sent)) is not None:
                 return sum_TC
+            meanwhile = None  # it is done
         if self._only_exchanges:
-            received_RC = self._exchange(partial_RC, counts, [num_rows] * self.size)
+            received_RC = self._exchange(partial_RC, counts, [num_rows] * self.size, meanwhile)
             blocks_WTC = received_RC.view(self.size, num_rows, width)
             return blocks_WTC.sum(dim=0, dtype=_sum_dtype(partial_RC)).to(partial_RC.dtype)
         most = max(counts)
@@ -191,24 +242,33 @@ class Communicator:
             partial_RC = torch.cat([_pad(b, most) for b in partial_RC.split(list(counts))])
         sum_MC = partial_RC.new_empty((most, width))
         with self._timed(sum_MC, (self.size - 1) * most):
-            dist.reduce_scatter_tensor(sum_MC, partial_RC.contiguous(), group=self.group)
+            start = partial(dist.reduce_scatter_tensor, sum_MC, partial_RC.contiguous())
+            self._run(start, meanwhile)
         return sum_MC[:num_rows]
 
-    def _sum(self, partial_TC: Tensor) -> Tensor:
+    def _sum(self, partial_TC: Tensor, meanwhile: Meanwhile | None = None) -> Tensor:
         num_rows = partial_TC.shape[0]
         if not self._only_exchanges:
             sum_TC = partial_TC.contiguous().clone()
             # As many bytes as a ring sends of it.
             with self._timed(sum_TC, 2 * num_rows * (self.size - 1) // self.size):
-                dist.all_reduce(sum_TC, group=self.group)
+                self._run(partial(dist.all_reduce, sum_TC), meanwhile)
             return sum_TC
         if partial_TC.numel() * partial_TC.element_size() <= _ONE_SHOT_BYTES:
-            blocks_WTC = self._gather(partial_TC, [num_rows] * self.size)
+            blocks_WTC = self._gather(partial_TC, [num_rows] * self.size, meanwhile)
             blocks_WTC = blocks_WTC.view(self.size, *partial_TC.shape)
             return blocks_WTC.sum(dim=0, dtype=_sum_dtype(partial_TC)).to(partial_TC.dtype)
         borders = [num_rows * rank // self.size for rank in range(self.size + 1)]
         shares = [end - start for start, end in zip(borders, borders[1:], strict=False)]
-        return self._gather(self._reduce(partial_TC, shares), shares)
+        return self._gather(self._reduce(partial_TC, shares, meanwhile), shares)
+
+    def _run(self, start: Callable[..., dist.Work | None], meanwhile: Meanwhile | None) -> None:
+        """Runs a collective, and something else while it is on its way."""
+        work = start(group=self.group, async_op=meanwhile is not None)
+        if meanwhile is not None:
+            meanwhile()
+        if work is not None:
+            work.wait()  # on a GPU the stream waits, not the host
 
     def _try(
         self, by_memory: Callable[[], Tensor | None], rows: Tensor, rows_sent: int
@@ -240,10 +300,11 @@ class _ExchangeRows(torch.autograd.Function):
     """The exchange, with a backward that returns the gradients in one message too."""
 
     @staticmethod
-    def forward(ctx, comm, send_counts, recv_counts, *tensors):
+    def forward(ctx, comm, send_counts, recv_counts, meanwhile, *tensors):
         ctx.comm, ctx.send_counts, ctx.recv_counts = comm, send_counts, recv_counts
         layout = RowLayout(tensors)
-        received = layout.unpack(comm._exchange(layout.pack(tensors), send_counts, recv_counts))
+        packed = comm._exchange(layout.pack(tensors), send_counts, recv_counts, meanwhile)
+        received = layout.unpack(packed)
         ctx.mark_non_differentiable(*(t for t in received if not t.is_floating_point()))
         return received
 
@@ -256,17 +317,17 @@ class _ExchangeRows(torch.autograd.Function):
         result: list[Tensor | None] = [None] * len(grads)
         for i, grad in zip(floating, layout.unpack(packed), strict=True):
             result[i] = grad
-        return None, None, None, *result
+        return None, None, None, None, *result
 
 
 class _GatherRows(torch.autograd.Function):
     """The gathering; its backward is the reduction."""
 
     @staticmethod
-    def forward(ctx, comm, counts, *tensors):
+    def forward(ctx, comm, counts, meanwhile, *tensors):
         ctx.comm, ctx.counts = comm, counts
         layout = RowLayout(tensors)
-        gathered = layout.unpack(comm._gather(layout.pack(tensors), counts))
+        gathered = layout.unpack(comm._gather(layout.pack(tensors), counts, meanwhile))
         ctx.mark_non_differentiable(*(t for t in gathered if not t.is_floating_point()))
         return gathered
 
@@ -275,7 +336,7 @@ class _GatherRows(torch.autograd.Function):
         result: list[Tensor | None] = [None] * len(grads)
         for i in _floating(grads):
             result[i] = ctx.comm._reduce(grads[i], ctx.counts)
-        return None, None, *result
+        return None, None, None, *result
 
 
 class _ReduceRows(torch.autograd.Function):
@@ -295,12 +356,12 @@ class _SumOverRanks(torch.autograd.Function):
     """The sum of a replicated computation; its gradient is replicated too."""
 
     @staticmethod
-    def forward(ctx, comm, partial_TC):
-        return comm._sum(partial_TC)
+    def forward(ctx, comm, meanwhile, partial_TC):
+        return comm._sum(partial_TC, meanwhile)
 
     @staticmethod
     def backward(ctx, grad_TC):
-        return None, grad_TC
+        return None, None, grad_TC
 
 
 class _SameOnAllRanks(torch.autograd.Function):

@@ -25,24 +25,23 @@ class CommStats:
     sent_bytes: int = 0
     _seconds: float = 0.0
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    _since: float | torch.cuda.Event | None = None
 
     @contextmanager
     def timed(self, device: torch.device, sent_bytes: int) -> Iterator[None]:
         """Times one collective: by the clock on a CPU, by events without a sync on a GPU."""
         self.calls += 1
         self.sent_bytes += sent_bytes
-        if device.type != "cuda":
-            start = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - start
-        elif torch.cuda.is_current_stream_capturing():
-            yield  # a captured collective has no time of its own
-        else:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
+        self._resume(device)
+        yield
+        self._pause(device)
+
+    @contextmanager
+    def untimed(self, device: torch.device) -> Iterator[None]:
+        """Leaves other work out of the time of the collective that it is done in."""
+        self._pause(device)
+        yield
+        self._resume(device)
 
     def seconds(self) -> float:
         """Seconds in collectives so far, waiting for slower ranks included; synchronises a GPU."""
@@ -51,3 +50,23 @@ class CommStats:
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
             self._events.clear()
         return self._seconds
+
+    def _resume(self, device: torch.device) -> None:
+        self._since = _now(device)
+
+    def _pause(self, device: torch.device) -> None:
+        since, now = self._since, _now(device)
+        if isinstance(since, float) and isinstance(now, float):
+            self._seconds += now - since
+        elif isinstance(since, torch.cuda.Event) and isinstance(now, torch.cuda.Event):
+            self._events.append((since, now))
+
+
+def _now(device: torch.device) -> float | torch.cuda.Event | None:
+    if device.type != "cuda":
+        return time.perf_counter()
+    if torch.cuda.is_current_stream_capturing():
+        return None  # a captured collective has no time of its own
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -15,7 +15,7 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -40,8 +40,9 @@ class SharedMemory:
     """A place for each rank of a group to write what the others read.
 
     A rank has two slots and uses them in turn: when it writes into one again, every rank has begun
-    the exchange in between, and so has read what was there. So an exchange waits just once. The
-    waiting is done on semaphores in the same memory, one for each pair of ranks.
+    the exchange in between, and so has read what was there. So an exchange waits just once, and
+    what it is given to do meanwhile is done before. The waiting is done on semaphores in the same
+    memory, one for each pair of ranks.
 
     Args:
         memory: Mapped by all ranks.
@@ -96,7 +97,13 @@ class SharedMemory:
             return None
         return cls(memory, rank=rank, size=size, slot_bytes=slot_bytes, timeout_s=timeout_s)
 
-    def exchange(self, rows_SC: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor | None:
+    def exchange(
+        self,
+        rows_SC: Tensor,
+        send: Sequence[int],
+        recv: Sequence[int],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor | None:
         """Sends rows to their ranks, as ``Communicator.exchange_rows`` does.
 
         Returns:
@@ -104,7 +111,7 @@ class SharedMemory:
         """
         row_bytes = rows_SC.shape[1] * rows_SC.element_size()
         starts = [row_bytes * sum(send[:rank]) for rank in range(self.size)]
-        if not self._publish(rows_SC, starts):
+        if not self._publish(rows_SC, starts, meanwhile=meanwhile):
             return None
         received_RC = rows_SC.new_empty((sum(recv), rows_SC.shape[1]))
         parts = received_RC.split(list(recv))
@@ -112,18 +119,28 @@ class SharedMemory:
             part.copy_(self._read(rank, part, start=self._start(rank)))
         return received_RC
 
-    def gather(self, rows_TC: Tensor, counts: Sequence[int]) -> Tensor | None:
+    def gather(
+        self,
+        rows_TC: Tensor,
+        counts: Sequence[int],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor | None:
         """Gives every rank the rows of all."""
-        if not self._publish(rows_TC):
+        if not self._publish(rows_TC, meanwhile=meanwhile):
             return None
         gathered_RC = rows_TC.new_empty((sum(counts), rows_TC.shape[1]))
         for rank, part in enumerate(gathered_RC.split(list(counts))):
             part.copy_(self._read(rank, part))
         return gathered_RC
 
-    def reduce(self, partial_RC: Tensor, counts: Sequence[int]) -> Tensor | None:
+    def reduce(
+        self,
+        partial_RC: Tensor,
+        counts: Sequence[int],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor | None:
         """Sums what all ranks have for the rows of this one, in the order of ranks."""
-        if not self._publish(partial_RC):
+        if not self._publish(partial_RC, meanwhile=meanwhile):
             return None
         own_TC = partial_RC.new_empty((counts[self.rank], partial_RC.shape[1]))
         row_bytes = own_TC.shape[1] * own_TC.element_size()
@@ -135,7 +152,13 @@ class SharedMemory:
             sum_TC += self._read(rank, own_TC, start=start)
         return sum_TC.to(own_TC.dtype)
 
-    def _publish(self, rows: Tensor, starts: Sequence[int] = ()) -> bool:
+    def _publish(
+        self,
+        rows: Tensor,
+        starts: Sequence[int] = (),
+        *,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> bool:
         """Writes this rank's rows, and where those for each rank start, and waits for all ranks.
 
         Returns:
@@ -153,6 +176,8 @@ class SharedMemory:
                 self._read(self.rank, rows).copy_(rows)
         for semaphore in self._to_others:
             _LIBC.sem_post(semaphore)
+        if meanwhile is not None:
+            meanwhile()
         for rank, semaphore in self._from_others:
             self._wait(rank, semaphore)
         return all(self._words[self._slot(rank) // 8] != _TOO_LARGE for rank in range(self.size))

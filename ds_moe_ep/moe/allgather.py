@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.collectives import Communicator, Meanwhile
 from ds_moe_ep.moe.experts import Compute, local_ids
 
 __all__ = ["AllGather"]
@@ -40,13 +40,14 @@ class AllGather:
         topk_ids_TK: Tensor,
         topk_weights_TK: Tensor,
         num_tokens_W: Sequence[int] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Dispatcher``."""
         if num_tokens_W is None:
             gathered = self.comm.gather_ints([x_TH.shape[0]], x_TH.device)
             num_tokens_W = [count for (count,) in gathered]
         rows = (x_TH, topk_ids_TK.int(), topk_weights_TK.float())
-        x_RH, ids_RK, weights_RK = self.comm.gather_rows(rows, num_tokens_W)
+        x_RH, ids_RK, weights_RK = self.comm.gather_rows(rows, num_tokens_W, meanwhile)
         local_ids_RK = local_ids(ids_RK, self.comm.rank, self.num_local_experts)
         y_RH, tokens_per_expert = compute(x_RH, local_ids_RK, weights_RK)
         return self.comm.reduce_rows(y_RH, num_tokens_W), tokens_per_expert

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.collectives import Communicator, Meanwhile
 from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.moe.experts import Compute, local_ids
 
@@ -38,6 +38,7 @@ class AllReduce:
         topk_ids_TK: Tensor,
         topk_weights_TK: Tensor,
         num_tokens_W: Sequence[int] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Dispatcher``.
 
@@ -54,4 +55,4 @@ class AllReduce:
         weights_TK = self.comm.same_on_all_ranks(topk_weights_TK)
         local_ids_TK = local_ids(topk_ids_TK, self.comm.rank, self.num_local_experts)
         y_TH, tokens_per_expert = compute(x_TH, local_ids_TK, weights_TK)
-        return self.comm.sum_over_ranks(y_TH), tokens_per_expert
+        return self.comm.sum_over_ranks(y_TH, meanwhile), tokens_per_expert

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.collectives import Communicator, Meanwhile
 from ds_moe_ep.moe.allgather import AllGather
 from ds_moe_ep.moe.experts import NOT_HERE, Compute
 
@@ -56,17 +56,22 @@ class AllToAll:
         topk_ids_TK: Tensor,
         topk_weights_TK: Tensor,
         num_tokens_W: Sequence[int] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Dispatcher``."""
         if num_tokens_W is not None and self._are_few(num_tokens_W, x_TH):
-            return self._send_to_all(compute, x_TH, topk_ids_TK, topk_weights_TK, num_tokens_W)
+            return self._send_to_all(
+                compute, x_TH, topk_ids_TK, topk_weights_TK, num_tokens_W, meanwhile
+            )
         token_S, local_ids_SK, send_counts_W = self._route(topk_ids_TK)
         # Weights travel as float32: it holds every routing dtype exactly, and a rank without tokens
         # need not know which.
         sent = (x_TH[token_S], local_ids_SK, topk_weights_TK[token_S].float())
         send_counts, recv_counts = self.comm.exchange_counts(send_counts_W)
 
-        x_RH, local_ids_RK, weights_RK = self.comm.exchange_rows(sent, send_counts, recv_counts)
+        x_RH, local_ids_RK, weights_RK = self.comm.exchange_rows(
+            sent, send_counts, recv_counts, meanwhile
+        )
         y_RH, tokens_per_expert = compute(x_RH, local_ids_RK, weights_RK)
         (y_SH,) = self.comm.exchange_rows((y_RH,), recv_counts, send_counts)
 

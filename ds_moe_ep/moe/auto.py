@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ds_moe_ep.dist.collectives import Meanwhile
 from ds_moe_ep.moe.alltoall import AllToAll
 from ds_moe_ep.moe.cost_model import LayerShape, LinkPrices, predict_s
 from ds_moe_ep.moe.dispatch import Dispatcher, Links, make_dispatcher
@@ -54,6 +55,7 @@ class Auto:
         topk_ids_TK: Tensor,
         topk_weights_TK: Tensor,
         num_tokens_W: Sequence[int] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Dispatcher``."""
         name = "alltoall"
@@ -65,7 +67,9 @@ class Auto:
             name = min(predicted_s, key=predicted_s.__getitem__)
             self._predicted_s[name] = predicted_s
         self.calls[name] += 1
-        return self.candidates[name](compute, x_TH, topk_ids_TK, topk_weights_TK, num_tokens_W)
+        return self.candidates[name](
+            compute, x_TH, topk_ids_TK, topk_weights_TK, num_tokens_W, meanwhile
+        )
 
     def describe(self) -> str:
         """Tells what was chosen how often, and what was predicted of the others then."""

@@ -15,7 +15,7 @@ import torch
 from deepspeed.moe import sharded_moe
 from torch import Tensor
 
-from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.collectives import Communicator, Meanwhile
 from ds_moe_ep.moe.experts import NOT_HERE, Compute
 
 __all__ = ["Capacity"]
@@ -49,6 +49,7 @@ class Capacity:
         topk_ids_TK: Tensor,
         topk_weights_TK: Tensor,
         num_tokens_W: Sequence[int] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Dispatcher``."""
         size, num_local = self.comm.size, self.num_local_experts
@@ -62,7 +63,7 @@ class Capacity:
         )
         x_ECH = sharded_moe._sparse_encode(x_TH, slots_KT, num_experts, capacity)
         equal = [num_local * capacity] * size
-        (x_RH,) = self.comm.exchange_rows((x_ECH.flatten(0, 1),), equal, equal)
+        (x_RH,) = self.comm.exchange_rows((x_ECH.flatten(0, 1),), equal, equal, meanwhile)
         rows_R1 = torch.arange(len(x_RH), device=x_TH.device)[:, None]
         local_ids_R1 = rows_R1 // max(1, capacity) % num_local
         y_RH, _ = compute(x_RH, local_ids_R1, torch.ones_like(local_ids_R1, dtype=torch.float32))

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.collectives import Communicator, Meanwhile
 from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.node_groups import NodeGroups
 from ds_moe_ep.dist.shared_memory import SharedMemory
@@ -42,6 +42,7 @@ class Dispatcher(Protocol):
         topk_ids_TK: Tensor,
         topk_weights_TK: Tensor,
         num_tokens_W: Sequence[int] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Computes the MoE output of this rank's tokens.
 
@@ -53,6 +54,7 @@ class Dispatcher(Protocol):
             topk_ids_TK: Expert ids in the group, ``NOT_HERE`` for an expert outside of it.
             topk_weights_TK: Routing weights, any floating dtype.
             num_tokens_W: T of every rank, where all ranks know it; None where none does.
+            meanwhile: Other work of this rank, done once, while rows are on their way.
 
         Returns:
             Output ``[T, H]`` in x's dtype, and the rows each local expert computed, int64 ``[e]``.

@@ -23,6 +23,7 @@ from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.cost_model import LinkPrices
 from ds_moe_ep.moe.dispatch import Dispatcher, make_dispatcher, make_links
 from ds_moe_ep.moe.experts import expert_parameters, run_local_experts
+from ds_moe_ep.moe.shared_expert import EarlySharedExpert
 from ds_moe_ep.moe.state_dict import name_experts_as_deepspeed_does
 
 __all__ = ["DispatchedExperts", "ExpertParallelMoE"]
@@ -47,6 +48,7 @@ class DispatchedExperts(nn.Module):
         self.node_groups: NodeGroups | None = None
         self.shared: SharedMemory | None = None
         self.prices: LinkPrices | None = None
+        self.shared_expert: EarlySharedExpert | None = None  # of the same block, if it has one
         self.stats = CommStats()
         self.dispatcher: Dispatcher | None = None
         self.tokens_per_expert = torch.zeros(experts.num_experts, dtype=torch.int64)
@@ -95,8 +97,11 @@ class DispatchedExperts(nn.Module):
             )
         self._check_announced(x_TH.shape[0])
         compute = partial(run_local_experts, self.experts)
+        meanwhile = None
+        if self.shared_expert is not None:
+            meanwhile = self.shared_expert.while_rows_travel(x_TH)
         output_TH, rows_e = self.dispatcher(
-            compute, x_TH, topk_ids_TK, topk_weights_TK, self._num_tokens_W
+            compute, x_TH, topk_ids_TK, topk_weights_TK, self._num_tokens_W, meanwhile
         )
         self.tokens_per_expert = self.tokens_per_expert.to(rows_e.device) + rows_e
         return output_TH

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.collectives import Communicator, Meanwhile
 from ds_moe_ep.moe.allgather import AllGather
 from ds_moe_ep.moe.alltoall import AllToAll
 from ds_moe_ep.moe.experts import Compute
@@ -50,6 +50,7 @@ class TwoLevel:
         topk_ids_TK: Tensor,
         topk_weights_TK: Tensor,
         num_tokens_W: Sequence[int] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Dispatcher``."""
         across_N = within_L = None
@@ -64,4 +65,4 @@ class TwoLevel:
         ) -> tuple[Tensor, Tensor]:
             return self.within(compute, x_RH, ids_RK, weights_RK, within_L)
 
-        return self.across(compute_on_node, x_TH, topk_ids_TK, topk_weights_TK, across_N)
+        return self.across(compute_on_node, x_TH, topk_ids_TK, topk_weights_TK, across_N, meanwhile)

@@ -1,0 +1,116 @@
+"""A shared expert on real ranks: it runs between sending rows and waiting for those of others."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_moe_ep.adapter import adapt, moe_layers
+from ds_moe_ep.dist import shared_memory
+from ds_moe_ep.dist.shared_memory import SharedMemory
+from ds_moe_ep.plan import ParallelPlan
+from tests.helpers import run_ranks
+from tests.helpers.families import build_tiny
+
+DISPATCHERS = ("alltoall", "allgather", "allreduce", "deepspeed")
+FP32 = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """Lists when rows are sent without waiting, and when others' are waited for."""
+    log: list[str] = []
+    exchange, wait, post = dist.all_to_all_single, SharedMemory._wait, shared_memory._LIBC.sem_post
+
+    class Work:
+        def __init__(self, work: dist.Work) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            log.append("wait")
+            self.work.wait()
+
+    def record_exchange(*args, async_op=False, **kwargs):
+        work = exchange(*args, async_op=async_op, **kwargs)
+        if not async_op:
+            return work
+        log.append("send")
+        return Work(work)
+
+    def record_post(semaphore):
+        log.append("send")
+        return post(semaphore)
+
+    def record_wait(*args):
+        log.append("wait")
+        wait(*args)
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(dist, "all_to_all_single", record_exchange))
+        patches.enter_context(mock.patch.object(shared_memory._LIBC, "sem_post", record_post))
+        patches.enter_context(mock.patch.object(SharedMemory, "_wait", record_wait))
+        yield log
+
+
+def _moe_block(model: nn.Module) -> nn.Module:
+    return model.model.layers[-1].mlp
+
+
+def _gradients(block: nn.Module, x_1TH: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Returns the outputs and the gradients of the tokens and of the shared expert."""
+    x_1TH = x_1TH.clone().requires_grad_()
+    out_1TH = block(x_1TH)
+    params = list(block.shared_experts.parameters())
+    grads = torch.autograd.grad(out_1TH.sin().sum(), [x_1TH, *params])
+    return out_1TH.detach(), list(grads)
+
+
+def _check(rank: int, world_size: int, dispatcher: str, shared: SharedMemory | None) -> None:
+    model, reference = build_tiny("deepseek_v3"), _moe_block(build_tiny("deepseek_v3"))
+    hidden_size = model.config.hidden_size
+    adapt(model, ParallelPlan(world_size), ep_rank=rank, dispatcher=dispatcher)
+    block = _moe_block(model)
+    experts = moe_layers(model)[-1].deepspeed_moe
+    experts.shared = shared
+    experts._set_ep_group(dist.group.WORLD)
+    # All ranks bring tokens, then all but the last do.
+    for idle in (-1, world_size - 1):
+        count = 6 if dispatcher == "allreduce" else 0 if rank == idle else 3 + rank
+        seed = 7 if dispatcher == "allreduce" else rank
+        generator = torch.Generator().manual_seed(seed)
+        x_1TH = torch.randn(1, count, hidden_size, generator=generator)
+        expected_1TH, expected_grads = _gradients(reference, x_1TH)
+        first_1TH, _ = _gradients(block, x_1TH)
+        with recorded() as log, torch.no_grad():
+            log_work = block.shared_experts.gate_proj.register_forward_hook(
+                lambda *_, log=log: log.append("work")
+            )
+            overlapped_1TH = block(x_1TH)
+            log_work.remove()
+        actual_1TH, actual_grads = _gradients(block, x_1TH)
+        assert torch.equal(overlapped_1TH, first_1TH)
+        torch.testing.assert_close(overlapped_1TH, expected_1TH, **FP32)
+        torch.testing.assert_close(actual_1TH, expected_1TH, **FP32)
+        for actual, expected in zip(actual_grads, expected_grads, strict=True):
+            torch.testing.assert_close(actual, expected, **FP32)
+        at = log.index("work")
+        assert log.count("work") == 1
+        assert log[at - 1] == "send", log
+        assert log[at + 1] == "wait", log
+
+
+def _check_all(rank: int, world_size: int) -> None:
+    shared = SharedMemory.open(dist.group.WORLD, total_bytes=2**20, timeout_s=60)
+    assert shared is not None
+    for dispatcher in DISPATCHERS:
+        for each in (None, shared):
+            _check(rank, world_size, dispatcher, each)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_shared_expert_runs_while_rows_travel(tmp_path, world_size):
+    run_ranks(_check_all, world_size, tmp_path)
