@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
 from ds_moe_ep.hostfile import Cluster, first_slots, read_hostfile
 from ds_moe_ep.local_machine import count_local_gpus, free_port
 from ds_moe_ep.rehearsal.hosts import SimulatedHosts, simulate_hosts
+from ds_moe_ep.rehearsal.shared_start import shared_start
 
 __all__ = ["main"]
 
@@ -115,11 +117,10 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
         if table.prepare is not None:
             table.prepare(args, work)
         if table.start is None:
-            cluster = read_hostfile(args.hostfile) if args.hostfile else None
-            with _simulated(args, cluster) as hosts:
+            with _place(args, script) as place:
                 for world_size in args.world:
                     print(f"{table.name}: measuring with {world_size} ranks", file=sys.stderr)
-                    results += _launch([script, *argv], world_size, cluster, hosts, work)
+                    results += _launch(place, argv, world_size, work)
         else:
             quiet_libraries()
             results = table.measure(args, table.start(args), work)
@@ -133,42 +134,42 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
     print(f"\nwrote {args.out / 'benchmarks.md'}", file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where ranks are started: this machine, or a cluster, whose hosts may be made here."""
+
+    script: Path
+    cluster: Cluster | None = None
+    hosts: SimulatedHosts | None = None
+
+
 @contextlib.contextmanager
-def _simulated(
-    args: argparse.Namespace, cluster: Cluster | None
-) -> Iterator[SimulatedHosts | None]:
-    """Makes the hosts if that is asked for."""
+def _place(args: argparse.Namespace, script: Path) -> Iterator[_Place]:
+    cluster = read_hostfile(args.hostfile) if args.hostfile else None
     if not args.simulate_hosts:
-        yield None
+        yield _Place(script, cluster)
         return
     if cluster is None:
-        raise ConfigError(
-            "--simulate-hosts makes the hosts of a hostfile. Name it with --hostfile."
-        )
-    with simulate_hosts(cluster) as hosts:
-        yield hosts
+        raise ConfigError("--simulate-hosts makes the hosts of a hostfile: add --hostfile H.")
+    starter, variables = shared_start(script, __name__, "transformers.models.qwen3_moe")
+    with simulate_hosts(cluster, variables) as hosts:
+        yield _Place(starter, cluster, hosts)
 
 
-def _launch(
-    rank_command: Sequence[str | Path],
-    world_size: int,
-    cluster: Cluster | None,
-    hosts: SimulatedHosts | None,
-    work: Path,
-) -> list[Result]:
+def _launch(place: _Place, argv: Sequence[str], world_size: int, work: Path) -> list[Result]:
     result = work / f"result-{world_size}.json"
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    if cluster is None:
+    if place.cluster is None:
         command.append(f"--num_gpus={world_size}")
     else:
         hostfile = work / f"hostfile-{world_size}"
-        hostfile.write_text(first_slots(cluster, world_size).to_hostfile(), encoding="utf-8")
+        hostfile.write_text(first_slots(place.cluster, world_size).to_hostfile(), encoding="utf-8")
         # Forced: DeepSpeed would run a hostfile of one host on the machine at hand.
         command += [f"--hostfile={hostfile}", "--launcher=pdsh", "--force_multi"]
     command += [f"--master_port={free_port()}", "--no_local_rank"]
-    command += [*map(str, rank_command), f"--work={work}", f"--result={result}"]
-    if hosts is not None:
-        command = hosts.command(command)
+    command += [str(place.script), *argv, f"--work={work}", f"--result={result}"]
+    if place.hosts is not None:
+        command = place.hosts.command(command)
     # The ranks share the cores: a thread each.
     env = {"OMP_NUM_THREADS": "1", **os.environ}
     if count_local_gpus() == 0:
