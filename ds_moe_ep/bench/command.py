@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ds_moe_ep.bench import collectives, e2e, layer, load, replay, scale
+from ds_moe_ep.bench import collectives, e2e, layer, load, overlap, replay, scale
 from ds_moe_ep.bench.report import Report
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import init_distributed, read_rank_info
@@ -34,7 +34,8 @@ from ds_moe_ep.rehearsal.shared_start import shared_start
 __all__ = ["main"]
 
 _TABLES = {
-    module.TABLE.name: module.TABLE for module in (load, layer, scale, collectives, e2e, replay)
+    module.TABLE.name: module.TABLE
+    for module in (load, layer, overlap, scale, collectives, e2e, replay)
 }
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 
