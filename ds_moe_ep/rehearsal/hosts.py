@@ -94,6 +94,17 @@ class SimulatedHosts:
         number = list(self.addresses).index(host)
         _run([*self._enter("--mount", "--net"), "ip", "link", "set", f"veth{number}", "down"])
 
+    def memory_bytes(self) -> int:
+        """Returns what all processes of the hosts take together; shared pages count once."""
+        own = os.readlink(f"/proc/{self._keeper_pid}/ns/pid")
+        total = 0
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it may end meanwhile
+                if os.readlink(process / "ns/pid") == own:
+                    rollup = (process / "smaps_rollup").read_text()
+                    total += 1024 * int(rollup.partition("\nPss:")[2].split()[0])
+        return total
+
     def _enter(self, *namespaces: str) -> list[str]:
         return ["nsenter", f"--target={self._keeper_pid}", *namespaces, "--"]
 

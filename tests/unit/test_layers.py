@@ -33,6 +33,7 @@ _LAYER_OF_FOLDER = {
     "rehearsal": 5,
     "cli": 6,
     "cli_convert": 6,
+    "cli_rehearse": 6,
     "cli_upcycle": 6,
     "plan_report": 6,
     "__main__": 6,

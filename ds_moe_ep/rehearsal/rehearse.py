@@ -1,0 +1,201 @@
+"""Runs a job of many hosts on this machine, small but whole, and compares what it writes.
+
+What is real: the plan, the generated files, DeepSpeed's launcher with pdsh and ssh, infer.py, the
+ranks and who holds which experts. What is not: widths and weights of the model, and the hardware.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ds_moe_ep.config.bundle import HOSTFILE, write_bundle
+from ds_moe_ep.engine.console import quiet_libraries
+from ds_moe_ep.errors import ConfigError, DistributedError
+from ds_moe_ep.hostfile import Cluster, local_cluster
+from ds_moe_ep.model_spec import ModelSpec, read_model_spec
+from ds_moe_ep.plan import ParallelPlan
+from ds_moe_ep.rehearsal.hosts import simulate_hosts, why_no_hosts
+from ds_moe_ep.rehearsal.shared_start import shared_start
+
+__all__ = ["rehearse"]
+
+_INFER = Path(__file__).resolve().parents[2] / "launch" / "infer.py"
+_FOLDER_PREFIX = "ds-moe-ep-rehearsal-"
+_NEW_TOKENS = 8
+_LOOK_S = 3.0  # between two looks at the memory
+_TAIL_LINES = 30
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Where the ranks are started, and how.
+
+    Attributes:
+        cluster: As the ranks see it.
+        command: Makes a command run there.
+        memory_bytes: What all ranks take together now.
+    """
+
+    cluster: Cluster
+    command: Callable[[list[str]], list[str]]
+    memory_bytes: Callable[[], int]
+
+
+def rehearse(
+    model: Path, cluster: Cluster, plan: ParallelPlan, *, tell: Callable[[str], None]
+) -> None:
+    """Rehearses a job, telling of each phase when it has worked.
+
+    Args:
+        model: The model directory or config.json.
+        cluster: The hosts, to be made on this machine.
+        plan: The parallel sizes that fill them.
+        tell: Gets a line for each phase.
+
+    Raises:
+        DsMoeEpError: A phase did not work; it says which and why.
+    """
+    if not _INFER.exists():
+        raise ConfigError(f"{_INFER} is not there: rehearse from a checkout of ds_moe_ep.")
+    spec = read_model_spec(model)
+    tell(f"plan     {plan} on {cluster.describe()}")
+    _remove_leftovers()
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-") as name:
+        folder = Path(name)
+        small = _make_model(model, spec, folder / "model", tell)
+        modules = "ds_moe_ep.engine.job", f"transformers.models.{spec.model_type}"
+        script, variables = shared_start(_INFER, *modules)
+        with _stage(cluster, variables, tell) as stage:
+            write_bundle(small, stage.cluster, plan, read_model_spec(small), folder / "config")
+            tell(f"files    written, as `ds-moe-ep config` does; started by run.sh and {HOSTFILE}")
+            prompts = _write_prompts(folder / "prompts.jsonl", plan.world_size)
+            tell(f"launch   {_launch(stage, folder, script)}")
+        tell(f"outputs  {_compare(small, prompts, folder / 'outputs.jsonl')}")
+
+
+def _remove_leftovers() -> None:
+    """Removes the folders of rehearsals that were killed; nothing else of them is left."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
+        pid = folder.name.removeprefix(_FOLDER_PREFIX).split("-")[0]
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_model(model: Path, spec: ModelSpec, folder: Path, tell: Callable[[str], None]) -> Path:
+    from ds_moe_ep.rehearsal.small_model import write_small_model  # torch: seconds
+
+    quiet_libraries()
+    config = model / "config.json" if model.is_dir() else model
+    num_params = write_small_model(config, folder)
+    small = read_model_spec(folder)
+    if (small.moe_layers, small.num_experts, small.top_k) != (
+        spec.moe_layers,
+        spec.num_experts,
+        spec.top_k,
+    ):
+        raise ConfigError(f"{config}: made small, its experts are others: a bug of the rehearsal.")
+    tell(
+        f"model    {len(spec.moe_layers)} of {spec.num_layers} layers with {spec.num_experts} "
+        f"experts, top-{spec.top_k}, as they are; hidden size {spec.hidden_size} -> "
+        f"{small.hidden_size}, {spec.num_params / 1e9:.2f} B -> {num_params / 1e9:.3f} B "
+        "parameters, random, float32"
+    )
+    return folder
+
+
+@contextlib.contextmanager
+def _stage(
+    cluster: Cluster, variables: Mapping[str, str], tell: Callable[[str], None]
+) -> Iterator[_Stage]:
+    """Makes the hosts; without what that takes, the same number of ranks on this machine."""
+    if reason := why_no_hosts():
+        tell(f"hosts    none made: {reason} Instead: {cluster.num_gpus} ranks on one host")
+        settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
+        enter = ["env", *(f"{name}={value}" for name, value in settings.items())]
+        local = replace(local_cluster(cluster.num_gpus), source=cluster.source)
+        yield _Stage(local, lambda argv: [*enter, *argv], lambda: 0)
+        return
+    start_s = time.monotonic()
+    with simulate_hosts(cluster, variables) as hosts:
+        tell(
+            f"hosts    {len(cluster.hosts)} made in {time.monotonic() - start_s:.0f} s: network "
+            "namespaces, each answers ssh by its name"
+        )
+        yield _Stage(cluster, hosts.command, hosts.memory_bytes)
+
+
+def _write_prompts(path: Path, num_ranks: int) -> list[list[int]]:
+    """Writes prompts of different lengths, three more than there are ranks."""
+    chance = random.Random(0)
+    prompts = [
+        [chance.randrange(512) for _ in range(chance.randint(2, 9))] for _ in range(num_ranks + 3)
+    ]
+    lines = (json.dumps({"id": str(i), "prompt_token_ids": ids}) for i, ids in enumerate(prompts))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return prompts
+
+
+def _launch(stage: _Stage, folder: Path, script: Path) -> str:
+    """Runs the generated run.sh and returns what there is to tell of it."""
+    job = ["--input", folder / "prompts.jsonl", "--output", folder / "outputs.jsonl"]
+    job += ["--max-new-tokens", _NEW_TOKENS]
+    command = stage.command(["bash", str(folder / "config" / "run.sh"), *map(str, job)])
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    env = {**os.environ, "PATH": path, "INFER": str(script)}
+    start_s, most_bytes = time.monotonic(), 0
+    log = folder / "launch.log"
+    with log.open("w", encoding="utf-8") as output:
+        running = subprocess.Popen(
+            command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        while running.poll() is None:
+            most_bytes = max(most_bytes, stage.memory_bytes())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(_LOOK_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGTERM)
+    if running.returncode != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        raise DistributedError(
+            f"launch: run.sh ended with exit code {running.returncode}; its last lines:\n"
+            + "\n".join(lines[-_TAIL_LINES:])
+        )
+    memory = f", {most_bytes / _GIB:.1f} GiB for all ranks together at most" if most_bytes else ""
+    return f"exit code 0 after {time.monotonic() - start_s:.0f} s{memory}"
+
+
+def _compare(model: Path, prompts: list[list[int]], output: Path) -> str:
+    """Compares the tokens of all ranks with transformers' in this process."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    lines = output.read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line)["token_ids"] for line in lines]
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    expected = [
+        whole.generate(torch.tensor([ids]), max_new_tokens=_NEW_TOKENS, do_sample=False)[0]
+        for ids in prompts
+    ]
+    expected = [tokens[len(ids) :].tolist() for tokens, ids in zip(expected, prompts, strict=True)]
+    different = [i for i, tokens in enumerate(expected) if tokens != written[i]]
+    if different or len(written) != len(expected):
+        raise DistributedError(
+            f"outputs: {len(different)} of {len(expected)} prompts have other tokens than "
+            f"transformers' in one process, the first is {different[:1]}."
+        )
+    return f"all {len(expected)} equal those of transformers in one process"
