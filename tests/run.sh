@@ -17,6 +17,20 @@ stage() {
     printf '== %s: %d s\n' "$*" $((SECONDS - start))
 }
 
+# What the tests of a cluster on one machine need. Without it they say so and are skipped; a machine
+# run by systemd would start an ssh server for everybody, which is not for a test to decide.
+install_host_packages() {
+    local packages=(pdsh openssh-server iproute2)
+    if [ "$(id -u)" != 0 ] || [ -d /run/systemd/system ] || ! command -v apt-get > /dev/null ||
+        dpkg -s "${packages[@]}" > /dev/null 2>&1; then
+        return
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    timeout 300 apt-get update -qq && timeout 300 apt-get install -y -qq "${packages[@]}" ||
+        printf '== not installed: %s\n' "${packages[*]}"
+}
+
+stage install_host_packages
 stage bash launch/setup.sh test
 export PATH="$PWD/.venv/bin:$PATH"
 stage ruff check

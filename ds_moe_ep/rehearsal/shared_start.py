@@ -104,12 +104,14 @@ def _serve(address: str) -> None:
             events.register(client, selectors.EVENT_READ, rank)
         while events.get_map():
             (key, _), *_ = events.select()  # one at a time: the end of a rank closes its client
-            if key.fd == key.data.ended:
-                events.unregister(key.data.ended)
-                events.unregister(key.data.client)
-                key.data.tell_its_end()
-            else:
-                key.data.pass_signal_on()
+            rank = key.data
+            if key.fd == rank.ended:
+                events.unregister(rank.ended)
+                with contextlib.suppress(KeyError):
+                    events.unregister(rank.client)
+                rank.tell_its_end()
+            elif not rank.pass_signal_on():
+                events.unregister(rank.client)
     os._exit(0)
 
 
@@ -128,12 +130,14 @@ class _Rank:
         self.client.close()
         os.close(self.ended)
 
-    def pass_signal_on(self) -> None:
+    def pass_signal_on(self) -> bool:
+        """Signals the rank as its client was; returns whether the client is still there."""
         try:
             caught = self.client.recv(1)
         except OSError:
             caught = b""
-        os.kill(self.pid, caught[0] if caught else signal.SIGKILL)  # a killed client sends nothing
+        os.kill(self.pid, caught[0] if caught else signal.SIGKILL)  # only a killed one says nothing
+        return bool(caught)
 
 
 def _run_rank(script: str, asked: dict, files: list[int]) -> None:
