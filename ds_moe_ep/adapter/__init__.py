@@ -5,7 +5,15 @@ from ds_moe_ep.adapter.replace import (
     adapt,
     bind_expert_groups,
     moe_layers,
+    prepare_for_inference,
     shard_experts,
 )
 
-__all__ = ["AdaptReport", "adapt", "bind_expert_groups", "moe_layers", "shard_experts"]
+__all__ = [
+    "AdaptReport",
+    "adapt",
+    "bind_expert_groups",
+    "moe_layers",
+    "prepare_for_inference",
+    "shard_experts",
+]

@@ -19,6 +19,7 @@ from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
 from ds_moe_ep.errors import AdapterError
 from ds_moe_ep.model_families import UNSUPPORTED
 from ds_moe_ep.moe.dispatch import TWO_LEVEL, make_links
+from ds_moe_ep.moe.expert_gemm import lay_out_for_cpu
 from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 from ds_moe_ep.moe.probe import measure_links
@@ -33,6 +34,7 @@ __all__ = [
     "check_ep_size",
     "check_supported",
     "moe_layers",
+    "prepare_for_inference",
     "shard_experts",
 ]
 
@@ -199,6 +201,12 @@ def bind_expert_groups(
             experts.node_groups, experts.shared, experts.prices = node_groups, shared, prices
     for layer in layers:
         layer.set_deepspeed_parallelism()
+
+
+def prepare_for_inference(model: nn.Module) -> None:
+    """Lays the experts' weights out as a CPU reads them fastest; see `expert_gemm`."""
+    for layer in moe_layers(model):
+        lay_out_for_cpu(layer.deepspeed_moe.experts)
 
 
 def moe_layers(model: nn.Module) -> list[ExpertParallelMoE]:

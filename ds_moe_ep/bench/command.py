@@ -26,6 +26,7 @@ from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import init_distributed, read_rank_info
 from ds_moe_ep.engine.console import only_rank_0_prints, quiet_libraries
 from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
+from ds_moe_ep.heap import keep_freed_memory
 from ds_moe_ep.hostfile import Cluster, first_slots, read_hostfile
 from ds_moe_ep.local_machine import count_local_gpus, free_port
 from ds_moe_ep.rehearsal.hosts import SimulatedHosts, simulate_hosts
@@ -188,6 +189,7 @@ def _launch(place: _Place, argv: Sequence[str], world_size: int, work: Path) -> 
 def _run_rank(table: Table, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # as infer.py does
+    keep_freed_memory()  # as loading leaves it, for our peers too
     info = read_rank_info()
     quiet_libraries()
     with only_rank_0_prints(info.rank):

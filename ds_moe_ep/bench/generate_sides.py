@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from ds_moe_ep.adapter import bind_expert_groups, moe_layers
+from ds_moe_ep.adapter import bind_expert_groups, moe_layers, prepare_for_inference
 from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.sync import ForwardSync
@@ -44,6 +44,7 @@ def ours(folder: Path, job: Job, dispatcher: str) -> GenerateSide:
         dispatcher=dispatcher,
     )
     bind_expert_groups(model, nodes=job.nodes, device=job.device)
+    prepare_for_inference(model)
     layers = moe_layers(model)
     shared = layers[0].deepspeed_moe.shared
     sync = ForwardSync(

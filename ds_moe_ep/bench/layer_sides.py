@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
-from ds_moe_ep.adapter import adapt, bind_expert_groups, moe_layers
+from ds_moe_ep.adapter import adapt, bind_expert_groups, moe_layers, prepare_for_inference
 from ds_moe_ep.bench.models import Shape
 from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.dist.comm_stats import CommStats
@@ -86,6 +86,7 @@ class OurLayer:
         plan = ParallelPlan(job.info.world_size)
         adapt(model, plan, ep_rank=job.info.rank, dispatcher=dispatcher)
         bind_expert_groups(model, nodes=job.nodes, device=job.device)
+        prepare_for_inference(model)
         (self._layer,) = moe_layers(model)
         self._block = _on_rows(_block(model))
         self._num_tokens = num_tokens

@@ -7,7 +7,6 @@ mapping.py picks.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from ds_moe_ep import heap
 from ds_moe_ep.adapter.replace import (
     AdaptReport,
     SwappedLayer,
@@ -51,11 +51,6 @@ __all__ = [
 
 _SHOWN = 5
 _NO_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
-# glibc's option by its number in malloc.h. Below the first size tensors stay in the heap, where not
-# every one takes new pages from the kernel; the last is the highest that glibc itself raises it to.
-_M_MMAP_THRESHOLD = -3
-_LEAST_MMAP_THRESHOLD = 1 << 20
-_MOST_MMAP_THRESHOLD = 1 << 25
 
 
 def load_expert_parallel_model(
@@ -209,12 +204,11 @@ def _little_memory() -> Iterator[None]:
     """
     before = os.environ.get(_NO_READ_AHEAD)
     os.environ[_NO_READ_AHEAD] = "1"
-    set_malloc_option = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
-    set_malloc_option(_M_MMAP_THRESHOLD, _LEAST_MMAP_THRESHOLD)
+    heap.give_freed_memory_back()
     try:
         yield
     finally:
-        set_malloc_option(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD)
+        heap.keep_freed_memory()
         if before is None:
             del os.environ[_NO_READ_AHEAD]
         else:

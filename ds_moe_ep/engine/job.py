@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_moe_ep.adapter import bind_expert_groups, moe_layers
+from ds_moe_ep.adapter import bind_expert_groups, moe_layers, prepare_for_inference
 from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.dist.groups import Job, create_expert_groups, init_distributed, read_rank_info
 from ds_moe_ep.dist.shared_memory import SharedMemory
@@ -90,7 +90,7 @@ def run_job(options: JobOptions) -> int:
 
 
 def init_inference(model: nn.Module, config: dict[str, Any]) -> Any:
-    """Calls ``deepspeed.init_inference`` and undoes the one thing it does too much.
+    """Calls ``deepspeed.init_inference``, and undoes the one thing it does too much.
 
     It converts every tensor of the model to the dtype of `config`, also those that transformers
     keeps in float32 on purpose: the rotary frequencies and the routers' correction biases, whose
@@ -102,6 +102,7 @@ def init_inference(model: nn.Module, config: dict[str, Any]) -> Any:
         if tensor.is_floating_point() and tensor.dtype != model.dtype
     }
     engine = deepspeed.init_inference(model, config=config)
+    prepare_for_inference(model)
     for name, tensor in kept.items():
         holder_name, _, attribute = name.rpartition(".")
         getattr(model.get_submodule(holder_name), attribute).data = tensor

@@ -8,10 +8,11 @@ uses the module's own gate and activation; it knows no model family.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["follows_contract", "run_grouped", "run_single"]
+__all__ = ["follows_contract", "lay_out_for_cpu", "run_grouped", "run_single"]
 
 _DECLARED = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
 
@@ -30,6 +31,27 @@ def follows_contract(experts: nn.Module) -> bool:
     widths = (*experts.down_proj.shape[1:], _up_projection(experts).shape[-1])
     item_bytes = experts.down_proj.element_size()
     return all(width * item_bytes % _ALIGNMENT_BYTES == 0 for width in widths)
+
+
+@torch.no_grad()
+def lay_out_for_cpu(experts: nn.Module) -> None:
+    """Lays the matrices of experts on a CPU out as its matrix products read them fastest.
+
+    Shapes and values stay; in memory a matrix becomes what multiplies rows from the right, input
+    after input. With few rows an expert that saves a third of the time, with hundreds nothing. Call
+    it before inference: what trains weights may keep views of their memory.
+
+    Args:
+        experts: Any experts module; one that does not follow the contract is left alone, and so is
+            one that is not on a CPU.
+    """
+    if not follows_contract(experts) or experts.is_transposed or experts.down_proj.is_cuda:
+        return
+    for weight in (_up_projection(experts), experts.down_proj):
+        laid_out = torch.empty_like(weight.transpose(1, 2), memory_format=torch.contiguous_format)
+        for target, matrix in zip(laid_out, weight, strict=True):
+            target.copy_(matrix.t())  # one by one: torch has a fast path for a single matrix
+        weight.data = laid_out.transpose(1, 2)
 
 
 def run_grouped(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.adapter import shard_experts
-from ds_moe_ep.moe.expert_gemm import follows_contract
+from ds_moe_ep.moe.expert_gemm import follows_contract, lay_out_for_cpu
 from ds_moe_ep.moe.experts import NOT_HERE, expert_parameters, run_local_experts, run_static
 from ds_moe_ep.moe.reference import reference_moe
 from tests.helpers.families import build_tiny
@@ -119,3 +119,20 @@ def test_widths_that_cannot_be_aligned_are_left_to_the_module() -> None:
     assert follows_contract(experts)
     experts.down_proj = nn.Parameter(experts.down_proj[..., :-1])
     assert not follows_contract(experts)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_laid_out_for_a_cpu_weights_and_outputs_stay(family: str) -> None:
+    experts = build_experts(family, ep_size=2)
+    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    lay_out_for_cpu(experts)
+    after = experts.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    if follows_contract(experts):
+        matrix = experts.down_proj[0] if experts.is_transposed else experts.down_proj[0].t()
+        assert matrix.is_contiguous()  # [I, H], what rows are multiplied with from the left
+    rows = routed(experts, num_rows=17, share_here=0.5)
+    with torch.no_grad():
+        found, _ = run_local_experts(experts, *rows)
+        torch.testing.assert_close(found, expected(experts, *rows), **FP32)

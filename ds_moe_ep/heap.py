@@ -1,0 +1,43 @@
+"""What the C library does with memory that a program frees.
+
+Tensors come from its heap. Elsewhere than with glibc these functions do nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+__all__ = ["give_freed_memory_back", "keep_freed_memory"]
+
+# mallopt's options by their numbers in glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+# Below this size tensors stay in the heap, where not every one takes new pages from the kernel.
+_LEAST_MMAP_BYTES = 1 << 20
+_LEAST_KEPT_BYTES = 1 << 17  # glibc's default
+# The highest that glibc itself raises it to.
+_MOST_MMAP_BYTES = 1 << 25
+_MOST_KEPT_BYTES = 1 << 30
+
+
+def give_freed_memory_back() -> None:
+    """Lets large tensors have mappings of their own, which the system gets back at once."""
+    _set(_M_MMAP_THRESHOLD, _LEAST_MMAP_BYTES)
+    _set(_M_TRIM_THRESHOLD, _LEAST_KEPT_BYTES)
+
+
+def keep_freed_memory() -> None:
+    """Keeps what is freed, up to 1 GiB, for what is allocated next.
+
+    Else every layer would take its temporary tensors' pages anew from the kernel, which clears
+    them first: on a CPU that took up to half of the time of an MoE layer.
+    """
+    _set(_M_MMAP_THRESHOLD, _MOST_MMAP_BYTES)
+    _set(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
+
+
+def _set(option: int, value: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(option, value)
