@@ -29,7 +29,13 @@ class CommStats:
 
     @contextmanager
     def timed(self, device: torch.device, sent_bytes: int) -> Iterator[None]:
-        """Times one collective: by the clock on a CPU, by events without a sync on a GPU."""
+        """Times one collective: by the clock on a CPU, by events without a sync on a GPU.
+
+        In a compiled pass nothing is counted: it would be compiled anew for each new count.
+        """
+        if torch.compiler.is_compiling():
+            yield
+            return
         self.calls += 1
         self.sent_bytes += sent_bytes
         self._resume(device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.dist.collectives import Meanwhile
@@ -43,7 +44,8 @@ class EarlySharedExpert:
     Nothing is known of the family. It watches one pass: where the block calls its shared expert
     after the experts, with the very tensor that the block or the experts were called with, the next
     pass computes it early from that tensor. A call with anything else is computed as ever, and
-    watched anew. So the same operations run on the same tensors; only the order changes.
+    watched anew. So the same operations run on the same tensors; only the order changes. In a pass
+    that is compiled, the order is the compiler's.
 
     Args:
         block: The module that calls both. It gets a hook; its parameters keep their names.
@@ -80,13 +82,17 @@ class EarlySharedExpert:
         return bool(module._forward_pre_hooks or module._forward_hooks)
 
     def _begin(self, block: nn.Module, args: tuple[Any, ...]) -> None:
-        self._inputs, self._early = [_Seen.of(x) for x in args[:1]], None
+        if not torch.compiler.is_compiling():
+            self._inputs = [_Seen.of(x) for x in args[:1] if isinstance(x, Tensor)]
+            self._early = None
 
     def _end(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._inputs, self._early = [], None
 
     def _answer(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the shared expert's ``forward``."""
+        if torch.compiler.is_compiling():
+            return self._compute(*args, **kwargs)
         inputs, early = self._inputs, self._early
         self._inputs, self._early = [], None
         is_plain = len(args) == 1 and not kwargs
