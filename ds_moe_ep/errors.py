@@ -16,6 +16,7 @@ __all__ = [
     "InputError",
     "ModelSpecError",
     "PlanError",
+    "ResourceError",
     "some",
 ]
 
@@ -57,7 +58,13 @@ class InputError(DsMoeEpError):
 
 
 class DistributedError(DsMoeEpError):
-    """A job that broke after it started."""
+    """Ranks of a job that has started have lost each other."""
+
+    exit_code = 1
+
+
+class ResourceError(DsMoeEpError):
+    """A machine that ran out of something, memory or disk, while the job ran on it."""
 
     exit_code = 1
 

@@ -8,31 +8,39 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import traceback
+import time
 
-from ds_moe_ep.engine.console import let_rank_0_speak
 from ds_moe_ep.engine.options import JobOptions, parse_options
+from ds_moe_ep.engine.supervisor import Progress, supervise
+
+# Another rank's message comes first: the first that ends makes DeepSpeed's launcher end the rest.
+_RANK_0_SPEAKS_S = 5.0
 
 
 def main() -> int:
     """Runs this rank; returns its exit code."""
-    options = _parse()
+    rank = int(os.environ.get("RANK", "0"))
+    options = _parse(rank)
+    return supervise(
+        lambda progress: work(options, progress),
+        name=f"rank {rank} {os.uname().nodename}",
+        speaks=rank == 0,
+        kept=options.journal_folder,
+    )
+
+
+def work(options: JobOptions, progress: Progress) -> int:
+    """Does this rank's part of the job, in a process that is supervised; returns its exit code."""
+    # torch's C++ tells of each broken connection on every rank, with its stack.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch, transformers, deepspeed: seconds, so after the arguments are known to be good.
     from ds_moe_ep.engine.job import run_job
 
-    try:
-        return run_job(options)
-    except KeyboardInterrupt:
-        return 130
-    except Exception:
-        rank = f"[rank {os.environ.get('RANK', '0')} {os.uname().nodename}]"
-        print(f"{rank} {traceback.format_exc()}", file=sys.stderr, flush=True)
-        return 1
+    return run_job(options, progress)
 
 
-def _parse() -> JobOptions:
+def _parse(rank: int) -> JobOptions:
     """Parses the arguments on every rank; only rank 0 shows what argparse has to say."""
-    rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         return parse_options()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -40,14 +48,9 @@ def _parse() -> JobOptions:
             with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
                 return parse_options()
         except SystemExit:
-            let_rank_0_speak(rank)
+            time.sleep(_RANK_0_SPEAKS_S)
             raise
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: the interpreter's orderly shutdown can wait for ranks that wait for this one,
-    # and races with the threads of torch's backends (seen: an abort after a finished job).
-    os._exit(code)
+    sys.exit(main())

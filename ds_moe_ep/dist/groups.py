@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
 from ds_moe_ep.dist.node_groups import nodes_of
-from ds_moe_ep.dist.rendezvous import join_process_group
+from ds_moe_ep.dist.rendezvous import RollCall, join_process_group
 from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
 from ds_moe_ep.local_machine import free_port
 
@@ -77,13 +77,18 @@ class Job:
         info: Who this process is.
         device: Where its tensors live.
         control: A gloo group of all ranks for small exchanges on the host.
+        roll_call: Asks who is still there when the job breaks; None in a process group that was
+            there before.
         nodes: Node of every rank, numbered in the order of ranks.
+        hosts: Name of every rank's host.
     """
 
     info: RankInfo
     device: torch.device
     control: dist.ProcessGroup
+    roll_call: RollCall | None = None
     nodes: tuple[int, ...] = ()
+    hosts: tuple[str, ...] = ()
 
     def all_or_none(self, step: Callable[[], T], *, what: str, timeout_s: float) -> T:
         """Runs a step that any rank may refuse: all ranks go on together or fail together.
@@ -171,8 +176,9 @@ def init_distributed(
     os.environ.update(
         RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size)
     )
+    roll_call = None
     if not dist.is_initialized():
-        join_process_group(
+        roll_call = join_process_group(
             info.rank,
             info.world_size,
             backend="nccl" if on_gpu else "gloo",
@@ -184,9 +190,9 @@ def init_distributed(
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     with _without_jit_build():
         deepspeed.init_distributed(verbose=False)
-    job = Job(info, device, control)
+    job = Job(info, device, control, roll_call)
     hosts, local_ranks = zip(*job.all_gather((info.host, info.local_rank)), strict=True)
-    return replace(job, nodes=tuple(nodes_of(hosts, local_ranks)))
+    return replace(job, nodes=tuple(nodes_of(hosts, local_ranks)), hosts=hosts)
 
 
 def create_expert_groups(ep_size: int) -> dist.ProcessGroup:

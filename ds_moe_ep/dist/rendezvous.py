@@ -6,21 +6,31 @@ bound of its own, longer than that of any later one.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from ds_moe_ep.errors import DistributedError
 
-__all__ = ["join_process_group"]
+__all__ = ["RollCall", "join_process_group"]
+
+T = TypeVar("T")
 
 _SHOWN = 8
+_ANSWER_S = 4.0  # the store answers within milliseconds, or its rank has ended or was stopped
+_LOOK_S = 0.1
 
 
 def join_process_group(
     rank: int, world_size: int, *, backend: str, start_timeout_s: float, timeout_s: float
-) -> None:
+) -> RollCall:
     """Waits for all ranks at MASTER_ADDR:MASTER_PORT, then starts the default process group.
 
     Args:
@@ -29,6 +39,9 @@ def join_process_group(
         backend: ``gloo`` or ``nccl``.
         start_timeout_s: How long to wait for the last rank to come up.
         timeout_s: How long any later wait in the group may last.
+
+    Returns:
+        What tells the ranks of each other if the job breaks.
 
     Raises:
         DistributedError: Some ranks did not come; it names them.
@@ -51,6 +64,65 @@ def join_process_group(
             "use (--master_port) or a wrong network interface (GLOO_SOCKET_IFNAME, "
             "NCCL_SOCKET_IFNAME)."
         ) from error
+    return RollCall(store, rank, world_size)
+
+
+class RollCall:
+    """Who is still there when a job breaks, asked through the store of the rendezvous.
+
+    Every rank that finds the job broken answers. The store lives in rank 0 and may be gone too, so
+    no question waits for it for long.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+
+    def answer(self) -> bool | None:
+        """Says that this rank is there, and has failed.
+
+        Returns:
+            Whether it is the first; None if the store cannot be reached.
+        """
+
+        def tell() -> bool:
+            self._store.set(f"failed/{self._rank}", b"")
+            return self._store.add("num_failed", 1) == 1
+
+        return _within(_ANSWER_S, tell)
+
+    def silent_ranks(self, wait_s: float) -> list[int] | None:
+        """Waits for all ranks to answer, and returns those that do not; None without a store."""
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            silent = _within(_ANSWER_S, self._not_answered)
+            if not silent or time.monotonic() > deadline_s:
+                return silent
+            time.sleep(_LOOK_S)
+
+    def _not_answered(self) -> list[int]:
+        keys = [f"failed/{rank}" for rank in range(self._world_size)]
+        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+
+
+def _within(timeout_s: float, ask: Callable[[], T]) -> T | None:
+    """Returns what the store answers; None if it fails or takes too long.
+
+    A client of the store waits for ever for a server that was stopped.
+    """
+    answers: list[T] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except (dist.DistError, RuntimeError):
+            pass
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return answers[0] if answers else None
 
 
 class _MissingRanksError(Exception):
@@ -71,7 +143,13 @@ def _open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
         multi_tenant=True,
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"ds_moe_ep/{attempt}", store)
+    return dist.PrefixStore(f"ds_moe_ep/{_command_digest()}/{attempt}", store)
+
+
+def _command_digest() -> str:
+    """Tells this job from another one that has taken the port and is still gathering its ranks."""
+    words = [word for word in sys.argv if not word.startswith("--local_rank=")]
+    return hashlib.sha256("\0".join(words).encode(errors="surrogateescape")).hexdigest()
 
 
 def _wait_for_all(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -21,13 +20,10 @@ from rich.progress import (
 
 __all__ = [
     "byte_progress_bar",
-    "let_rank_0_speak",
     "only_rank_0_prints",
     "progress_bar",
     "quiet_libraries",
 ]
-
-_SPEAKING_S = 5.0
 
 
 def quiet_libraries() -> None:
@@ -38,15 +34,6 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-
-
-def let_rank_0_speak(rank: int) -> None:
-    """Holds other ranks up before they end with an error that rank 0 is to tell.
-
-    The first rank that ends makes DeepSpeed's launcher end the rest: rank 0, perhaps unheard.
-    """
-    if rank != 0:
-        time.sleep(_SPEAKING_S)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,24 +22,28 @@ from ds_moe_ep.adapter import bind_expert_groups, moe_layers, prepare_for_infere
 from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.dist.groups import Job, create_expert_groups, init_distributed, read_rank_info
 from ds_moe_ep.dist.shared_memory import SharedMemory
+from ds_moe_ep.engine.checksums import check_share
 from ds_moe_ep.engine.console import (
-    let_rank_0_speak,
     only_rank_0_prints,
     progress_bar,
     quiet_libraries,
 )
+from ds_moe_ep.engine.failure import fail
 from ds_moe_ep.engine.journal import Journal, fingerprint
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, write_results
 from ds_moe_ep.engine.prepare import Work, prepare
 from ds_moe_ep.engine.schedule import Batch, replicate, spread
 from ds_moe_ep.engine.summary import RankSummary, format_summary, write_metrics
+from ds_moe_ep.engine.supervisor import Progress
 from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch, score_batch
-from ds_moe_ep.errors import DistributedError, DsMoeEpError
+from ds_moe_ep.errors import ResourceError, some
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
 __all__ = ["init_inference", "run_job"]
+
+_SHOWN_CHARS = 40
 
 
 @dataclass(frozen=True)
@@ -52,41 +55,54 @@ class Engine:
     load_s: float
 
 
-def run_job(options: JobOptions) -> int:
+def run_job(options: JobOptions, progress: Progress) -> int:
     """Runs the job on this rank.
 
+    Args:
+        options: What the user asked for.
+        progress: Told where this rank is.
+
     Returns:
-        The exit code. On rank 0 the summary was printed, or the error that all ranks agree on.
+        The exit code. On rank 0 the summary was printed, or by one rank why the job broke.
     """
     info = read_rank_info()
     quiet_libraries()
     # The libraries are here to stay: looking through them for garbage took a third of loading.
     gc.freeze()
+    job = None
     try:
+        progress.enter("meeting the other ranks")
         with only_rank_0_prints(info.rank):
             job = init_distributed(
                 info, timeout_s=options.timeout_s, start_timeout_s=options.start_timeout_s
             )
-        work = job.all_or_none(
-            lambda: prepare(options, job), what="reading the input", timeout_s=options.timeout_s
-        )
-        journal = Journal.beside(options.output, info.rank)
-        settings = fingerprint(options, str(work.dtype), [each.prompt for each in work.prompts])
-        earlier, batches = _schedule(options, job, work, journal, settings)
-        engine = _load(options, job, work)
-        if info.rank == 0:  # not sooner: a job that is refused leaves nothing behind
-            journal.start(settings, resume=options.resume)
-        results, summary = _run(options, job, work, engine, batches, journal)
-        _finish(options, job, work, engine, earlier | results, summary, journal)
-    except DsMoeEpError as error:
-        let_rank_0_speak(info.rank)
-        # What was refused, rank 0 tells. What broke, it may not live to tell: then a rank a host
-        # does.
-        if info.rank == 0 or (info.local_rank == 0 and isinstance(error, DistributedError)):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        _run_joined(options, job, progress)
+    except Exception as error:
+        return fail(error, info, job, progress, options.journal_folder)
     dist.destroy_process_group()
     return 0
+
+
+def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
+    """Runs the job once the ranks have met."""
+    progress.enter("reading the input")
+    work = job.all_or_none(
+        lambda: prepare(options, job), what="reading the input", timeout_s=options.timeout_s
+    )
+    journal = Journal(options.journal_folder, job.info.rank)
+    settings = fingerprint(options, str(work.dtype), [each.prompt for each in work.prompts])
+    earlier, batches = _schedule(options, job, work, journal, settings)
+    progress.enter("loading weights")
+    engine = _load(options, job, work)
+
+    def start() -> None:
+        if job.info.rank == 0:  # not sooner: a job that is refused leaves nothing behind
+            journal.start(settings, resume=options.resume)
+
+    job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
+    results, summary = _run(options, job, work, engine, batches, journal, progress)
+    progress.enter("writing the results")
+    _finish(options, job, work, engine, earlier | results, summary, journal)
 
 
 def init_inference(model: nn.Module, config: dict[str, Any]) -> Any:
@@ -119,7 +135,10 @@ def _schedule(
     """
 
     def look_back() -> dict[int, Result]:
-        return journal.read(settings) if options.resume and job.info.rank == 0 else {}
+        if job.info.rank != 0:
+            return {}
+        journal.check_free()
+        return journal.read(settings) if options.resume else {}
 
     earlier = job.all_or_none(look_back, what="looking for work", timeout_s=options.timeout_s)
     finished = set(job.all_gather(list(earlier))[0])
@@ -149,6 +168,7 @@ def _load(options: JobOptions, job: Job, work: Work) -> Engine:
         dispatcher = "allreduce"
 
     def load() -> nn.Module:
+        check_share(options.model, job.info.rank, job.info.world_size)
         model, report = load_expert_parallel_model(
             options.model,
             work.plan,
@@ -175,6 +195,7 @@ def _run(
     engine: Engine,
     batches: Sequence[Batch],
     journal: Journal,
+    progress: Progress,
 ) -> tuple[dict[int, Result], RankSummary]:
     """Serves this rank's batches and takes part in those of the others."""
     serve = _server(options, job, work, engine)
@@ -191,15 +212,19 @@ def _run(
             device=job.device,
             shared=_shared_by_all(job, engine),
             on_progress=show,
+            on_step=progress.start_step,
         )
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             prompts = [work.prompts[index] for index in batch.indices]
+            ids = some([repr(each.prompt.id)[:_SHOWN_CHARS] for each in prompts])
+            progress.enter(f"batch {number} of {len(batches)} (prompts {ids})")
             done = dict(zip(batch.indices, serve(prompts), strict=True))
             if options.batch_mode == "replicated" and job.info.rank != 0:
                 continue  # rank 0 has the same
             journal.append(done)
             results |= done
             sync.finish(len(done))
+        progress.enter("helping the others to their end")
         sync.join_others()
     run_s = time.perf_counter() - start
     return results, _summarise(job, work, engine, results, sync.num_steps, run_s)
@@ -279,7 +304,7 @@ def _finish(
             if options.metrics is not None:
                 write_metrics(options.metrics, ranks)
         except OSError as error:
-            raise DistributedError(
+            raise ResourceError(
                 f"{options.output}: cannot be written: {error}. The results are in "
                 f"{journal.folder}: make room and run again with --resume."
             ) from error

@@ -1,17 +1,19 @@
 """Finished prompts of a job that has not ended, for ``--resume``: a journal per rank.
 
-Journals lie beside the output and go when it is written. What a result holds is in outputs.py.
+Journals lie beside the output and go when it is written; a lock among them keeps a second job away
+from the output. What a result holds is in outputs.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from pydantic import TypeAdapter, ValidationError
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, ScoreResult
 from ds_moe_ep.engine.prompts import Prompt
-from ds_moe_ep.errors import InputError
+from ds_moe_ep.errors import InputError, ResourceError
 
 __all__ = ["Journal", "fingerprint"]
 
 _JOB = "job.json"
+_LOCK = "lock"
 _LINE: dict[str, TypeAdapter[Any]] = {
     "generate": TypeAdapter(tuple[int, GenerateResult]),
     "score": TypeAdapter(tuple[int, ScoreResult]),
@@ -47,7 +50,7 @@ def fingerprint(options: JobOptions, dtype: str, prompts: Sequence[Prompt]) -> d
     return fields
 
 
-@dataclass(frozen=True)
+@dataclass
 class Journal:
     """The journals of one output.
 
@@ -58,11 +61,16 @@ class Journal:
 
     folder: Path
     rank: int
+    _lock: int | None = field(default=None, init=False)
 
-    @classmethod
-    def beside(cls, output: Path, rank: int) -> Journal:
-        """Returns the journal of a rank for an output file, ``OUTPUT.partial/rank-R.jsonl``."""
-        return cls(output.with_name(output.name + ".partial"), rank)
+    def check_free(self) -> None:
+        """Finds out whether another job is writing this output.
+
+        Raises:
+            InputError: It is; who, is in the message.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            os.close(_open_locked(self.folder / _LOCK, os.O_RDWR))
 
     def read(self, job: Mapping[str, Any]) -> dict[int, Result]:
         """Reads what an earlier run of the same job has finished; nothing if there was none.
@@ -92,27 +100,91 @@ class Journal:
         return dict(line for path in paths for line in _whole_lines(path, _LINE[job["task"]]))
 
     def start(self, job: Mapping[str, Any], *, resume: bool) -> None:
-        """Makes the folder and names the job in it, on rank 0; a run not resumed is removed."""
-        if not resume:
-            self.remove()
-        self.folder.mkdir(exist_ok=True)
-        temporary = self.folder / f".{_JOB}.{os.getpid()}"
-        temporary.write_text(json.dumps(job, sort_keys=True), encoding="utf-8")
-        temporary.replace(self.folder / _JOB)
+        """Takes the folder for this job, on rank 0; a run not resumed is removed.
+
+        Raises:
+            InputError: Another job is writing this output.
+            ResourceError: The disk is full, say.
+        """
+        with _told_if_not_writable(self.folder):
+            if self._lock is None:
+                self._lock = self._take()
+            if not resume:
+                for path in [self.folder / _JOB, *self.folder.glob("rank-*.jsonl")]:
+                    path.unlink(missing_ok=True)
+            temporary = self.folder / f".{_JOB}.{os.getpid()}"
+            temporary.write_text(json.dumps(job, sort_keys=True), encoding="utf-8")
+            temporary.replace(self.folder / _JOB)
 
     def append(self, results: Mapping[int, Result]) -> None:
-        """Adds finished prompts; they are on disk when it returns."""
-        self.folder.mkdir(exist_ok=True)  # on the hosts that rank 0's folder is not shared with
-        with (self.folder / f"rank-{self.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
-            # The line end comes first: what follows a line cut short by a crash stays readable.
-            lines = [json.dumps([index, asdict(result)]) for index, result in results.items()]
-            file.write("\n" + "\n".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+        """Adds finished prompts; they are on disk when it returns.
+
+        Raises:
+            ResourceError: The disk is full, or the folder has gone.
+        """
+        path = self.folder / f"rank-{self.rank:05d}.jsonl"
+        with _told_if_not_writable(path):
+            self.folder.mkdir(exist_ok=True)  # on the hosts that rank 0's folder is not shared with
+            with path.open("a", encoding="utf-8") as file:
+                # The line end comes first: what follows a line cut short by a crash stays readable.
+                lines = [json.dumps([index, asdict(result)]) for index, result in results.items()]
+                file.write("\n" + "\n".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Removes the journals of all ranks."""
+        """Removes the journals of all ranks, and gives the output free."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take(self) -> int:
+        """Locks the folder until this process ends, made if it is not there."""
+        path = self.folder / _LOCK
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            descriptor = _open_locked(path, os.O_RDWR | os.O_CREAT)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    break
+            os.close(descriptor)  # of a job that ended, and removed it, just now
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
+        return descriptor
+
+
+def _open_locked(path: Path, flags: int) -> int:
+    """Opens a lock file and takes the lock, which the system gives free when its holder ends.
+
+    Raises:
+        InputError: Somebody else has it.
+        FileNotFoundError: There is none.
+    """
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+        os.close(descriptor)
+        raise InputError(
+            f"{path.parent}: another job is writing this output: {holder}. Wait for its end, or "
+            "name another file with --output."
+        ) from None
+    except OSError:
+        pass  # a file system without locks: nobody can be kept away
+    return descriptor
+
+
+@contextlib.contextmanager
+def _told_if_not_writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be written on {os.uname().nodename} ({error.strerror}). Make room, or "
+            "bring the folder back, and run again with --resume."
+        ) from error
 
 
 def _whole_lines(path: Path, line_type: TypeAdapter[Any]) -> Iterator[tuple[int, Result]]:

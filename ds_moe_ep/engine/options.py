@@ -47,6 +47,11 @@ class JobOptions:
     timeout_s: float = 120.0
     start_timeout_s: float = 1800.0
 
+    @property
+    def journal_folder(self) -> Path:
+        """Where finished prompts are kept until the output is written."""
+        return self.output.with_name(self.output.name + ".partial")
+
 
 def parse_options(argv: Sequence[str] | None = None) -> JobOptions:
     """Parses the arguments; argparse ends the process with code 2 if they make no sense."""

@@ -41,6 +41,7 @@ class ForwardSync:
         shared: Memory that the ranks of `group` share, for short announcements.
         on_progress: Called on rank 0 at each pass with the number of prompts that all ranks have
             finished so far.
+        on_step: Called at the start of each pass with its number, from 1 on.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ForwardSync:
         device: torch.device,
         shared: SharedMemory | None = None,
         on_progress: Callable[[int], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
         self._layers = layers
         self._comm = Communicator(group, shared=shared)
@@ -62,6 +64,7 @@ class ForwardSync:
         self._no_ids_0K = torch.zeros((0, top_k), dtype=torch.int64, device=device)
         self._no_weights_0K = torch.zeros((0, top_k), dtype=torch.float32, device=device)
         self._on_progress = on_progress if self._comm.rank == 0 else None
+        self._on_step = on_step
         self.num_finished = 0
         self.num_steps = 0
         model.register_forward_pre_hook(
@@ -77,7 +80,7 @@ class ForwardSync:
     def join_others(self) -> None:
         """Takes part in the others' passes with zero rows until every rank has called this."""
         while self._announce(0):
-            self.num_steps += 1
+            self._count_step()
             for layer in self._layers:
                 no_rows_0H = torch.zeros(
                     (0, layer.hidden_size), dtype=self._dtype, device=self._device
@@ -85,8 +88,13 @@ class ForwardSync:
                 layer(no_rows_0H, self._no_ids_0K, self._no_weights_0K)
 
     def _start_own_pass(self, num_tokens: int) -> None:
-        self.num_steps += 1
+        self._count_step()
         self._announce(num_tokens)
+
+    def _count_step(self) -> None:
+        self.num_steps += 1
+        if self._on_step:
+            self._on_step(self.num_steps)
 
     def _announce(self, num_tokens: int) -> bool:
         """Tells all ranks what this rank brings to a pass now; returns whether any brings some."""

@@ -16,6 +16,7 @@ from pathlib import Path
 __all__ = ["REPO", "free_port", "launch_infer", "run_command"]
 
 REPO = Path(__file__).resolve().parents[2]
+_INFER = REPO / "launch" / "infer.py"
 
 # What a launcher around the tests may have set and must not reach the job under test.
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -29,6 +30,8 @@ def launch_infer(
     num_ranks: int,
     env: Mapping[str, str] | None = None,
     extensions_dir: Path | None = None,
+    script: Path = _INFER,
+    port: int | None = None,
     timeout_s: float = 300.0,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `deepspeed --num_gpus N launch/infer.py ARGS` on the CPU and waits for its end.
@@ -38,6 +41,8 @@ def launch_infer(
         num_ranks: Number of processes on this machine.
         env: Variables to set on top of the test's own, stronger than the defaults here.
         extensions_dir: Where torch keeps extensions built just in time; default: the user's cache.
+        script: What to run in place of launch/infer.py.
+        port: Where the ranks meet; default: one that is free.
         timeout_s: Seconds until the job counts as hung.
 
     Returns:
@@ -51,8 +56,7 @@ def launch_infer(
         job_env["TORCH_EXTENSIONS_DIR"] = str(extensions_dir)
     # The module is what the `deepspeed` command calls; it is found where that is not on the PATH.
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    options = [f"--num_gpus={num_ranks}", f"--master_port={free_port()}"]
-    script = REPO / "launch" / "infer.py"
+    options = [f"--num_gpus={num_ranks}", f"--master_port={port or free_port()}"]
     return run_command([*launcher, *options, script, *args], env=job_env, timeout_s=timeout_s)
 
 

@@ -1,3 +1,7 @@
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +11,8 @@ from ds_moe_ep.engine.journal import Journal, fingerprint
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, ScoreResult
 from ds_moe_ep.engine.prompts import Prompt
-from ds_moe_ep.errors import InputError
+from ds_moe_ep.errors import InputError, ResourceError
+from tests.helpers.launch import REPO
 
 PROMPTS = [Prompt("a", "Alice", None, 0), Prompt("b", None, (4, 5), 1)]
 
@@ -23,7 +28,7 @@ def generated(index: int) -> GenerateResult:
 
 
 def started(options: JobOptions, rank: int = 0) -> Journal:
-    journal = Journal.beside(options.output, rank)
+    journal = Journal(options.journal_folder, rank)
     journal.start(fingerprint(options, "torch.float32", PROMPTS), resume=False)
     return journal
 
@@ -33,7 +38,7 @@ def test_what_ranks_append_is_read_back(options):
     first = started(options)
     first.append({0: generated(0), 3: generated(3)})
     first.append({1: generated(1)})
-    Journal.beside(options.output, 7).append({2: generated(2)})
+    Journal(options.journal_folder, 7).append({2: generated(2)})
     assert first.read(job) == {index: generated(index) for index in range(4)}
 
 
@@ -93,7 +98,7 @@ def test_a_fresh_start_forgets_and_a_resumed_one_keeps(options):
 
 
 def test_nothing_to_resume_is_no_error(options):
-    journal = Journal.beside(options.output, 0)
+    journal = Journal(options.journal_folder, 0)
     assert journal.read(fingerprint(options, "torch.float32", PROMPTS)) == {}
 
 
@@ -102,3 +107,62 @@ def test_removal_leaves_no_trace(options, tmp_path: Path):
     journal.append({0: generated(0)})
     journal.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_second_job_is_kept_away(options):
+    job = fingerprint(options, "torch.float32", PROMPTS)
+    first = started(options)
+    first.append({0: generated(0)})
+    second = Journal(options.journal_folder, 0)
+    for refused in (second.check_free, lambda: second.start(job, resume=True)):
+        told = rf"another job is writing this output: process {os.getpid()} on .*--output"
+        with pytest.raises(InputError, match=told):
+            refused()
+    assert first.read(job) == {0: generated(0)}
+    first.remove()
+    second.check_free()
+    second.start(job, resume=False)
+    with pytest.raises(InputError):
+        first.check_free()
+
+
+def test_the_lock_of_a_killed_job_is_free(options):
+    script = """
+import os, sys
+from pathlib import Path
+from ds_moe_ep.engine.journal import Journal
+Journal(Path(sys.argv[1]), 0).start({"task": "generate"}, resume=False)
+os.kill(os.getpid(), 9)
+"""
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    subprocess.run([sys.executable, "-c", script, options.journal_folder], env=env, check=False)
+    assert (options.journal_folder / "lock").exists()
+    journal = Journal(options.journal_folder, 0)
+    journal.check_free()
+    journal.start(fingerprint(options, "torch.float32", PROMPTS), resume=False)
+
+
+def test_a_full_disk_is_told_and_what_was_written_stays_valid(options, monkeypatch):
+    job = fingerprint(options, "torch.float32", PROMPTS)
+    journal = started(options)
+    journal.append({0: generated(0)})
+
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    told = r"rank-00000\.jsonl: cannot be written on .* \(No space left on device\)\. Make room"
+    with pytest.raises(ResourceError, match=told):
+        journal.append({1: generated(1)})
+    assert journal.read(job)[0] == generated(0)
+
+
+def test_a_folder_that_has_gone_is_told(options):
+    gone = replace(options, output=options.model / "results" / "out.jsonl")
+    gone.output.parent.mkdir()
+    journal = started(gone)
+    shutil.rmtree(gone.output.parent)
+    with pytest.raises(
+        ResourceError, match=r"\(No such file or directory\).*bring the folder back"
+    ):
+        journal.append({0: generated(0)})

@@ -1,0 +1,237 @@
+"""The two processes of a rank, without torch: small scripts stand for the worker and the launchers.
+
+A script writes its worker's process id to stdout once it works, and gets signals then.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ds_moe_ep.engine.supervisor import Progress
+from tests.helpers.launch import REPO
+
+_RANK = """
+import os, sys, time
+from pathlib import Path
+from ds_moe_ep.engine.supervisor import supervise
+
+def work(progress):
+    progress.enter("batch 2 of 3")
+    progress.start_step(17)
+    print(os.getpid(), flush=True)
+    sys.stdin.readline()
+    {work}
+
+sys.exit(supervise(work, name="rank 3 worker-1", speaks=True, kept=Path({kept!r})))
+"""
+_WHERE = "batch 2 of 3, step 17."
+_WAIT_S = 60.0  # a bound for machines that are very busy; each of these takes a second or two
+
+
+class Rank:
+    """A supervisor and its worker, which does not begin to work before `end`."""
+
+    def __init__(self, kept: Path, work: str = "time.sleep(600)", under: tuple[str, ...] = ()):
+        script = _RANK.format(work=work, kept=str(kept))
+        command = [sys.executable, "-c", script]
+        for name in reversed(under):  # waits for what it started, as DeepSpeed's do
+            code = "import subprocess, sys; sys.exit(subprocess.call(eval(sys.argv[2])))"
+            command = [sys.executable, "-c", code, name, repr(command)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(REPO)},
+            start_new_session=True,
+        )
+        self.worker = psutil.Process(int(self.process.stdout.readline()))
+        self.supervisor = self.worker.parent()
+
+    def end(self) -> tuple[int, str]:
+        """Lets the worker go on, and waits for the exit code and what was said."""
+        _, said = self.process.communicate("go on\n", timeout=_WAIT_S)
+        return self.process.returncode, said
+
+    def is_gone(self) -> bool:
+        """Waits until neither process is left."""
+        _, alive = psutil.wait_procs([self.worker, self.supervisor], timeout=_WAIT_S)
+        return not alive
+
+    def wait_for(self, process: psutil.Process, status: str) -> None:
+        until_s = time.monotonic() + _WAIT_S
+        while process.status() != status:
+            assert time.monotonic() < until_s, f"{process} is not {status}"
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Returns a function that starts a rank; what is left of it at the end of the test is ended."""
+    ranks = []
+
+    def start_rank(**options) -> Rank:
+        ranks.append(Rank(tmp_path / "out.jsonl.partial", **options))
+        return ranks[-1]
+
+    yield start_rank
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.process.pid, signal.SIGKILL)
+        rank.process.communicate()
+
+
+@pytest.mark.parametrize(("work", "code"), [("return 0", 0), ("return 2", 2), ("return 1", 1)])
+def test_the_exit_code_is_the_workers(start, work: str, code: int):
+    assert start(work=work).end() == (code, "")
+
+
+def test_an_exception_ends_the_worker_as_it_ends_any_python(start):
+    code, said = start(work="raise LookupError('a bug')").end()
+    assert code == 1
+    assert said.count("Traceback") == 1
+    assert said.endswith("LookupError: a bug\n")
+
+
+def test_a_killed_worker_is_named_with_its_place(start, tmp_path):
+    rank = start()
+    rank.worker.kill()
+    told = f"DistributedError: [rank 3 worker-1] was ended by SIGKILL at {_WHERE}"
+    assert rank.end() == (1, f"{told}\n")
+    (tmp_path / "out.jsonl.partial").mkdir()
+    rank = start()
+    rank.worker.terminate()
+    told = told.replace("SIGKILL", "SIGTERM")
+    kept = f" Finished prompts are in {tmp_path}/out.jsonl.partial: go on with --resume."
+    assert rank.end() == (1, f"{told}{kept}\n")
+
+
+def test_a_killed_supervisor_is_named_by_its_worker(start):
+    rank = start()
+    rank.supervisor.kill()
+    pid = rank.supervisor.pid
+    told = (
+        f"DistributedError: [rank 3 worker-1] lost process {pid} at {_WHERE[:-1]}: it was killed."
+    )
+    assert rank.end() == (-signal.SIGKILL, f"{told}\n")
+    assert rank.is_gone()
+
+
+def test_a_supervisor_killed_under_deepspeed_ends_the_launcher_with_its_own_code(start):
+    rank = start(under=("deepspeed.launcher.launch",))
+    rank.supervisor.kill()
+    assert rank.is_gone()
+    code, said = rank.end()
+    assert "[rank 3 worker-1] lost process" in said
+    assert code == -signal.SIGTERM  # DeepSpeed's launcher makes that exit code 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_told_to_stop(start, number: signal.Signals):
+    for to_both in (False, True):
+        rank = start()
+        if to_both:
+            os.killpg(rank.process.pid, number)
+        else:
+            rank.supervisor.send_signal(number)
+        code, said = rank.end()
+        assert code == 130
+        # SIGTERM is what the launcher sends to the other ranks of a broken job.
+        told = "" if number == signal.SIGTERM else f"interrupted ({number.name}) at {_WHERE}\n"
+        assert said == told
+        assert rank.is_gone()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    rank = _RANK.format(work="time.sleep(1); return 0", kept=str(tmp_path))
+    script = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{rank}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        start_new_session=True,
+    )
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGHUP)
+    process.communicate(timeout=_WAIT_S)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "names", [("deepspeed.launcher.launch",), ("deepspeed", "deepspeed.launcher.launch")]
+)
+def test_no_rank_outlives_deepspeed(start, names: tuple[str, ...]):
+    rank = start(under=names)
+    rank.process.kill()  # the outermost
+    assert rank.is_gone()
+    assert f"interrupted (its launcher has gone) at {_WHERE}" in rank.end()[1]
+
+
+def test_a_rank_outlives_a_shell(start):
+    rank = start(
+        under=("bash",), work="time.sleep(2 * 1.0 + 1); print('done', flush=True); return 0"
+    )
+    rank.process.kill()
+    assert "done" in rank.process.communicate("go on\n", timeout=_WAIT_S)[0]
+
+
+def test_both_are_stopped_and_go_on_together(start):
+    rank = start()
+    rank.supervisor.suspend()
+    rank.wait_for(rank.worker, psutil.STATUS_STOPPED)
+    rank.supervisor.resume()
+    rank.wait_for(rank.worker, psutil.STATUS_SLEEPING)
+
+
+def test_a_rank_that_fails_wakes_the_stopped_ones_for_the_launcher(tmp_path):
+    """Under a launcher with two ranks, of which one is stopped: its SIGTERM must arrive."""
+    kept = str(tmp_path)
+    ranks = [
+        _RANK.format(work="return 1", kept=kept),
+        _RANK.format(work="time.sleep(600)", kept=kept),
+    ]
+    launcher = """
+import subprocess, sys
+start = lambda script, **pipes: subprocess.Popen([sys.executable, "-c", script], **pipes)
+ranks = [start(script) for script in eval(sys.argv[2])]
+print([rank.pid for rank in ranks], flush=True)
+ranks[0].wait()
+ranks[1].terminate()
+sys.exit(ranks[1].wait())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher, "deepspeed.launcher.launch", repr(ranks)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        start_new_session=True,
+    )
+    try:
+        lines = [process.stdout.readline() for _ in range(3)]
+        pids = next(eval(line) for line in lines if line.startswith("["))
+        os.kill(pids[1], signal.SIGSTOP)
+        process.communicate("fail now\n", timeout=_WAIT_S)
+        assert process.returncode == 130
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_progress_says_where():
+    progress = Progress("the start")
+    assert str(progress) == "the start"
+    progress.enter("batch 1 of 2 (prompts 'a', 'caf\u00e9')")
+    progress.start_step(3)
+    assert str(progress) == "batch 1 of 2 (prompts 'a', 'caf\u00e9'), step 3"
+    progress.enter("x" * 10_000)
+    assert len(str(progress)) < 5_000
