@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ds_moe_ep.moe.expert_gemm import follows_contract, run_grouped, run_single
 
@@ -98,7 +99,7 @@ def _run_one_expert(
     row_P = here_R1.squeeze(1).nonzero().squeeze(1)
     if row_P.numel() == x_RH.shape[0] > 0:
         return (run_single(experts, x_RH) * weight_R1).to(x_RH.dtype), rows_e
-    x_PH = x_RH[row_P]
+    x_PH = x_RH.index_select(0, row_P)
     y_PH = (run_single(experts, x_PH) if row_P.numel() else x_PH) * weight_R1[row_P]
     return torch.zeros_like(x_RH).index_copy(0, row_P, y_PH.to(x_RH.dtype)), rows_e
 
@@ -110,17 +111,31 @@ def _run_chosen(
     ids_S = local_ids_RK.flatten()
     chosen_P = (ids_S != NOT_HERE).nonzero().squeeze(1)
     expert_P, order_P = ids_S[chosen_P].sort()
-    slot_P = chosen_P[order_P]
-    row_P = slot_P // local_ids_RK.shape[1]
     offsets_e = _offsets(expert_P, experts.num_experts)
-    x_PH = x_RH[row_P]
+    x_PH = x_RH.index_select(0, chosen_P[order_P] // local_ids_RK.shape[1])
     # No pair, no kernel; the result still hangs on the inputs, so that backward's collectives run
     # on this rank too.
-    y_PH = run_grouped(experts, x_PH, expert_P, offsets_e) if row_P.numel() else x_PH
-    weighted_PH = y_PH * weights_RK.flatten()[slot_P, None]
-    sum_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
-    sum_RH = sum_RH.index_add(0, row_P, weighted_PH.float())
+    y_PH = run_grouped(experts, x_PH, expert_P, offsets_e) if expert_P.numel() else x_PH
+    sum_RH = _weighted_sums(y_PH, chosen_P, order_P, weights_RK)
     return sum_RH.to(x_RH.dtype), _counts(offsets_e)
+
+
+def _weighted_sums(y_PH: Tensor, chosen_P: Tensor, order_P: Tensor, weights_RK: Tensor) -> Tensor:
+    """Sums the outputs of each row's pairs, in one pass over them, in float32.
+
+    Args:
+        y_PH: Outputs, expert after expert.
+        chosen_P: The slot of each pair, ascending, and so row after row.
+        order_P: Which of these each output is of.
+        weights_RK: Routing weights of all slots.
+    """
+    num_rows, top_k = weights_RK.shape
+    place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(order_P.numel()))
+    first_R = torch.searchsorted(chosen_P, torch.arange(0, num_rows * top_k, top_k))
+    weights_P = weights_RK.flatten().index_select(0, chosen_P).float()
+    return functional.embedding_bag(
+        place_P, y_PH.float(), first_R, mode="sum", per_sample_weights=weights_P
+    )
 
 
 def run_static(
@@ -131,16 +146,17 @@ def run_static(
     Args and result are those of ``run_local_experts``.
     """
     num_rows, top_k = local_ids_RK.shape
-    if num_rows == 0:
-        return _run_chosen(experts, x_RH, local_ids_RK, weights_RK)
     num_experts = experts.num_experts
+    if num_rows == 0:
+        nothing_RH = (x_RH * weights_RK.sum(dim=1, keepdim=True)).to(x_RH.dtype)
+        return nothing_RH, torch.zeros(num_experts, dtype=torch.int64, device=x_RH.device)
     ids_S = local_ids_RK.flatten()
     expert_S, slot_S = ids_S.masked_fill(ids_S == NOT_HERE, num_experts).sort()
     offsets_e = _offsets(expert_S, num_experts)
     elsewhere_S1 = (expert_S == num_experts)[:, None]
     y_SH = run_grouped(
         experts,
-        x_RH[slot_S // top_k],
+        x_RH.index_select(0, slot_S // top_k),
         expert_S.clamp(max=num_experts - 1),
         offsets_e,
         unread_P1=elsewhere_S1,
