@@ -8,11 +8,12 @@ All ranks measure together and agree on the slowest rank's figures, so that they
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, fit_prices
@@ -23,75 +24,90 @@ __all__ = ["measure_links"]
 _ROW_BYTES = 1024
 # What a rank sends in all in a large message: enough for its bytes to outweigh the latency.
 _LARGE_BYTES = 512 * 1024
-_REPEATS = 5
-# A kind of collective that has taken this long is not repeated: with many ranks on few cores one
-# takes a tenth of a second.
-_ENOUGH_S = 0.05
+# Rounds of all measurements, so that a moment in which the machine is busy spoils but one sample of
+# each. With many ranks on few cores a round takes seconds; then two must do.
+_LEAST_ROUNDS, _MOST_ROUNDS = 2, 5
+_ENOUGH_S = 0.5
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """A collective to repeat: of which group and kind, and how many bytes a rank sends in it."""
+
+    group: str
+    kind: str
+    num_bytes: int
+    run: Callable[[], object]
 
 
 def measure_links(links: Links, device: torch.device) -> LinkPrices:
     """Measures the group, and its two levels where there are some; all ranks call it.
 
-    It takes about half a second at most, with 64 ranks on two cores a few.
+    It takes about half a second at most, with 64 ranks on two cores some ten.
 
     Args:
         links: The groups; what is measured counts in their statistics.
         device: Where rows live.
     """
-
-    def measured(comm: Communicator | None) -> GroupPrices | None:
-        return None if comm is None else _measure_group(comm, links.flat, device)
-
-    return LinkPrices(
-        _measure_group(links.flat, links.flat, device),
-        across=measured(links.across),
-        within=measured(links.within),
-    )
+    comms = {"flat": links.flat, "across": links.across, "within": links.within}
+    found = {name: comm for name, comm in comms.items() if comm is not None}
+    measurements = [m for name, comm in found.items() for m in _measurements(name, comm, device)]
+    seconds = _time([measurement.run for measurement in measurements], links.flat, device)
+    timed = list(zip(measurements, seconds, strict=True))
+    return LinkPrices(**{name: _prices(name, comm.size, timed) for name, comm in found.items()})
 
 
-def _measure_group(comm: Communicator, everyone: Communicator, device: torch.device) -> GroupPrices:
+def _measurements(name: str, comm: Communicator, device: torch.device) -> list[_Measurement]:
+    """Lists what is measured of a group: numbers of rows, and two sizes of each other kind."""
     size = comm.size
     one_each_W = torch.ones(size, dtype=torch.int64, device=device)
-
-    def exchange_counts(rows_TC: Tensor) -> None:
-        comm.exchange_counts(one_each_W)
-
-    def exchange(rows_TC: Tensor) -> None:
-        counts = [len(rows_TC)] * size
-        comm.exchange_rows((rows_TC.repeat(size, 1),), counts, counts)
-
-    def gather(rows_TC: Tensor) -> None:
-        comm.gather_rows((rows_TC,), [len(rows_TC)] * size)
-
-    def reduce(rows_TC: Tensor) -> None:
-        comm.reduce_rows(rows_TC.repeat(size, 1), [len(rows_TC)] * size)
-
-    def samples(run: Callable[[Tensor], None], num_rows: int) -> list[tuple[int, float]]:
+    found = [_Measurement(name, "counts", 0, partial(comm.exchange_counts, one_each_W))]
+    for num_rows in (1, max(2, _LARGE_BYTES // _ROW_BYTES // size)):
         rows_TC = torch.zeros((num_rows, _ROW_BYTES // 4), device=device)
-        num_bytes = (size - 1) * num_rows * _ROW_BYTES
-        return [(num_bytes, s) for s in _time(partial(run, rows_TC), everyone, device)]
-
-    num_rows = max(2, _LARGE_BYTES // _ROW_BYTES // size)
-    prices = fit_prices(
-        {
-            run.__name__: samples(run, 1) + samples(run, num_rows)
-            for run in (exchange, gather, reduce)
+        rows_RC, counts = rows_TC.repeat(size, 1), [num_rows] * size
+        runs = {
+            "exchange": partial(comm.exchange_rows, (rows_RC,), counts, counts),
+            "gather": partial(comm.gather_rows, (rows_TC,), counts),
+            "reduce": partial(comm.reduce_rows, rows_RC, counts),
         }
-    )
-    counts_s = min(seconds for _, seconds in samples(exchange_counts, 1))
-    return GroupPrices(size=size, counts_s=counts_s, **prices)
+        num_bytes = (size - 1) * num_rows * _ROW_BYTES
+        found += [_Measurement(name, kind, num_bytes, run) for kind, run in runs.items()]
+    return found
 
 
-def _time(run: Callable[[], None], everyone: Communicator, device: torch.device) -> list[float]:
-    """Repeats a collective, ranks starting together; returns the slowest rank's seconds of each."""
-    run()  # the first is slower: connections open, buffers are made
-    seconds: list[float] = []
-    while len(seconds) < _REPEATS and sum(seconds) < _ENOUGH_S:
-        everyone.gather_ints([0], device)
-        start_ns = time.perf_counter_ns()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        spent_ns = time.perf_counter_ns() - start_ns
-        seconds.append(max(ns for (ns,) in everyone.gather_ints([spent_ns], device)) / 1e9)
-    return seconds
+def _prices(
+    name: str, size: int, timed: Sequence[tuple[_Measurement, Sequence[float]]]
+) -> GroupPrices:
+    samples_of: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for measurement, seconds in timed:
+        if measurement.group == name:
+            samples_of[measurement.kind] += [(measurement.num_bytes, s) for s in seconds]
+    counts_s = min(seconds for _, seconds in samples_of.pop("counts"))
+    return GroupPrices(size=size, counts_s=counts_s, **fit_prices(samples_of))
+
+
+def _time(
+    runs: Sequence[Callable[[], object]], everyone: Communicator, device: torch.device
+) -> list[list[float]]:
+    """Repeats collectives in turn, all ranks starting each together.
+
+    Returns:
+        The slowest rank's seconds of each collective in each round.
+    """
+    for run in runs:
+        run()  # the first is slower: connections open, buffers are made
+    rounds: list[list[float]] = []
+    while len(rounds) < _LEAST_ROUNDS or (
+        len(rounds) < _MOST_ROUNDS and sum(map(sum, rounds)) < _ENOUGH_S
+    ):
+        own_ns = []
+        for run in runs:
+            everyone.gather_ints([0], device)
+            start_ns = time.perf_counter_ns()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            own_ns.append(time.perf_counter_ns() - start_ns)
+        all_ns = everyone.gather_ints(own_ns, device)
+        rounds.append([max(each_ns) / 1e9 for each_ns in zip(*all_ns, strict=True)])
+    return [list(seconds) for seconds in zip(*rounds, strict=True)]
