@@ -58,11 +58,21 @@ class SharedMemory:
         self.rank, self.size, self.slot_bytes = rank, size, slot_bytes
         self._timeout_s = timeout_s
         self._words = memoryview(memory).cast("q")  # the semaphores, then the slots
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        self._exchanges = 0
+        # Of each turn: where the header of every rank's slot is in the words, and the rows of all
+        # slots as bytes [W, B].
+        self._headers: list[list[int]] = []
+        self._slots_WB: list[Tensor] = []
+        everything = torch.frombuffer(memory, dtype=torch.uint8)
+        first, header_bytes = _semaphores_bytes(size), _header_bytes(size)
+        step = header_bytes + slot_bytes
+        for turn in range(2):
+            self._headers.append([(first + (2 * r + turn) * step) // 8 for r in range(size)])
+            slots_WB = everything[first:].view(size, 2, step)[:, turn, header_bytes:]
+            self._slots_WB.append(slots_WB)
+        self._turn = 0
         self._looks = _LOOKS if size <= len(os.sched_getaffinity(0)) else 0
         others = [other for other in range(size) if other != rank]
-        first = self._bytes.data_ptr()
+        first = everything.data_ptr()
         self._to_others = [_semaphore(first, rank, other, size) for other in others]
         self._from_others = [(other, _semaphore(first, other, rank, size)) for other in others]
 
@@ -114,9 +124,10 @@ class SharedMemory:
         if not self._publish(rows_SC, starts, meanwhile=meanwhile):
             return None
         received_RC = rows_SC.new_empty((sum(recv), rows_SC.shape[1]))
-        parts = received_RC.split(list(recv))
-        for rank, part in enumerate(parts):
-            part.copy_(self._read(rank, part, start=self._start(rank)))
+        for rank, part in enumerate(received_RC.split(list(recv))):
+            if part.shape[0]:
+                start = self._words[self._headers[self._turn][rank] + 1 + self.rank]
+                part.copy_(self._read(rank, part, start))
         return received_RC
 
     def gather(
@@ -129,6 +140,9 @@ class SharedMemory:
         if not self._publish(rows_TC, meanwhile=meanwhile):
             return None
         gathered_RC = rows_TC.new_empty((sum(counts), rows_TC.shape[1]))
+        if min(counts) == max(counts):
+            gathered_RC.view(self.size, -1).copy_(self._read_all(rows_TC))
+            return gathered_RC
         for rank, part in enumerate(gathered_RC.split(list(counts))):
             part.copy_(self._read(rank, part))
         return gathered_RC
@@ -139,18 +153,15 @@ class SharedMemory:
         counts: Sequence[int],
         meanwhile: Callable[[], None] | None = None,
     ) -> Tensor | None:
-        """Sums what all ranks have for the rows of this one, in the order of ranks."""
+        """Sums what all ranks have for the rows of this one."""
         if not self._publish(partial_RC, meanwhile=meanwhile):
             return None
-        own_TC = partial_RC.new_empty((counts[self.rank], partial_RC.shape[1]))
-        row_bytes = own_TC.shape[1] * own_TC.element_size()
-        start = sum(counts[: self.rank]) * row_bytes
-        sum_TC = own_TC.new_zeros(
-            own_TC.shape, dtype=torch.promote_types(own_TC.dtype, torch.float32)
-        )
-        for rank in range(self.size):
-            sum_TC += self._read(rank, own_TC, start=start)
-        return sum_TC.to(own_TC.dtype)
+        num_rows, width = counts[self.rank], partial_RC.shape[1]
+        own_TC = partial_RC[:num_rows]
+        start = sum(counts[: self.rank]) * width * partial_RC.element_size()
+        sum_dtype = torch.promote_types(partial_RC.dtype, torch.float32)
+        sum_TC = self._read_all(own_TC, start).sum(dim=0, dtype=sum_dtype)
+        return sum_TC.to(partial_RC.dtype).view(num_rows, width)
 
     def _publish(
         self,
@@ -164,10 +175,11 @@ class SharedMemory:
         Returns:
             Whether the rows of all have fitted.
         """
-        self._exchanges += 1
+        self._turn = 1 - self._turn
+        headers = self._headers[self._turn]
         num_bytes = rows.numel() * rows.element_size()
         fits = num_bytes <= self.slot_bytes
-        header = self._slot(self.rank) // 8
+        header = headers[self.rank]
         self._words[header] = num_bytes if fits else _TOO_LARGE
         if fits:
             for place, start in enumerate(starts, start=header + 1):
@@ -180,7 +192,7 @@ class SharedMemory:
             meanwhile()
         for rank, semaphore in self._from_others:
             self._wait(rank, semaphore)
-        return all(self._words[self._slot(rank) // 8] != _TOO_LARGE for rank in range(self.size))
+        return all(self._words[header] != _TOO_LARGE for header in headers)
 
     def _wait(self, rank: int, semaphore: ctypes.c_void_p) -> None:
         for _ in range(self._looks):
@@ -197,20 +209,16 @@ class SharedMemory:
                     "much slower than this one."
                 )
 
-    def _slot(self, rank: int) -> int:
-        """Returns where the slot in use of a rank begins, its header first."""
-        slot = 2 * rank + self._exchanges % 2
-        slot_bytes = _header_bytes(self.size) + self.slot_bytes
-        return _semaphores_bytes(self.size) + slot * slot_bytes
-
-    def _start(self, rank: int) -> int:
-        return self._words[self._slot(rank) // 8 + 1 + self.rank]
-
     def _read(self, rank: int, like: Tensor, start: int = 0) -> Tensor:
-        """Returns a view of a slot, from byte `start` on, of the dtype and shape of `like`."""
-        first = self._slot(rank) + _header_bytes(self.size) + start
-        part = self._bytes[first : first + like.numel() * like.element_size()]
-        return part.view(like.dtype).view(like.shape)
+        """Returns a view of a slot's rows, from byte `start` on, like another tensor."""
+        num_bytes = like.numel() * like.element_size()
+        part_B = self._slots_WB[self._turn][rank, start : start + num_bytes]
+        return part_B.view(like.dtype).view(like.shape)
+
+    def _read_all(self, like: Tensor, start: int = 0) -> Tensor:
+        """Returns the same of every rank's slot, each as one line."""
+        num_bytes = like.numel() * like.element_size()
+        return self._slots_WB[self._turn][:, start : start + num_bytes].view(like.dtype)
 
 
 class _TimeSpec(ctypes.Structure):
