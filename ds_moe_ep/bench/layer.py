@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,22 @@ from ds_moe_ep.bench.layer_sides import (
     deepspeed_moe,
     time_sides,
     transformers_block,
+    tutel,
 )
 from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.routing import ROUTINGS, tokens_with_logits
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.dispatch import TWO_LEVEL
 
 __all__ = ["TABLE"]
 
 _TOKENS = (1, 4, 16, 64, 256, 1024)
 _OURS = ("auto", "alltoall", "allgather")
-_PEERS = {"DeepSpeed MoE": deepspeed_moe, "DeepSpeed AutoEP": autoep}
+_TUTEL = "Tutel"
+_PEERS = {"DeepSpeed MoE": deepspeed_moe, "DeepSpeed AutoEP": autoep, _TUTEL: tutel}
 _FLAT_AND_TWO_LEVEL = (
     " Flat dispatchers (alltoall, allgather) bring rows to all ranks in one step; 2level ones "
     "across hosts first, then within each by shared memory."
@@ -49,7 +53,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--dispatchers", nargs="+", default=_OURS, metavar="D")
-    parser.add_argument("--peers", nargs="*", choices=_PEERS, default=list(_PEERS), metavar="P")
+    parser.add_argument("--peers", nargs="*", choices=_PEERS, default=_installed(), metavar="P")
+
+
+def _installed() -> list[str]:
+    return [name for name in _PEERS if name != _TUTEL or importlib.util.find_spec("tutel")]
+
+
+def _prepare(args: argparse.Namespace, work: Path) -> None:
+    if missing := set(args.peers) - set(_installed()):
+        raise ConfigError(
+            f"--peers {missing.pop()} is not installed. Build it from its repository "
+            "(github.com/microsoft/Tutel, on a CPU with NO_CUDA=1), or name other peers: "
+            f"{', '.join(_installed())}."
+        )
 
 
 @torch.no_grad()
@@ -110,13 +127,14 @@ def _to_markdown(results: Sequence[Result]) -> str:
         best = [min(seconds[each]["median"] for each in rival) for rival in rivals.values()]
         row += [f"{median / own:.1f}" for median in best]
         rows.append(row)
+    keeping = "DeepSpeed MoE and Tutel drop" if _TUTEL in names else "DeepSpeed MoE drops"
     return (
         f"{markdown_table(titles, rows)}\n\n"
         f"One MoE layer with its router: {SHAPES[results[0]['shape']].describe_layer()}, float32. "
         "All sides have the same weights and compute the same outputs as transformers' block "
         "(checked before each row). Milliseconds are the median (least to most) of "
-        f"{results[0]['seconds'][names[0]]['num_rounds']} rounds, the slowest rank's. DeepSpeed "
-        "MoE drops no tokens. Ours is told the tokens of each rank, as infer.py announces them "
+        f"{results[0]['seconds'][names[0]]['num_rounds']} rounds, the slowest rank's. "
+        f"{keeping} no tokens. Ours is told the tokens of each rank, as infer.py announces them "
         "once for all layers of a pass."
         f"{_FLAT_AND_TWO_LEVEL if 'best flat' in rivals else ''}"
     )
@@ -126,6 +144,7 @@ TABLE = Table(
     name="layer",
     heading="One MoE layer",
     add_arguments=_add_arguments,
+    prepare=_prepare,
     measure=_measure,
     to_markdown=_to_markdown,
 )

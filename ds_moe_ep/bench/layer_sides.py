@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -39,6 +40,7 @@ __all__ = [
     "deepspeed_moe",
     "time_sides",
     "transformers_block",
+    "tutel",
 ]
 
 LayerSide = Callable[[Tensor], Tensor]
@@ -147,6 +149,36 @@ def autoep(model: Qwen3MoeForCausalLM, job: Job) -> LayerSide:
         return cast(Tensor, output[0] if isinstance(output, tuple) else output).view_as(x_TH)
 
     return run
+
+
+def tutel(model: Qwen3MoeForCausalLM, job: Job) -> LayerSide:
+    """Returns Tutel's layer with its own SwiGLU experts, and room for every token.
+
+    Tutel is not on the package index: it is built from its repository.
+    """
+    moe = importlib.import_module("tutel.moe")
+    config, block = model.config, _block(model)
+    num_local = config.num_experts // job.info.world_size
+    layer = moe.moe_layer(
+        gate_type={"type": "top", "k": config.num_experts_per_tok, "capacity_factor": 0.0},
+        model_dim=config.hidden_size,
+        experts={
+            "type": "llama_ffn",
+            "num_experts_per_device": num_local,
+            "hidden_size_per_expert": config.moe_intermediate_size,
+        },
+    )
+    own = slice(job.info.rank * num_local, (job.info.rank + 1) * num_local)
+    gate, up = block.experts.gate_up_proj[own].chunk(2, dim=1)
+    with torch.no_grad():
+        layer.gates[0].wg.weight.copy_(block.gate.weight)
+        experts = layer.experts
+        weights = (gate, up, block.experts.down_proj[own])
+        for param, weight in zip(
+            (experts.W_fc1, experts.W_fc2, experts.W_fc3), weights, strict=True
+        ):
+            param.copy_(weight.transpose(1, 2).flatten())
+    return cast(LayerSide, layer.to(job.device).eval())
 
 
 def check_equal(job: Job, name: str, actual_TH: Tensor, expected_TH: Tensor) -> None:
