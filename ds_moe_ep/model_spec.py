@@ -20,6 +20,9 @@ __all__ = ["MLASpec", "ModelSpec", "model_spec_from_config", "read_model_spec"]
 _KINDS_WITH_EXPERTS = ("sparse", "moe", "hash_moe")
 _BYTES_PER_PARAM = {"bfloat16": 2, "float16": 2, "float32": 4}
 
+# A number that damage to a file has made, as a list of layers, would take all memory.
+_MOST_LAYERS = 100_000
+
 
 @dataclass(frozen=True)
 class MLASpec:
@@ -165,6 +168,8 @@ def _sizes(fields: HfFields, name: str) -> ModelSpec:
     """Return the spec without its parameter counts."""
     hidden_size = fields.integer("hidden_size")
     num_layers = fields.integer("num_layers", len(_layer_kinds(fields)) or None)
+    if num_layers > _MOST_LAYERS:
+        raise fields.refuse(fields.name("num_layers"), f"no model has over {_MOST_LAYERS:,} layers")
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:

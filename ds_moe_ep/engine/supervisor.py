@@ -225,17 +225,23 @@ def _say(message: str) -> None:
 
 def _state_and_parent(pid: int) -> tuple[str, int]:
     """Returns a process's state, "T" if it is stopped, and parent; ("", 0) if there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    stat = _read_proc(pid, "stat").decode(errors="replace")
+    if not stat:
         return "", 0
     state, parent = stat.rpartition(")")[2].split()[:2]  # the name before may hold anything
     return state, int(parent)
 
 
 def _command(pid: int) -> list[str]:
+    return [os.fsdecode(word) for word in _read_proc(pid, "cmdline").split(b"\0")]
+
+
+def _read_proc(pid: int, name: str) -> bytes:
+    """Reads what the kernel tells of a process; nothing if there is none."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        # In a container /proc may be that of another one, where numbers mean other processes.
+        if os.readlink("/proc/self") == str(os.getpid()):
+            return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
-        return []
-    return [os.fsdecode(word) for word in words]
+        pass
+    return b""

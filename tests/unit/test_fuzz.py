@@ -1,0 +1,134 @@
+"""What users' files hold, damaged in 10,000 ways each: read, or refused in a sentence, never worse.
+
+The damage is what happens to files (cut, overwritten, doubled, mixed up), and values that readers
+trip over. hypothesis, which the other tests use, makes such inputs too, and shrinks them, but not
+this many in a few seconds.
+"""
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ds_moe_ep.checkpoint.convert import to_expert_sharded
+from ds_moe_ep.checkpoint.manifest import read_manifest
+from ds_moe_ep.config.run import load_run_config
+from ds_moe_ep.engine.prompts import read_prompts
+from ds_moe_ep.errors import DsMoeEpError
+from ds_moe_ep.hostfile import read_hostfile
+from ds_moe_ep.model_spec import read_model_spec
+from tests.helpers.families import save_tiny
+from tests.helpers.launch import REPO
+
+_INPUTS = 10_000
+_SLOWEST_S = 5.0  # milliseconds, but on machines that are very busy
+_EXAMPLE = REPO / "configs" / "olmoe-1b-7b-ep64"
+_HOSTFILE = b"# hosts\nworker-0 slots=8\nworker-1 slots=8 # the second\n\n10.0.0.1 slots=1\n"
+_PROMPTS = (
+    b'{"id": "a", "prompt": "Once upon"}\n{"id": 7, "prompt_token_ids": [1, 2, 3]}\n\n'
+    b'{"prompt": "caf\xc3\xa9 \\u2028 \\ud83d\\ude00"}\n'
+)
+_TOKENS = [
+    *(b"\0", b"\r", b"\n\n", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\\ud800", b"\\u0000"),
+    *(b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"Infinity", b"9" * 5000, b'""', b"[]"),
+    *(b"{}", b"[" * 3000, b'{"a":' * 2000, b'"', b",", b":", b"..", b"/", b"slots=", b"=", b"#"),
+    *(b"; rm -rf x", b"$(id)", b"-o", b"1.5", b"18446744073709551616", b"'"),
+]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder in memory: on a disk the writing would take minutes."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)
+
+
+def _damaged(content: bytes, chance: random.Random) -> bytes:
+    data = bytearray(content)
+    for _ in range(chance.choice((1, 1, 2, 4))):
+        start = chance.randrange(len(data) + 1)
+        end = min(len(data), start + chance.choice((1, 1, 4, 30, 300)))
+        damage = chance.randrange(6)
+        if damage == 0:
+            data[start:end] = chance.randbytes(end - start)
+        elif damage == 1:
+            del data[start:end]
+        elif damage == 2:
+            del data[start:]
+        elif damage == 3:
+            data[start:start] = data[start:end] * chance.choice((1, 2, 20))
+        elif damage == 4:
+            data[start:end] = chance.choice(_TOKENS)
+        else:
+            data[start:start] = chance.choice(_TOKENS)
+    return bytes(data)
+
+
+def _with_another_value(content: bytes, chance: random.Random) -> bytes:
+    """Replaces one value somewhere in a JSON document, which stays one."""
+    root = document = json.loads(content)
+    while isinstance(document, dict | list) and document:
+        places = list(document) if isinstance(document, dict) else range(len(document))
+        place = chance.choice(places)
+        inner = document[place]
+        if not isinstance(inner, dict | list) or not inner or chance.random() < 0.2:
+            values = (None, True, -1, 0, 2**70, 1.5, "", "..", "a/b", [], {}, [None], {"a": 1})
+            document[place] = chance.choice(values)
+            break
+        document = inner
+    return json.dumps(root).encode()
+
+
+def _fuzz(read: Callable[[Path], object], file: Path, content: bytes, read_path: Path) -> None:
+    chance = random.Random(0)
+    names = sorted(path.name for path in file.parent.iterdir())
+    refused = 0
+    for number in range(_INPUTS):
+        is_json = file.suffix == ".json" and number % 2
+        data = (_with_another_value if is_json else _damaged)(content, chance)
+        file.write_bytes(data)
+        start_s = time.perf_counter()
+        try:
+            read(read_path)
+        except DsMoeEpError as error:
+            refused += 1
+            assert str(error).strip(), data
+        except Exception as error:
+            raise AssertionError(f"input {number}: {data!r}") from error
+        assert time.perf_counter() - start_s < _SLOWEST_S, data
+    assert sorted(path.name for path in file.parent.iterdir()) == names  # readers write nothing
+    assert 0 < refused < _INPUTS
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "content"),
+    [
+        (read_hostfile, "hostfile", _HOSTFILE),
+        (read_prompts, "in.jsonl", _PROMPTS),
+        (read_prompts, "in.txt", _PROMPTS),
+        (read_model_spec, "config.json", (_EXAMPLE / "config.json").read_bytes()),
+        (load_run_config, "ds_inference.json", (_EXAMPLE / "ds_inference.json").read_bytes()),
+    ],
+    ids=["hostfile", "prompts", "text", "model-config", "deepspeed-config"],
+)
+def test_a_damaged_file_is_read_or_refused(read, name, content, folder):
+    file = folder / name
+    file.write_bytes(content)
+    read(file)
+    _fuzz(read, file, content, file)
+
+
+def test_a_damaged_manifest_is_read_or_refused(tmp_path, folder):
+    save_tiny("olmoe", tmp_path / "model")
+    to_expert_sharded(tmp_path / "model", tmp_path / "sharded", ep_size=2)
+    content = json.loads((tmp_path / "sharded" / "manifest.json").read_text())
+    content["tensors"] = dict(list(content["tensors"].items())[:4])  # small, so that this is fast
+    content["source"]["files"] = {}
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(content))
+    read_manifest(file.parent)
+    _fuzz(read_manifest, file, file.read_bytes(), file.parent)
