@@ -176,21 +176,23 @@ def simulate_hosts(
 def _addresses(cluster: Cluster) -> dict[str, str]:
     addresses = {}
     for number, host in enumerate(cluster.hosts):
-        is_address = _is_ipv4(host.name)
-        if not is_address and not _HOST_NAME.fullmatch(host.name) or host.name == "localhost":
+        address = _ipv4(host.name)
+        is_own = host.name == "localhost" or (address is not None and address.is_loopback)
+        if is_own or not _HOST_NAME.fullmatch(host.name):
             raise HostfileError(
                 f"{cluster.source}: host {host.name!r} cannot be made on this machine. Use names "
                 "of letters, digits, '-' and '.', other than localhost, or IPv4 addresses."
             )
         own = f"10.{64 + number // 62500}.{number // 250 % 250}.{number % 250 + 1}"
-        addresses[host.name] = host.name if is_address else own
+        addresses[host.name] = own if address is None else host.name
     return addresses
 
 
-def _is_ipv4(name: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return not ipaddress.IPv4Address(name).is_loopback
-    return False
+def _ipv4(name: str) -> ipaddress.IPv4Address | None:
+    try:
+        return ipaddress.IPv4Address(name)
+    except ValueError:
+        return None
 
 
 def _write_files(hosts: SimulatedHosts) -> None:
