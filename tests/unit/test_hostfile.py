@@ -10,6 +10,7 @@ from ds_moe_ep.hostfile import (
     Cluster,
     Host,
     filter_cluster,
+    first_slots,
     local_cluster,
     parse_hostfile,
     read_hostfile,
@@ -271,3 +272,17 @@ def test_refuses_a_filter_that_names_what_is_not_there(include, exclude, message
     with pytest.raises(HostfileError) as refused:
         filter_cluster(parse_hostfile(_EIGHT_BY_EIGHT, "h"), include=include, exclude=exclude)
     assert message in str(refused.value)
+
+
+def test_first_slots_are_those_of_the_lowest_ranks():
+    cluster = parse_hostfile("a slots=2\nb slots=3\nc slots=1\n", "f")
+    assert first_slots(cluster, 1).hosts == (Host("a", (0,)),)
+    assert first_slots(cluster, 4).hosts == (Host("a", (0, 1)), Host("b", (0, 1)))
+    assert first_slots(cluster, 6).hosts == cluster.hosts
+
+
+@pytest.mark.parametrize("num_slots", [0, 7])
+def test_more_slots_than_there_are_or_none_are_refused(num_slots):
+    cluster = parse_hostfile("a slots=2\nb slots=4\n", "f")
+    with pytest.raises(HostfileError, match=f"{num_slots} ranks are asked for.*Ask for 1 to 6"):
+        first_slots(cluster, num_slots)
