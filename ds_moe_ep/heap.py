@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-__all__ = ["give_freed_memory_back", "keep_freed_memory"]
+__all__ = ["give_freed_memory_back", "keep_freed_memory", "release_freed_memory"]
 
 # mallopt's options by their numbers in glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -37,7 +37,16 @@ def keep_freed_memory() -> None:
     _set(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
 
 
+def release_freed_memory() -> None:
+    """Gives all that was freed before, and kept, back to the system."""
+    _call("malloc_trim", 0)
+
+
 def _set(option: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(option, value)
+    _call("mallopt", option, value)
+
+
+def _call(name: str, *args: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is not None:
+        function(*args)

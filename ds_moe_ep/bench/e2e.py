@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ds_moe_ep import heap
 from ds_moe_ep.bench.generate_sides import GenerateSide, one_process, ours, transformers_ep
+from ds_moe_ep.bench.memory import PeakMemory
 from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
@@ -42,21 +44,49 @@ def _prepare(args: argparse.Namespace, work: Path) -> None:
 @torch.no_grad()
 def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     folder = work / args.model
-    sides: dict[str, GenerateSide] = {
-        _OURS: ours(folder, job, args.dispatcher),
-        _PEERS[0]: transformers_ep(folder, job),
-        _PEERS[1]: one_process(folder, job, "grouped_mm"),
-        _PEERS[2]: one_process(folder, job, "eager"),
+    build: dict[str, Callable[[], GenerateSide]] = {
+        _OURS: lambda: ours(folder, job, args.dispatcher),
+        _PEERS[0]: lambda: transformers_ep(folder, job),
+        _PEERS[1]: lambda: one_process(folder, job, "grouped_mm"),
+        _PEERS[2]: lambda: one_process(folder, job, "eager"),
     }
-    return [_measure_batch(args, job, sides, batch) for batch in args.batch]
+    prompts_BS = _prompts(args, max(args.batch))
+    sides, peak_bytes = {}, {}
+    for name in build:
+        sides[name], peak_bytes[name] = _build(build[name], job, prompts_BS, args.new_tokens)
+    return [
+        {**_measure_batch(args, job, sides, batch), "peak_bytes": peak_bytes}
+        for batch in args.batch
+    ]
+
+
+def _build(
+    build: Callable[[], GenerateSide], job: Job, prompts_BS: Tensor, num_new: int
+) -> tuple[GenerateSide, list[int]]:
+    """Loads a side's model and generates with it once.
+
+    Returns:
+        The side, and what each rank's process has grown by at most.
+    """
+    heap.release_freed_memory()
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as peak:
+        side = build()
+        side(prompts_BS, num_new)
+    return side, job.all_gather(peak.num_bytes - before.num_bytes)
+
+
+def _prompts(args: argparse.Namespace, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    vocabulary = SHAPES[args.model].vocab_size
+    return torch.randint(3, vocabulary, (batch, args.prompt_tokens), generator=generator)
 
 
 def _measure_batch(
     args: argparse.Namespace, job: Job, sides: dict[str, GenerateSide], batch: int
 ) -> Result:
-    generator = torch.Generator().manual_seed(batch)
-    vocabulary = SHAPES[args.model].vocab_size
-    prompts_BS = torch.randint(3, vocabulary, (batch, args.prompt_tokens), generator=generator)
+    prompts_BS = _prompts(args, batch)
     _check_equal(job, sides, prompts_BS, args.new_tokens)
 
     def seconds(num_new: int) -> dict[str, dict[str, float]]:
@@ -112,17 +142,30 @@ def _to_markdown(results: Sequence[Result]) -> str:
         [r["world_size"], r["batch"], *(with_range(r["prefill_s"][name]) for name in names)]
         for r in results
     ]
+    of_world = {r["world_size"]: r["peak_bytes"] for r in results}
+    memory = [
+        [world_size, *(_in_all_and_most(peak_bytes[name]) for name in names)]
+        for world_size, peak_bytes in of_world.items()
+    ]
     sizes = results[0]
     return (
         f"{markdown_table(titles, rows)}\n\nTime to the first token, s:\n\n"
         f"{markdown_table(['ranks', 'prompts', *names], first)}\n\n"
+        "Peak memory of all ranks together (of the rank with most), MB:\n\n"
+        f"{markdown_table(['ranks', *names], memory)}\n\n"
         f"Greedy generation in float32 with {sizes['prompt_tokens']} tokens a prompt and "
         f"{sizes['new_tokens']} new ones; all sides give the same tokens (checked before each "
         "row). Ranks have one thread each and share the prompts; one process has a thread a core "
         "and all prompts, while the ranks wait. Prefill is the time to the first token, decode "
         "that of the tokens after it (a difference of medians); "
-        f"{sizes['prefill_s'][_OURS]['num_rounds']} rounds of each."
+        f"{sizes['prefill_s'][_OURS]['num_rounds']} rounds of each. "
+        "Memory is what loading the model and generating for most prompts add to a process, by "
+        "its proportional set size: weights, caches, temporary tensors; not Python and libraries."
     )
+
+
+def _in_all_and_most(peak_bytes: Sequence[int]) -> str:
+    return f"{sum(peak_bytes) / 1e6:,.0f} ({max(peak_bytes) / 1e6:,.0f})"
 
 
 def _decode_s(result: Result, name: str) -> float:

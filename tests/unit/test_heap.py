@@ -1,4 +1,4 @@
-"""What the C library is told to do with freed memory, counted in pages that the kernel hands out."""
+"""What the C library is told to do with freed memory, counted in pages that the kernel gives."""
 
 import platform
 import sys
@@ -7,11 +7,15 @@ import pytest
 
 from tests.helpers import run_command
 
-# 16 MiB in 4 MiB blocks, more than glibc keeps by itself; a block that ends the heap is freed last.
-COUNT_FAULTS = """
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="the C library is not glibc"
+)
+
+# Uses and frees 16 MiB in 4 MiB blocks, more than glibc keeps by itself.
+USE = """
 import ctypes, resource, sys
+from pathlib import Path
 from ds_moe_ep import heap
-getattr(heap, sys.argv[1])()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.memset.restype = ctypes.c_void_p
 def use():
@@ -20,21 +24,40 @@ def use():
         libc.memset(block, 1, ctypes.c_size_t(4 << 20))
     for block in blocks:
         libc.free(block)
+def given_pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def held_pages():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+getattr(heap, sys.argv[1])()
 use()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+"""
+USE_AGAIN = """
+before = given_pages()
 for _ in range(5):
     use()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(given_pages() - before)
 """
-PAGES = 5 * (16 << 20) // 4096
+RELEASE = """
+before = held_pages()
+heap.release_freed_memory()
+print(before - held_pages())
+"""
+USED_PAGES = (16 << 20) // 4096
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-@pytest.mark.parametrize(
-    ("told", "least", "most"),
-    [("keep_freed_memory", 0, PAGES // 100), ("give_freed_memory_back", PAGES // 20, 2 * PAGES)],
-)
-def test_freed_memory_is_kept_or_given_back(told: str, least: int, most: int) -> None:
-    ended = run_command([sys.executable, "-c", COUNT_FAULTS, told])
+def count(told: str, script: str) -> int:
+    ended = run_command([sys.executable, "-c", USE + script, told])
     assert ended.returncode == 0, ended.stderr
-    assert least <= int(ended.stdout) <= most
+    return int(ended.stdout)
+
+
+def test_kept_memory_is_used_again() -> None:
+    assert count("keep_freed_memory", USE_AGAIN) < USED_PAGES // 20
+
+
+def test_memory_given_back_is_taken_anew() -> None:
+    assert count("give_freed_memory_back", USE_AGAIN) > USED_PAGES
+
+
+def test_kept_memory_can_be_released() -> None:
+    assert count("keep_freed_memory", RELEASE) > USED_PAGES * 3 // 4
