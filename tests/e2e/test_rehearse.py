@@ -1,5 +1,6 @@
 """A cluster on one machine: its hosts, and a whole job on 64 ranks of eight of them."""
 
+import json
 import re
 import signal
 import subprocess
@@ -103,6 +104,25 @@ def test_64_ranks_of_8_hosts_write_what_one_process_does():
     assert phases["outputs"] == "all 67 equal those of transformers in one process"
     memory = re.search(r"([\d.]+) GiB for all ranks together", phases["launch"])
     assert memory and float(memory[1]) < MOST_GIB
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_the_benchmark_measures_several_hosts(tmp_path):
+    (tmp_path / "hostfile").write_text("node-a slots=2\nnode-b slots=2\n")
+    where = ["--hostfile", tmp_path / "hostfile", "--simulate-hosts", "--world", "4"]
+    sides = ["--dispatchers", "auto", "alltoall", "alltoall-2level", "--peers"]
+    work = ["--shape", "tiny", "--tokens", "4", "--routing", "uniform", "--rounds", "1"]
+    script = REPO / "launch" / "bench.py"
+    ended = run_command(
+        [sys.executable, script, "layer", *where, *work, "--out", tmp_path, *sides], timeout_s=300.0
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "best flat / auto | alltoall / auto |" in (tmp_path / "benchmarks.md").read_text()
+    report = json.loads((tmp_path / "benchmarks" / "layer-hosts.json").read_text())
+    assert report["heading"].endswith(f"on 2 hosts x 2 slots, {tmp_path / 'hostfile'}")
+    (result,) = report["results"]
+    assert list(result["seconds"]) == ["auto", "alltoall", "alltoall-2level"]
 
 
 @needs_hosts
