@@ -20,6 +20,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
+from ds_moe_ep.dist.group_timeout import same_timeout_for_new_groups
 from ds_moe_ep.dist.node_groups import nodes_of
 from ds_moe_ep.dist.rendezvous import RollCall, join_process_group
 from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
@@ -203,7 +204,8 @@ def create_expert_groups(ep_size: int) -> dist.ProcessGroup:
     """
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(ep_size)
+        with same_timeout_for_new_groups():
+            groups._create_expert_and_data_parallel(ep_size)
     return groups._get_expert_parallel_group(name)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from ds_moe_ep.dist.group_timeout import same_timeout_for_new_groups
 from ds_moe_ep.dist.shared_memory import SharedMemory
 
 __all__ = [
@@ -121,5 +122,6 @@ def open_within_nodes(
 
 def _own_group(all_ranks: Sequence[Sequence[int]]) -> dist.ProcessGroup:
     """Makes a group of each list of ranks, in the same order on every rank; returns this rank's."""
-    groups = {tuple(ranks): dist.new_group(list(ranks)) for ranks in all_ranks}
+    with same_timeout_for_new_groups():
+        groups = {tuple(ranks): dist.new_group(list(ranks)) for ranks in all_ranks}
     return next(group for ranks, group in groups.items() if dist.get_rank() in ranks)

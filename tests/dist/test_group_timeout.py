@@ -1,0 +1,25 @@
+"""How long groups wait: all as long as the job's own, not as long as torch likes."""
+
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ds_moe_ep.dist.group_timeout import timeout_of
+from ds_moe_ep.dist.groups import RankInfo, create_expert_groups, init_distributed
+from ds_moe_ep.dist.node_groups import create_node_groups
+from tests.helpers import run_ranks
+
+
+def _timeouts(rank: int, world_size: int) -> list[timedelta]:
+    init_distributed(RankInfo(rank, rank, world_size), timeout_s=60)
+    of_experts = create_expert_groups(world_size)
+    of_nodes = create_node_groups(world_size, [0, 0, 1, 1])
+    assert of_nodes is not None
+    groups = (dist.group.WORLD, of_experts, of_nodes.across, of_nodes.within)
+    return [timeout_of(group) for group in groups]
+
+
+def test_every_group_waits_as_long_as_the_default_group(tmp_path):
+    for timeouts in run_ranks(_timeouts, 4, tmp_path):
+        assert len(timeouts) == 4
+        assert set(timeouts) == {timeouts[0]}
