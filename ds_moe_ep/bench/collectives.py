@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ds_moe_ep.bench import deepspeed_shm
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import time_in_turn
@@ -57,13 +59,19 @@ class _Collective:
     is_within_first: bool = False
 
 
+_ALL_REDUCE = "all-reduce"
 _COLLECTIVES = {
     "all-to-all": _Collective(_all_to_all, has_one_each=True),
     "all-gather": _Collective(_all_gather),
     "reduce": _Collective(_reduce, has_one_each=True, is_within_first=True),
-    "all-reduce": _Collective(_all_reduce, is_within_first=True),
+    _ALL_REDUCE: _Collective(_all_reduce, is_within_first=True),
 }
 _FLAT, _SHARED, _TWO_LEVEL = "flat", "shared memory", "two-level"
+_DEEPSPEED = "DeepSpeed's shared memory"
+_ABOUT_DEEPSPEED = (
+    " DeepSpeed's shared memory is its extension in C++ for all-reduce, whose ranks keep a core "
+    "busy while they wait; ours sleep."
+)
 _FITTED = {"exchange": "all-to-all", "gather": "all-gather", "reduce": "reduce"}
 
 
@@ -77,6 +85,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIB",
         help="what a rank has for each other rank",
     )
+    parser.add_argument(
+        "--deepspeed-shm",
+        action="store_true",
+        help="also DeepSpeed's all-reduce through shared memory, which is built first (takes g++)",
+    )
+
+
+def _prepare(args: argparse.Namespace, work: Path) -> None:
+    if args.deepspeed_shm:
+        deepspeed_shm.build()
 
 
 @torch.no_grad()
@@ -90,14 +108,31 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
         ways[_TWO_LEVEL] = [links.across, links.within]
     elif shared is not None:
         ways[_SHARED] = [links.flat]
-    times = []
+    peer = deepspeed_shm.open_all_reduce(job) if args.deepspeed_shm else nullcontext()
+    with peer as peer_all_reduce:
+        times = _time_all(args, job, ways, peer_all_reduce)
+    prices = asdict(measure_links(links, job.device))
+    fit = {level: price for level, price in prices.items() if price is not None}
+    return [{"world_size": size, "num_nodes": len(set(job.nodes)), "times": times, "fit": fit}]
+
+
+def _time_all(
+    args: argparse.Namespace,
+    job: Job,
+    ways: Mapping[str, Sequence[Communicator]],
+    peer_all_reduce: Callable[[Tensor], Tensor] | None,
+) -> list[Result]:
+    size, times = job.info.world_size, []
     for kib in args.message_kib:
         for name, collective in _COLLECTIVES.items():
             num_rows = kib * 1024 // _ROW_BYTES * (size if collective.has_one_each else 1)
             rows = torch.zeros((num_rows, _ROW_BYTES // 4), device=job.device)
             sides = {
-                way: functools.partial(_run, collective, comms, rows) for way, comms in ways.items()
+                way: functools.partial(_run, functools.partial(_pass_on, collective, comms), rows)
+                for way, comms in ways.items()
             }
+            if name == _ALL_REDUCE and peer_all_reduce is not None:
+                sides[_DEEPSPEED] = functools.partial(_run, peer_all_reduce, rows)
             for side in sides.values():
                 side()  # the first is slower: connections open, buffers are made
             spreads = time_in_turn(
@@ -110,16 +145,19 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
                 {"collective": name, "way": way, "message_bytes": kib * 1024, **vars(spread)}
                 for way, spread in spreads.items()
             ]
-    prices = asdict(measure_links(links, job.device))
-    fit = {level: price for level, price in prices.items() if price is not None}
-    return [{"world_size": size, "num_nodes": len(set(job.nodes)), "times": times, "fit": fit}]
+    return times
 
 
-def _run(collective: _Collective, comms: Sequence[Communicator], rows: Tensor) -> None:
+def _pass_on(collective: _Collective, comms: Sequence[Communicator], rows: Tensor) -> Tensor:
+    """Does the collective in one group after the other."""
+    for comm in reversed(comms) if collective.is_within_first else comms:
+        rows = collective.run(comm, rows)
+    return rows
+
+
+def _run(collective: Callable[[Tensor], Tensor], rows: Tensor) -> None:
     for _ in range(_CALLS_A_ROUND):
-        part = rows
-        for comm in reversed(comms) if collective.is_within_first else comms:
-            part = collective.run(comm, part)
+        collective(rows)
     if rows.is_cuda:
         torch.cuda.synchronize(rows.device)
 
@@ -142,7 +180,8 @@ def _to_markdown(results: Sequence[Result]) -> str:
                 rate = f"{1 / slope / _MB:,.0f}" if slope else "-"
                 row.append(f"{prices[kind]['latency_s'] * _MS:.3f} + {rate}")
             fitted.append(row)
-    rounds = results[0]["times"][0]["num_rounds"]
+    all_times = [time for result in results for time in result["times"]]
+    rounds = all_times[0]["num_rounds"]
     fit_titles = ["links", "ranks", "nodes", "ranks of a group", "numbers of rows, ms"]
     fit_titles += [f"{name}, ms + MB/s" for name in _FITTED.values()]
     return (
@@ -154,7 +193,8 @@ def _to_markdown(results: Sequence[Result]) -> str:
         "ranks to one, by the time: what it gets, however it travels. On gloo everything is "
         "all-to-all, with sums made by the rank that needs them. Two-level: across the nodes and "
         "within them (sums the other way round), "
-        "where there are several; within a node rows go by shared memory if there is room.\n\n"
+        "where there are several; within a node rows go by shared memory if there is room."
+        f"{_ABOUT_DEEPSPEED if any(time['way'] == _DEEPSPEED for time in all_times) else ''}\n\n"
         "What `--dispatcher auto` fits to such links when it starts, a latency and a rate of the "
         "bytes of the rank that sends or receives most:\n\n"
         f"{markdown_table(fit_titles, fitted)}"
@@ -165,6 +205,7 @@ TABLE = Table(
     name="collectives",
     heading="What the links do",
     add_arguments=_add_arguments,
+    prepare=_prepare,
     measure=_measure,
     to_markdown=_to_markdown,
 )
