@@ -110,7 +110,7 @@ def _make_model(model: Path, spec: ModelSpec, folder: Path, tell: Callable[[str]
     tell(
         f"model    {len(spec.moe_layers)} of {spec.num_layers} layers with {spec.num_experts} "
         f"experts, top-{spec.top_k}, as they are; hidden size {spec.hidden_size} -> "
-        f"{small.hidden_size}, {spec.num_params / 1e9:.2f} B -> {num_params / 1e9:.3f} B "
+        f"{small.hidden_size}, {spec.num_params / 1e6:,.0f} M -> {num_params / 1e6:,.1f} M "
         "parameters, random, float32"
     )
     return folder
