@@ -91,7 +91,8 @@ def _explain(error: Exception, info: RankInfo, progress: Progress) -> DsMoeEpErr
             "Lower --batch-size or --max-new-tokens, or use more ranks."
         )
     if isinstance(error, dist.DistError) or any(words in text for words in _LOST):
-        return DistributedError(f"[{info}] lost other ranks at {progress}: {first_line}")
+        detail = first_line.rstrip(".")
+        return DistributedError(f"[{info}] lost other ranks at {progress}: {detail}.")
     return None
 
 

@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ds_moe_ep.checkpoint.convert import to_expert_sharded
 from tests.helpers import launch_infer
 from tests.helpers.families import NUM_EXPERTS, VOCAB_SIZE
 from tests.helpers.launch import REPO
@@ -178,6 +179,22 @@ def a_missing_tensor_that_only_rank_1_reads(job):
     return "CheckpointError: [rank 1 ", "do not fit config.json", "model.layers.1.mlp.experts"
 
 
+def a_wrong_checksum(job):
+    sharded = job.folder / "sharded"
+    to_expert_sharded(job.model, sharded, ep_size=2)
+    path = sharded / "experts-00002-of-00002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    job.model = sharded
+    return (
+        "CheckpointError: [rank 1 ",
+        f"{path} is corrupt: its sha256",
+        "Copy it again",
+        "--verify",
+    )
+
+
 # Prompts
 
 
@@ -262,6 +279,7 @@ CASES = [
     a_corrupt_index,
     a_missing_tensor,
     a_missing_tensor_that_only_rank_1_reads,
+    a_wrong_checksum,
     no_input,
     a_malformed_line,
     an_id_twice,

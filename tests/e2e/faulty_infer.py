@@ -1,0 +1,52 @@
+"""launch/infer.py with one fault, as the variable FAULT says: "RANK,PHASE,STEP,WHAT".
+
+It happens on that rank in the phase whose name begins so (`Progress.enter`), for step 0 as it
+begins. WHAT is a signal that the worker sends itself, or a name below. The file FAULT_MARK is made
+then, which tells when.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from ds_moe_ep.engine.supervisor import Progress
+from launch import infer
+
+_RANK, _PHASE, _STEP, _WHAT = os.environ["FAULT"].split(",")
+
+
+def _happen() -> None:
+    Path(os.environ["FAULT_MARK"]).touch()
+    if _WHAT == "OUT_OF_MEMORY":
+        import torch
+
+        torch.empty(2**50)
+    elif _WHAT == "RAISE":
+        raise LookupError("nobody expected this prompt")
+    elif _WHAT == "REMOVE_FOLDER":
+        output = Path(sys.argv[sys.argv.index("--output") + 1])
+        shutil.rmtree(output.parent)
+    elif _WHAT != "NOTHING":
+        os.kill(os.getpid(), signal.Signals[_WHAT])
+
+
+def _enter(self: Progress, phase: str) -> None:
+    enter(self, phase)
+    if _STEP == "0" and phase.startswith(_PHASE):
+        _happen()
+
+
+def _start_step(self: Progress, step: int) -> None:
+    start_step(self, step)
+    if step == int(_STEP) and str(self).startswith(_PHASE):
+        _happen()
+
+
+if os.environ["RANK"] == _RANK:
+    enter, Progress.enter = Progress.enter, _enter
+    start_step, Progress.start_step = Progress.start_step, _start_step
+
+if __name__ == "__main__":
+    sys.exit(infer.main())
