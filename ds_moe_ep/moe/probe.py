@@ -27,6 +27,9 @@ _LARGE_BYTES = 512 * 1024
 # Rounds of all measurements, so that a moment in which the machine is busy spoils but one sample of
 # each. With many ranks on few cores a round takes seconds; then two must do.
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 5
+# In a round each collective runs so often, one after the other: to bring 64 ranks together first
+# takes as long as most of them.
+_RUNS = 3
 _ENOUGH_S = 0.5
 
 
@@ -92,7 +95,7 @@ def _time(
     """Repeats collectives in turn, all ranks starting each together.
 
     Returns:
-        The slowest rank's seconds of each collective in each round.
+        The slowest rank's seconds of each run of each collective.
     """
     for run in runs:
         run()  # the first is slower: connections open, buffers are made
@@ -103,11 +106,15 @@ def _time(
         own_ns = []
         for run in runs:
             everyone.gather_ints([0], device)
-            start_ns = time.perf_counter_ns()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            own_ns.append(time.perf_counter_ns() - start_ns)
+            for _ in range(_RUNS):
+                start_ns = time.perf_counter_ns()
+                run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                own_ns.append(time.perf_counter_ns() - start_ns)
         all_ns = everyone.gather_ints(own_ns, device)
         rounds.append([max(each_ns) / 1e9 for each_ns in zip(*all_ns, strict=True)])
-    return [list(seconds) for seconds in zip(*rounds, strict=True)]
+    return [
+        [each for seconds in rounds for each in seconds[first : first + _RUNS]]
+        for first in range(0, len(runs) * _RUNS, _RUNS)
+    ]
