@@ -117,15 +117,16 @@ def _watch(worker: int, stops: set[int], watched: set[int], launcher: _Launcher)
             return os.WEXITSTATUS(status), ""
         if pid and os.WTERMSIG(status) in stops and number not in stops:
             number = _next_of(stops, _BOTH_S)  # sent to both, and the worker was quicker?
-        told_to_stop = number in stops
-        if told_to_stop or launcher.has_gone():
+        has_gone = launcher.has_gone()
+        if number in stops or has_gone:
             if not pid:
                 os.kill(worker, signal.SIGKILL)
                 os.waitpid(worker, 0)
-            if number == signal.SIGTERM:  # so the launcher ends the others of a broken job: no news
-                return INTERRUPTED, ""
-            name = signal.Signals(number).name if number and told_to_stop else ""
-            return INTERRUPTED, name or "its launcher has gone"
+            if number in stops and number != signal.SIGTERM:
+                return INTERRUPTED, signal.Signals(number).name
+            # By SIGTERM the launcher ends the others of a broken job, which is no news, and those
+            # of a job whose `deepspeed` has gone, if another rank saw that first.
+            return INTERRUPTED, "its launcher has gone" if has_gone else ""
         if pid:
             return 1, signal.Signals(os.WTERMSIG(status)).name
         if number == signal.SIGCONT:
