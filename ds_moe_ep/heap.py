@@ -23,8 +23,8 @@ _MOST_KEPT_BYTES = 1 << 30
 
 def give_freed_memory_back() -> None:
     """Lets large tensors have mappings of their own, which the system gets back at once."""
-    _set(_M_MMAP_THRESHOLD, _LEAST_MMAP_BYTES)
-    _set(_M_TRIM_THRESHOLD, _LEAST_KEPT_BYTES)
+    _call("mallopt", _M_MMAP_THRESHOLD, _LEAST_MMAP_BYTES)
+    _call("mallopt", _M_TRIM_THRESHOLD, _LEAST_KEPT_BYTES)
 
 
 def keep_freed_memory() -> None:
@@ -33,17 +33,13 @@ def keep_freed_memory() -> None:
     Else every layer would take its temporary tensors' pages anew from the kernel, which clears
     them first: on a CPU that took up to half of the time of an MoE layer.
     """
-    _set(_M_MMAP_THRESHOLD, _MOST_MMAP_BYTES)
-    _set(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
+    _call("mallopt", _M_MMAP_THRESHOLD, _MOST_MMAP_BYTES)
+    _call("mallopt", _M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
 
 
 def release_freed_memory() -> None:
     """Gives all that was freed before, and kept, back to the system."""
     _call("malloc_trim", 0)
-
-
-def _set(option: int, value: int) -> None:
-    _call("mallopt", option, value)
 
 
 def _call(name: str, *args: int) -> None:
