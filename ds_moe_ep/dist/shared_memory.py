@@ -34,6 +34,9 @@ _TOO_LARGE = -1
 _LOOKS = 200
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+# By the clock that nobody sets; glibc has it since 2.30. By the other one, to set the clock while a
+# rank waits ends its wait at once, or never.
+_CAN_WAIT_MONOTONIC = hasattr(_LIBC, "sem_clockwait")
 
 
 class SharedMemory:
@@ -199,9 +202,10 @@ class SharedMemory:
             if _LIBC.sem_trywait(semaphore) == 0:
                 return
             os.sched_yield()
-        until_s = time.time() + self._timeout_s
+        now_s = time.monotonic() if _CAN_WAIT_MONOTONIC else time.time()
+        until_s = now_s + self._timeout_s
         deadline = ctypes.byref(_TimeSpec(int(until_s), int(until_s % 1 * 1e9)))
-        while _LIBC.sem_timedwait(semaphore, deadline) != 0:
+        while _sleep_until(semaphore, deadline) != 0:
             if ctypes.get_errno() == errno.ETIMEDOUT:
                 raise DistributedError(
                     f"rank {rank} of {self.size} on {os.uname().nodename} did not come to an "
@@ -219,6 +223,12 @@ class SharedMemory:
         """Returns the same of every rank's slot, each as one line."""
         num_bytes = like.numel() * like.element_size()
         return self._slots_WB[self._turn][:, start : start + num_bytes].view(like.dtype)
+
+
+def _sleep_until(semaphore: ctypes.c_void_p, deadline: object) -> int:
+    if _CAN_WAIT_MONOTONIC:
+        return _LIBC.sem_clockwait(semaphore, time.CLOCK_MONOTONIC, deadline)
+    return _LIBC.sem_timedwait(semaphore, deadline)
 
 
 class _TimeSpec(ctypes.Structure):

@@ -53,9 +53,19 @@ def _sums_are_of_float32(rank: int, memory: SharedMemory) -> None:
     assert total.tolist() == [[258.0, 3.0]]  # bfloat16 cannot add 1 to 256
 
 
+def _a_clock_that_is_set_ends_no_wait(rank: int, memory: SharedMemory) -> None:
+    now_s = time.time
+    time.time = lambda: now_s() - 3600.0
+    if rank == 2:
+        time.sleep(0.5)
+    assert memory.gather(torch.full((1, 1), rank), [1, 1, 1])[:, 0].tolist() == [0, 1, 2]
+    time.time = now_s
+
+
 def _run(rank: int, world_size: int) -> str:
     memory = _open()
-    for case in (_rounds, _too_large_for_one, _sums_are_of_float32):
+    cases = [_rounds, _too_large_for_one, _sums_are_of_float32, _a_clock_that_is_set_ends_no_wait]
+    for case in cases:
         case(rank, memory)
     shared_memory._FOLDER = "/nowhere" if rank == 0 else shared_memory._FOLDER
     assert _open() is None
