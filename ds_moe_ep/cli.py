@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ds_moe_ep import __version__
 from ds_moe_ep.cli_convert import add_convert_command
+from ds_moe_ep.cli_preflight import add_preflight_command
 from ds_moe_ep.cli_rehearse import add_rehearse_command
 from ds_moe_ep.errors import DsMoeEpError, PlanError
 from ds_moe_ep.hostfile import Cluster, filter_cluster, local_cluster, read_hostfile
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_convert_command(commands)
     add_rehearse_command(commands)
+    add_preflight_command(commands)
 
     demo = commands.add_parser(
         "demo-model", help="write the bundled small model", allow_abbrev=False

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 __all__ = [
     "AdapterError",
+    "BringUpError",
     "CheckpointError",
     "ConfigError",
     "DistributedError",
@@ -51,6 +52,10 @@ class CheckpointError(DsMoeEpError):
 
 class AdapterError(DsMoeEpError):
     """A model whose blocks cannot be swapped."""
+
+
+class BringUpError(DsMoeEpError):
+    """Hosts, links or memory that do not pass a phase of the bring-up."""
 
 
 class InputError(DsMoeEpError):

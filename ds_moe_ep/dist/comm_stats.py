@@ -57,6 +57,11 @@ class CommStats:
             self._events.clear()
         return self._seconds
 
+    def reset(self) -> None:
+        """Forgets what was counted so far."""
+        self.calls, self.sent_bytes, self._seconds = 0, 0, 0.0
+        self._events.clear()
+
     def _resume(self, device: torch.device) -> None:
         self._since = _now(device)
 

@@ -1,7 +1,7 @@
 """One inference job from options to outputs, as each rank runs it.
 
-prepare (all that can be refused before a weight is read, in prepare.py) -> load -> run -> gather ->
-write and report.
+prepare (all that can be refused before a weight is read, in prepare.py) -> load -> bring up (four
+phases that judge what there is, in ds_moe_ep/bringup) -> run -> gather -> write and report.
 """
 
 from __future__ import annotations
@@ -10,19 +10,14 @@ import gc
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ds_moe_ep.adapter import bind_expert_groups, moe_layers, prepare_for_inference
-from ds_moe_ep.checkpoint import load_expert_parallel_model
-from ds_moe_ep.dist.groups import Job, create_expert_groups, init_distributed, read_rank_info
+from ds_moe_ep.bringup.phases import BringUp
+from ds_moe_ep.dist.groups import Job, init_distributed, read_rank_info
 from ds_moe_ep.dist.shared_memory import SharedMemory
-from ds_moe_ep.engine.checksums import check_share
 from ds_moe_ep.engine.console import (
     only_rank_0_prints,
     progress_bar,
@@ -30,29 +25,20 @@ from ds_moe_ep.engine.console import (
 )
 from ds_moe_ep.engine.failure import fail
 from ds_moe_ep.engine.journal import Journal, fingerprint
+from ds_moe_ep.engine.loading import Engine, load_engine
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, write_results
 from ds_moe_ep.engine.prepare import Work, prepare
-from ds_moe_ep.engine.schedule import Batch, replicate, spread
+from ds_moe_ep.engine.schedule import Batch
 from ds_moe_ep.engine.summary import RankSummary, format_summary, write_metrics
 from ds_moe_ep.engine.supervisor import Progress
 from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch, score_batch
 from ds_moe_ep.errors import ResourceError, some
-from ds_moe_ep.moe.layer import ExpertParallelMoE
 
-__all__ = ["init_inference", "run_job"]
+__all__ = ["run_job"]
 
 _SHOWN_CHARS = 40
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A loaded model, ready to run on this rank."""
-
-    deepspeed_engine: Any
-    layers: list[ExpertParallelMoE]
-    load_s: float
 
 
 def run_job(options: JobOptions, progress: Progress) -> int:
@@ -91,9 +77,16 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
     )
     journal = Journal(options.journal_folder, job.info.rank)
     settings = fingerprint(options, str(work.dtype), [each.prompt for each in work.prompts])
-    earlier, batches = _schedule(options, job, work, journal, settings)
+    earlier, left = _left_to_do(options, job, work, journal, settings)
+    bring_up = BringUp(options, job, work, left)
+    progress.enter("comparing hosts")
+    bring_up.compare_hosts()
     progress.enter("loading weights")
-    engine = _load(options, job, work)
+    engine = load_engine(options, job, work)
+    progress.enter("bringing up")
+    batches = bring_up.run(engine)
+    if options.preflight:
+        return
 
     def start() -> None:
         if job.info.rank == 0:  # not sooner: a job that is refused leaves nothing behind
@@ -105,37 +98,13 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
     _finish(options, job, work, engine, earlier | results, summary, journal)
 
 
-def init_inference(model: nn.Module, config: dict[str, Any]) -> Any:
-    """Calls ``deepspeed.init_inference``, and undoes the one thing it does too much.
-
-    It converts every tensor of the model to the dtype of `config`, also those that transformers
-    keeps in float32 on purpose: the rotary frequencies and the routers' correction biases, whose
-    rounding would change positions and routing.
-    """
-    kept = {
-        name: tensor.detach().clone()
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if tensor.is_floating_point() and tensor.dtype != model.dtype
-    }
-    engine = deepspeed.init_inference(model, config=config)
-    prepare_for_inference(model)
-    for name, tensor in kept.items():
-        holder_name, _, attribute = name.rpartition(".")
-        getattr(model.get_submodule(holder_name), attribute).data = tensor
-    return engine
-
-
-def _schedule(
+def _left_to_do(
     options: JobOptions, job: Job, work: Work, journal: Journal, settings: dict[str, Any]
-) -> tuple[dict[int, Result], list[Batch]]:
-    """Settles what is left to do and what of it this rank does.
-
-    Returns:
-        On rank 0 the results of an earlier run that is resumed, and this rank's batches.
-    """
+) -> tuple[dict[int, Result], list[int]]:
+    """Returns, on rank 0, the results of a run that is resumed, and what is left, by index."""
 
     def look_back() -> dict[int, Result]:
-        if job.info.rank != 0:
+        if job.info.rank != 0 or options.preflight:
             return {}
         journal.check_free()
         return journal.read(settings) if options.resume else {}
@@ -144,48 +113,7 @@ def _schedule(
     finished = set(job.all_gather(list(earlier))[0])
     if finished and job.info.rank == 0:
         print(f"resuming: {len(finished)} of {len(work.prompts)} prompts are done", flush=True)
-    left = [index for index in range(len(work.prompts)) if index not in finished]
-    lengths = [len(work.prompts[index].token_ids) for index in left]
-    if options.batch_mode == "replicated":
-        of_rank = replicate(lengths, job.info.world_size, options.batch_size)
-    else:
-        of_rank = spread(
-            lengths,
-            job.info.world_size,
-            options.batch_size,
-            max_new_tokens=options.max_new_tokens if options.task == "generate" else 0,
-        )
-    own = of_rank[job.info.rank]
-    return earlier, [Batch(tuple(left[position] for position in batch.indices)) for batch in own]
-
-
-def _load(options: JobOptions, job: Job, work: Work) -> Engine:
-    start = time.perf_counter()
-    create_expert_groups(work.plan.ep_size)
-
-    dispatcher = options.dispatcher
-    if dispatcher == "auto" and options.batch_mode == "replicated":
-        dispatcher = "allreduce"
-
-    def load() -> nn.Module:
-        check_share(options.model, job.info.rank, job.info.world_size)
-        model, report = load_expert_parallel_model(
-            options.model,
-            work.plan,
-            ep_rank=work.plan.coordinates(job.info.rank).ep_rank,
-            dtype=work.dtype,
-            device=job.device,
-            dispatcher=dispatcher,
-        )
-        if job.info.rank == 0:
-            print(f"{report}; weights in {work.dtype}", flush=True)
-        return model
-
-    model = job.all_or_none(load, what="loading weights", timeout_s=options.start_timeout_s)
-    with only_rank_0_prints(job.info.rank):
-        bind_expert_groups(model, nodes=job.nodes, device=job.device, timeout_s=options.timeout_s)
-        engine = init_inference(model, work.deepspeed_config)
-    return Engine(engine, moe_layers(model), time.perf_counter() - start)
+    return earlier, [index for index in range(len(work.prompts)) if index not in finished]
 
 
 def _run(

@@ -23,19 +23,24 @@ DISPATCHER_NAMES = (
 )
 """``auto`` and the keys of ``moe.dispatch.DISPATCHERS``, without importing torch for them."""
 
+_NO_OUTPUT = "preflight"  # nothing of this name is written
+
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What the user asked for; None where the default depends on the plan or the machine."""
+    """What the user asked for; None where the default depends on the plan or the machine.
+
+    With `preflight` nothing is read from `input` if it is None, and nothing written to `output`.
+    """
 
     model: Path
-    input: Path
+    input: Path | None
     output: Path
     config: Path | None = None
     ep_size: int | None = None
     task: str = "generate"
     max_new_tokens: int = 64
-    batch_size: int = 8
+    batch_size: int | None = None
     dtype: str | None = None
     dispatcher: str = "auto"
     batch_mode: str = "sharded"
@@ -43,6 +48,7 @@ class JobOptions:
     top_p: float = 1.0
     seed: int = 0
     resume: bool = False
+    preflight: bool = False
     metrics: Path | None = None
     timeout_s: float = 120.0
     start_timeout_s: float = 1800.0
@@ -67,6 +73,10 @@ def parse_options(argv: Sequence[str] | None = None) -> JobOptions:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     args = vars(parser.parse_args(argv))
     del args["local_rank"]
+    if args["preflight"]:
+        args["output"] = args["output"] or Path(_NO_OUTPUT)
+    elif missing := [f"--{name}" for name in ("input", "output") if args[name] is None]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     return JobOptions(**args)
 
 
@@ -76,14 +86,12 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add(
         "--input",
         type=Path,
-        required=True,
         metavar="FILE",
         help="prompts: JSONL, or plain text with one a line",
     )
     add(
         "--output",
         type=Path,
-        required=True,
         metavar="FILE",
         help="JSONL to write, in the order of the input",
     )
@@ -93,11 +101,21 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         metavar="PATH",
         help="folder of `ds-moe-ep config`, or a DeepSpeed inference JSON",
     )
-    add("--metrics", type=Path, metavar="DIR", help="folder for metrics.jsonl, a line a rank")
+    add(
+        "--metrics",
+        type=Path,
+        metavar="DIR",
+        help="folder for metrics.jsonl, a line a rank, and bringup.jsonl, a line a phase",
+    )
     add(
         "--resume",
         action="store_true",
         help="go on where an interrupted run with the same output stopped",
+    )
+    add(
+        "--preflight",
+        action="store_true",
+        help="go through the four phases of the bring-up, thoroughly, and stop before any prompt",
     )
 
 
@@ -150,9 +168,8 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
     add(
         "--batch-size",
         type=_positive(int),
-        default=8,
         metavar="N",
-        help="prompts a rank works on at a time (default: %(default)s)",
+        help="prompts a rank works on at a time (default: what memory has room for, up to 32)",
     )
     add(
         "--dtype",

@@ -33,6 +33,8 @@ from ds_moe_ep.plan import ParallelPlan, make_plan
 __all__ = ["Work", "prepare"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+# Of a preflight without an input.
+_LONGEST_MADE_UP, _BATCHES_MADE_UP, _ROWS_MADE_UP = 512, 3, 8
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,15 @@ def prepare(options: JobOptions, job: Job) -> Work:
     read_model_config(options.model)
     open_checkpoint(options.model)
     if job.info.rank == 0:
-        check_writable(options.output)
+        if not options.preflight:
+            check_writable(options.output)
         _warn_ignored(options)
-    prompts = read_prompts(options.input)
-    tokenizer = _tokenizer(options, prompts)
     context_length = min(spec.max_position_embeddings, settings["max_out_tokens"])
+    if options.input is None:
+        prompts = _made_up(options, spec, context_length, job.info.world_size)
+    else:
+        prompts = read_prompts(options.input)
+    tokenizer = _tokenizer(options, prompts)
     encoded = _encode(prompts, tokenizer)
     _check_tokens(options, encoded, spec, context_length)
     dtype = getattr(torch, settings["dtype"])
@@ -169,6 +175,19 @@ def _tokenizer(options: JobOptions, prompts: Sequence[Prompt]) -> PreTrainedToke
         f"({', '.join(_TOKENIZER_FILES)}). "
         "Add the tokenizer's files, or give prompt_token_ids."
     )
+
+
+def _made_up(
+    options: JobOptions, spec: ModelSpec, context_length: int, world_size: int
+) -> list[Prompt]:
+    """Makes prompts of uneven lengths, a few batches for each rank."""
+    new_tokens = options.max_new_tokens if options.task == "generate" else 0
+    longest = min(max(1, context_length - max(1, new_tokens)), _LONGEST_MADE_UP)
+    count = _BATCHES_MADE_UP * (options.batch_size or _ROWS_MADE_UP) * world_size
+    return [
+        Prompt(str(i), None, tuple((i + j) % spec.vocab_size for j in range(1 + i % longest)), i)
+        for i in range(count)
+    ]
 
 
 def _encode(

@@ -18,12 +18,18 @@ class Batch:
 
 
 def spread(
-    lengths: Sequence[int], world_size: int, batch_size: int, *, max_new_tokens: int
+    lengths: Sequence[int],
+    world_size: int,
+    batch_size: int,
+    *,
+    max_new_tokens: int,
+    new_token_cost: float = 1.0,
 ) -> list[list[Batch]]:
     """Spreads prompts over ranks so that the ranks get equal work, and cuts them into batches.
 
     Prompts are handed out longest first, each to the rank with the least work so far (the lowest
-    rank if several have it). The work of a prompt is estimated as its tokens plus `max_new_tokens`.
+    rank if several have it). The work of a prompt is its tokens and, at their own cost,
+    `max_new_tokens`.
     Each rank serves its longest prompts first, so batches hold similar lengths and need little
     padding. The same arguments give the same result everywhere.
 
@@ -35,6 +41,7 @@ def spread(
         world_size: Number of ranks.
         batch_size: Most prompts in a batch.
         max_new_tokens: Most tokens generated for a prompt; 0 for scoring.
+        new_token_cost: What one of them costs, in tokens of a prompt.
 
     Returns:
         For each rank its batches, in the order to serve them; empty for a rank without prompts.
@@ -44,10 +51,11 @@ def spread(
         Journal on Applied Mathematics 17 (1969), https://doi.org/10.1137/0117039.
     """
     indices_of_rank: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [(0, rank) for rank in range(world_size)]  # a heap
+    new_tokens_work = new_token_cost * max_new_tokens
+    loads = [(0.0, rank) for rank in range(world_size)]  # a heap
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         load, rank = loads[0]
-        heapq.heapreplace(loads, (load + lengths[index] + max_new_tokens, rank))
+        heapq.heapreplace(loads, (load + lengths[index] + new_tokens_work, rank))
         indices_of_rank[rank].append(index)
     return [
         [

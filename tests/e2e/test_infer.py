@@ -122,6 +122,14 @@ def test_one_prompt_on_eight_ranks(tiny_model, write_prompts, tmp_path):
     assert job.token_ids() == {"only": _greedy(tiny_model("olmoe"), [5, 9, 33])}
     # Rank 0 has the prompt and the word; the launcher's own lines begin with a time.
     shown = [line for line in result.stdout.splitlines() if not line.startswith("[20")]
+    phases = [line for line in shown if re.match(r"\[\d/4\] ", line)]
+    assert [line.split(": ")[0] for line in phases] == [
+        "[1/4] place experts",
+        "[2/4] configure communication",
+        "[3/4] optimise batch distribution",
+        "[4/4] fine-tune memory",
+    ]
+    shown = [line for line in shown if not re.match(r"\[\d/4\] | {6}(pass|warn)  ", line)]
     assert shown[0].startswith("3 MoE layers (OlmoeExperts) swapped: ep_rank 0 of 8 holds")
     names = "prompts tokens speed load communication dispatcher load_balance peak_memory output"
     assert [line[:14].strip().replace(" ", "_") for line in shown[1:]] == names.split()

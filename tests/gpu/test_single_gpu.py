@@ -12,7 +12,7 @@ from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.config.deepspeed import inference_config
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.groups import RankInfo, init_distributed
-from ds_moe_ep.engine.job import init_inference
+from ds_moe_ep.engine.loading import init_inference
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import CORE_FAMILIES, VOCAB_SIZE, save_tiny

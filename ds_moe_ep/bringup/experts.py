@@ -1,0 +1,128 @@
+"""Phase 1 within the job: every rank tells what its host has, and which experts it holds.
+
+So hosts that differ are named also where nobody has asked them before the ranks were started.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_moe_ep.adapter.replace import AdaptReport
+from ds_moe_ep.bringup.compare import Wanted, host_checks, problems, software
+from ds_moe_ep.bringup.host_facts import read_facts
+from ds_moe_ep.bringup.report import FAIL, PASS, Check
+from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.errors import some
+
+__all__ = ["check_experts", "check_hosts", "check_room_for_output", "judge_experts", "judge_hosts"]
+
+# A token in the journal and in the output, as digits, a comma and its part of the text.
+_OUTPUT_BYTES_PER_TOKEN = 32
+
+Held = Mapping[str, tuple[range, int]]
+"""By MoE layer, the experts a rank holds, and how many there are."""
+
+
+def check_hosts(job: Job, model: Path) -> list[Check]:
+    """Compares versions, code and model files of all ranks; all ranks call it.
+
+    Model files are read on one rank of each host, by size and header.
+    """
+    rank = job.info.rank
+    is_first = rank == 0 or job.nodes[rank] != job.nodes[rank - 1]
+    facts = read_facts(model=os.path.abspath(model) if is_first else None)
+    return judge_hosts(job.all_gather(facts), job.hosts, os.path.abspath(model))
+
+
+def judge_hosts(facts: Sequence[dict[str, Any]], hosts: Sequence[str], model: str) -> list[Check]:
+    """Compares the facts of all ranks with those of rank 0.
+
+    Args:
+        facts: By rank; model files only of the first rank of each host.
+        hosts: Name of every rank's host.
+        model: The model directory.
+    """
+    wanted = Wanted(facts[0], sys.executable, os.getcwd(), model)
+    files_read = [each["model_files"] != {} for each in facts]
+    found: dict[str, dict[str, None]] = defaultdict(dict)  # a host's ranks say the same: once
+    for each, host, is_read in zip(facts, hosts, files_read, strict=True):
+        if not is_read:
+            each = {**each, "model_files": facts[0]["model_files"]}
+        found[host] |= dict.fromkeys(problems(host, each, wanted))
+    num_files = len(facts[0]["model_files"] or {})
+    good = f"{software(facts[0])}, same code, {num_files} model files (size and header)"
+    return host_checks({host: list(told) for host, told in found.items()}, good)
+
+
+def check_experts(job: Job, report: AdaptReport) -> Check:
+    """Compares the experts that all ranks hold with those of the model; all ranks call it."""
+    own = {layer.name: (layer.local_experts, layer.num_experts) for layer in report.layers}
+    return judge_experts(job.all_gather(own), report.ep_size)
+
+
+def judge_experts(held: Sequence[Held], ep_size: int) -> Check:
+    """Finds out whether each expert group holds every expert of every layer exactly once.
+
+    Args:
+        held: What each rank holds.
+        ep_size: Ranks of an expert group; groups are of consecutive ranks.
+    """
+    wrong = [
+        problem
+        for first in range(0, len(held), ep_size)
+        for problem in _wrong_in_group(held[first : first + ep_size], first)
+    ]
+    if wrong:
+        return Check("experts", FAIL, f"not each expert once: {some(wrong)}")
+    num_instances = sum(num_experts for _, num_experts in held[0].values())
+    local = [len(own) for own, _ in held[0].values()]
+    copies = len(held) // ep_size
+    return Check(
+        "experts",
+        PASS,
+        f"{len(held)} ranks hold {num_instances:,} experts of {len(held[0])} layers, each "
+        f"{'once' if copies == 1 else f'once in each of {copies} groups'}: "
+        f"{sum(local):,} a rank, {local[0]} of a layer",
+    )
+
+
+def _wrong_in_group(held: Sequence[Held], first_rank: int) -> list[str]:
+    layers = dict.fromkeys(name for own in held for name in own)
+    wrong = []
+    for name in layers:
+        where: dict[int, list[int]] = defaultdict(list)
+        num_experts = max(own[name][1] for own in held if name in own)
+        for rank, own in enumerate(held, start=first_rank):
+            for expert in own[name][0] if name in own else ():
+                where[expert].append(rank)
+        for expert in sorted({*range(num_experts), *where}):
+            ranks = where[expert]
+            if len(ranks) != 1 or expert >= num_experts:
+                on = f"on ranks {ranks}" if ranks else "nowhere"
+                wrong.append(f"expert {expert} of {name} is {on}")
+    return wrong
+
+
+def check_room_for_output(folder: Path, num_tokens: int) -> Check:
+    """Compares the free disk space of the output's folder with what the results will take.
+
+    Args:
+        folder: The folder.
+        num_tokens: Tokens that are written at most.
+    """
+    needed = 2 * num_tokens * _OUTPUT_BYTES_PER_TOKEN  # journals, then the output
+    free = read_facts(places=[str(folder)])["free_bytes"][str(folder)]
+    if free is None or free >= needed:
+        told = "unknown" if free is None else f"{free / 2**30:,.1f} GiB"
+        return Check("disk", PASS, f"{told} free for {needed / 2**20:,.2f} MiB of results")
+    return Check(
+        "disk",
+        FAIL,
+        f"{free / 2**20:,.1f} MiB free in {folder}, results may take {needed / 2**20:,.1f} MiB: "
+        "make room, or name another --output",
+    )

@@ -1,0 +1,150 @@
+"""`ds-moe-ep preflight`: the survey of all hosts, then the four phases on all ranks.
+
+Ranks are started as a job's are, by DeepSpeed's launcher; what they do is launch/infer.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_moe_ep.bringup.report import PHASES, PhaseReport, write_jsonl
+from ds_moe_ep.bringup.survey import Survey, is_local, survey
+from ds_moe_ep.errors import BringUpError, ConfigError, ResourceError
+from ds_moe_ep.hostfile import Cluster
+from ds_moe_ep.local_machine import free_port
+
+__all__ = ["SURVEY_JSONL", "Launch", "launch_command", "preflight"]
+
+SURVEY_JSONL = "survey.jsonl"
+
+_INFER = Path(__file__).resolve().parents[2] / "launch" / "infer.py"
+_REFUSED = 2
+_INTERRUPTED = 130
+_END_S = 30.0
+# DeepSpeed hands words to a shell on every host without quoting them; these need none.
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the ranks are started.
+
+    Attributes:
+        arguments: Those of launch/infer.py.
+        hostfile: The file that the hosts were read from, if they were.
+        master_addr: Where ranks meet; None leaves it to DeepSpeed.
+        master_port: And the port; None is one that is free on this machine.
+    """
+
+    arguments: tuple[str, ...]
+    hostfile: Path | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+
+
+def preflight(
+    cluster: Cluster,
+    asked: Survey,
+    launch: Launch,
+    *,
+    metrics: Path | None,
+    tell: Callable[[str], None],
+) -> int:
+    """Surveys the hosts and, if all can take part, has the ranks go through the phases.
+
+    Args:
+        cluster: The hosts and their slots.
+        asked: What hosts are asked.
+        launch: How ranks are started.
+        metrics: Folder for survey.jsonl; the ranks write bringup.jsonl there.
+        tell: Gets what there is to show.
+
+    Returns:
+        The exit code: 0 if all phases pass or warn, 2 if one fails, 1 if anything else happens.
+
+    Raises:
+        BringUpError: Some hosts cannot take part; it names all of them.
+        ConfigError: There is nothing to start, or no way to start it.
+    """
+    if not _INFER.exists():
+        raise ConfigError(f"{_INFER} is not there: run preflight from a checkout of ds_moe_ep.")
+    command = launch_command(cluster, launch)
+    _refuse_unquotable(cluster, command)
+    if asked.whole_files:
+        tell("reading all model files on every host; --quick compares sizes and headers only")
+    report = survey(cluster, asked)
+    tell(report.to_text())
+    if metrics is not None:
+        _write(metrics / SURVEY_JSONL, report)
+    if failed := report.failed:
+        told = " | ".join(f"{check.name}: {check.reason}" for check in failed)
+        raise BringUpError(
+            f"stopped at phase 1 of {len(PHASES)}, {report.name}: {len(failed)} of "
+            f"{len(cluster.hosts)} cannot take part: {told}"
+        )
+    code = _run(command)
+    return code if code in (0, _REFUSED, _INTERRUPTED) else 1
+
+
+def launch_command(cluster: Cluster, launch: Launch) -> list[str]:
+    """Returns the command that starts the ranks, as run.sh of `ds-moe-ep config` does."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    address = launch.master_addr
+    if is_local(cluster):
+        slots = ",".join(map(str, cluster.hosts[0].slots))
+        is_all = cluster.hosts[0].slots == tuple(range(cluster.num_gpus))
+        which = ["--num_gpus", str(cluster.num_gpus)] if is_all else ["-i", f"localhost:{slots}"]
+        command += ["--hostfile", os.devnull, *which]
+        address = address or "127.0.0.1"
+    else:
+        command += ["--hostfile", str(launch.hostfile)]
+        command += ["--launcher", "pdsh"]
+        command += ["--force_multi"] if len(cluster.hosts) == 1 else []
+        whole = "@".join(f"{h.name}:{','.join(map(str, h.slots))}" for h in cluster.hosts)
+        command += ["--include", whole]
+    command += ["--master_addr", address] if address else []
+    command += ["--master_port", str(launch.master_port or free_port())]
+    return [*command, str(_INFER), *launch.arguments]
+
+
+def _refuse_unquotable(cluster: Cluster, command: list[str]) -> None:
+    """Refuses words that would not reach the hosts as they are.
+
+    Host names are left to the survey, which names all that are none.
+    """
+    if is_local(cluster):
+        return
+    words = [os.getcwd(), sys.executable, *command[command.index(str(_INFER)) :]]
+    if bad := [word for word in words if not _PLAIN_WORD.fullmatch(word)]:
+        raise ConfigError(
+            f"{bad[0]!r} would not reach the other hosts unchanged: DeepSpeed's pdsh launcher does "
+            "not quote. Use names of letters, digits and _@+=:,./- here."
+        )
+
+
+def _run(command: list[str]) -> int:
+    """Runs the launcher until it ends, and ends it if this process is told to stop."""
+    running = subprocess.Popen(command, start_new_session=True)
+    try:
+        return running.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(running.pid, signal.SIGTERM)
+            running.wait(_END_S)
+
+
+def _write(path: Path, report: PhaseReport) -> None:
+    try:
+        write_jsonl(path, [report])
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be written ({error.strerror}). Name another folder with --metrics."
+        ) from error

@@ -1,0 +1,104 @@
+"""`ds-moe-ep preflight`: reads its command line, asks the hosts, and starts the ranks."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ds_moe_ep.hostfile import Cluster, local_cluster, read_hostfile
+
+__all__ = ["add_preflight_command"]
+
+
+def add_preflight_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    """Adds `preflight` to the subcommands of a parser."""
+    preflight = commands.add_parser(
+        "preflight",
+        help="check hosts, communication, batches and memory before a job, in four phases",
+        description="Ask every host at once whether it has what the job needs, then start all "
+        "ranks with DeepSpeed's launcher, load the model and go through the four phases of the "
+        "bring-up, without serving a prompt. Exit code 0: pass or warn, 2: a phase failed.",
+        allow_abbrev=False,
+    )
+    add = preflight.add_argument
+    add("--model", required=True, type=Path, metavar="M", help="model directory")
+    where = preflight.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", metavar="H", help="DeepSpeed hostfile (default: this machine)")
+    where.add_argument("--num-gpus", type=int, metavar="N", help="GPUs, or ranks, of this machine")
+    add("--include", default="", metavar="HOSTS", help="use these: host@host:0,2")
+    add("--exclude", default="", metavar="HOSTS", help="use all but these")
+    add("--quick", action="store_true", help="compare model files by size and header only")
+    add(
+        "--survey-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds a host may take to answer, besides reading files (default: %(default).0f)",
+    )
+    add("--master-addr", metavar="A", help="where ranks meet (default: the first host's address)")
+    add("--master-port", type=int, metavar="P", help="and the port (default: one free here)")
+    job = preflight.add_argument_group("as for launch/infer.py")
+    job.add_argument("--ep", "--ep-size", dest="ep_size", metavar="N")
+    for name in ("task", "batch-size", "max-new-tokens", "dtype", "dispatcher", "batch-mode"):
+        job.add_argument(f"--{name}", metavar=name.rpartition("-")[2].upper())
+    for name in ("config", "input", "metrics"):
+        job.add_argument(f"--{name}", type=Path, metavar="PATH")
+    for name in ("timeout", "start-timeout"):
+        job.add_argument(f"--{name}", metavar="S")
+    preflight.set_defaults(run=_preflight)
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    from ds_moe_ep.bringup.preflight import Launch, preflight
+    from ds_moe_ep.bringup.survey import Survey
+    from ds_moe_ep.engine.options import parse_options
+    from ds_moe_ep.model_spec import read_model_spec
+    from ds_moe_ep.plan import make_plan
+
+    signal.signal(signal.SIGTERM, lambda caught, frame: sys.exit(128 + caught))  # clean up first
+    arguments = ["--preflight", "--model", str(args.model.absolute())]
+    for name in ("task", "batch_size", "max_new_tokens", "dtype", "dispatcher", "batch_mode"):
+        arguments += _given(name, getattr(args, name))
+    for name in ("ep_size", "timeout", "start_timeout"):
+        arguments += _given(name, getattr(args, name))
+    for name in ("config", "input", "metrics"):
+        path = getattr(args, name)
+        arguments += _given(name, None if path is None else path.absolute())
+    options = parse_options(arguments)  # what is wrong with one is said before any host is asked
+    cluster, on_gpus = _cluster(args)
+    spec, ep_size = read_model_spec(args.model), options.ep_size
+    dp_size = max(1, cluster.num_gpus // (ep_size or cluster.num_gpus))
+    if options.config is None:
+        make_plan(cluster, spec, ep_size=ep_size, dp_size=dp_size)
+    return preflight(
+        cluster,
+        Survey(args.model.absolute(), not args.quick, on_gpus, args.survey_timeout),
+        Launch(
+            tuple(arguments),
+            hostfile=Path(args.hostfile).absolute() if args.hostfile else None,
+            master_addr=args.master_addr,
+            master_port=args.master_port,
+        ),
+        metrics=options.metrics,
+        tell=lambda text: print(text, flush=True),
+    )
+
+
+def _given(name: str, value: object) -> list[str]:
+    return [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+
+
+def _cluster(args: argparse.Namespace) -> tuple[Cluster, bool | None]:
+    """Return the slots, and whether they are GPUs; None where the hosts are to decide."""
+    on_gpus = False if os.environ.get("DS_ACCELERATOR") == "cpu" else None
+    if args.hostfile is not None:
+        return read_hostfile(args.hostfile, include=args.include, exclude=args.exclude), on_gpus
+    from ds_moe_ep.hostfile import filter_cluster
+    from ds_moe_ep.local_machine import count_local_gpus
+
+    num_slots = count_local_gpus() or 1 if args.num_gpus is None else args.num_gpus
+    cluster = local_cluster(num_slots)
+    return filter_cluster(cluster, include=args.include, exclude=args.exclude), on_gpus
