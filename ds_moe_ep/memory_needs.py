@@ -36,16 +36,18 @@ def weight_bytes(spec: ModelSpec, plan: ParallelPlan, element_bytes: int) -> int
 def kv_bytes_per_token(spec: ModelSpec, element_bytes: int) -> int:
     """Return the bytes that the KV cache grows by with each token of a prompt, at most.
 
-    transformers caches whole heads, those of latent attention too. Layers with a window, or
+    transformers caches whole heads, or of latent attention the latents. Layers with a window, or
     without attention, need less.
 
     Args:
         spec: the model.
         element_bytes: bytes of one number in the cache.
     """
-    value_dim = spec.head_dim if spec.mla is None else spec.mla.v_head_dim
-    num_heads = spec.num_key_value_heads if spec.mla is None else spec.num_attention_heads
-    return spec.num_layers * num_heads * (spec.head_dim + value_dim) * element_bytes
+    if spec.mla is not None:
+        width = spec.mla.kv_lora_rank + spec.mla.qk_rope_head_dim
+    else:
+        width = 2 * spec.num_key_value_heads * spec.head_dim
+    return spec.num_layers * width * element_bytes
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,7 @@ _NEW_TOKENS = 8
 _LOOK_S = 3.0  # between two looks at the memory
 _TAIL_LINES = 30
 _GIB = 1 << 30
+_PHASE = re.compile(r"\[\d/\d\] .*: (?:pass|warn)")  # of the bring-up, as infer.py shows it
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,10 @@ def _launch(stage: _Stage, folder: Path, script: Path) -> str:
             f"launch: run.sh ended with exit code {running.returncode}; its last lines:\n"
             + "\n".join(lines[-_TAIL_LINES:])
         )
+    verdicts = ", ".join(_PHASE.findall(log.read_text(encoding="utf-8", errors="replace")))
     memory = f", {most_bytes / _GIB:.1f} GiB for all ranks together at most" if most_bytes else ""
-    return f"exit code 0 after {time.monotonic() - start_s:.0f} s{memory}"
+    took = f"exit code 0 after {time.monotonic() - start_s:.0f} s{memory}"
+    return f"{took}; bring-up: {verdicts}"
 
 
 def _compare(model: Path, prompts: list[list[int]], output: Path) -> str:
