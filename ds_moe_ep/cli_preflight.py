@@ -67,7 +67,8 @@ def _preflight(args: argparse.Namespace) -> int:
     for name in ("config", "input", "metrics"):
         path = getattr(args, name)
         arguments += _given(name, None if path is None else path.absolute())
-    options = parse_options(arguments)  # what is wrong with one is said before any host is asked
+    # What is wrong with one of them is said before any host is asked.
+    options = parse_options(arguments, prog="ds-moe-ep preflight")
     cluster, on_gpus = _cluster(args)
     spec, ep_size = read_model_spec(args.model), options.ep_size
     dp_size = max(1, cluster.num_gpus // (ep_size or cluster.num_gpus))

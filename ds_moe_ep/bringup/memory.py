@@ -5,7 +5,7 @@ What a rank needs is predicted in memory_needs.py; what it has is read here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,10 @@ from ds_moe_ep.memory_needs import BatchNeeds, largest_batch
 __all__ = [
     "MOST_AUTO",
     "RankMemory",
+    "check_room_for_weights",
     "choose_batch_size",
     "judge_batch",
+    "judge_room_for_weights",
     "judge_spread",
     "judge_weights",
     "measure_memory",
@@ -104,6 +106,37 @@ def measure_memory(
         free_bytes=_free_bytes(job),
     )
     return job.all_gather(own)
+
+
+def check_room_for_weights(job: Job, predicted_bytes: int) -> Check:
+    """Compares what is free on all ranks with the weights to load; all ranks call it.
+
+    The smallest batch is judged later, by what loading has left.
+    """
+    found = {str(info): free for info, free in job.all_gather((job.info, _free_bytes(job)))}
+    return judge_room_for_weights(found, predicted_bytes)
+
+
+def judge_room_for_weights(free_bytes: Mapping[str, int | None], predicted_bytes: int) -> Check:
+    """Finds out whether the weights of each rank fit in what it has free.
+
+    Args:
+        free_bytes: By rank, as messages name it.
+        predicted_bytes: What the weights of each will take.
+    """
+    known = {rank: free for rank, free in free_bytes.items() if free is not None}
+    if not known or min(known.values()) >= predicted_bytes:
+        return Check("room", PASS, f"{_size(predicted_bytes)} of weights a rank fit")
+    rank, free = min(known.items(), key=lambda item: item[1])
+    return Check(
+        "room",
+        FAIL,
+        f"the weights of a rank take {_size(predicted_bytes)}, but [{rank}] has {_size(free)} "
+        "free. Use a higher ep_size on more ranks, --dtype bfloat16, or end what else runs there",
+        predicted_bytes,
+        free,
+        "bytes",
+    )
 
 
 def _free_bytes(job: Job) -> int | None:

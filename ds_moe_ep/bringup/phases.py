@@ -27,6 +27,7 @@ from ds_moe_ep.bringup.host_pairs import check_pairs
 from ds_moe_ep.bringup.memory import (
     MOST_AUTO,
     RankMemory,
+    check_room_for_weights,
     choose_batch_size,
     judge_batch,
     judge_spread,
@@ -69,11 +70,12 @@ class BringUp:
         self._hosts_s = 0.0
         self._before_bytes: int | None = None
 
-    def compare_hosts(self) -> None:
-        """Does what of phase 1 can be done before weights are loaded.
+    def check_before_loading(self) -> None:
+        """Does what of phases 1 and 4 can be done before weights are loaded.
 
         Raises:
             BringUpError: Some hosts differ; it names all of them.
+            PlanError: The weights do not fit in memory.
         """
         start_s = time.perf_counter()
         checks = check_hosts(self._job, self._options.model)
@@ -85,6 +87,10 @@ class BringUp:
         if any(check.verdict == FAIL for check in checks):
             self._close(1, checks, start_s)
         self._host_checks = checks
+        start_s = time.perf_counter()
+        room = check_room_for_weights(self._job, self._weight_bytes())
+        if room.verdict == FAIL:
+            self._close(4, [room], start_s)
         self._before_bytes = used_bytes(self._job.device)
 
     def run(self, engine: Engine) -> list[Batch]:
@@ -106,7 +112,7 @@ class BringUp:
         memory = measure_memory(
             self._job,
             engine.deepspeed_engine.module,
-            weight_bytes(self._work.spec, self._work.plan, self._work.dtype.itemsize),
+            self._weight_bytes(),
             self._before_bytes,
         )
         batch_size, of_rank, checks = self._distribution(engine, memory)
@@ -194,6 +200,9 @@ class BringUp:
             judge_spread(memory),
             judge_batch(memory, self._needs(), batch_size, largest),
         ]
+
+    def _weight_bytes(self) -> int:
+        return weight_bytes(self._work.spec, self._work.plan, self._work.dtype.itemsize)
 
     def _needs(self) -> BatchNeeds:
         return BatchNeeds.of(

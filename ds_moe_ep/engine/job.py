@@ -80,7 +80,7 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
     earlier, left = _left_to_do(options, job, work, journal, settings)
     bring_up = BringUp(options, job, work, left)
     progress.enter("comparing hosts")
-    bring_up.compare_hosts()
+    bring_up.check_before_loading()
     progress.enter("loading weights")
     engine = load_engine(options, job, work)
     progress.enter("bringing up")

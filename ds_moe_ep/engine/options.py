@@ -59,10 +59,12 @@ class JobOptions:
         return self.output.with_name(self.output.name + ".partial")
 
 
-def parse_options(argv: Sequence[str] | None = None) -> JobOptions:
+def parse_options(
+    argv: Sequence[str] | None = None, *, prog: str = "deepspeed launch/infer.py"
+) -> JobOptions:
     """Parses the arguments; argparse ends the process with code 2 if they make no sense."""
     parser = argparse.ArgumentParser(
-        prog="deepspeed launch/infer.py",
+        prog=prog,
         description="Run a Hugging Face MoE model with its experts spread over all ranks.",
         allow_abbrev=False,
     )

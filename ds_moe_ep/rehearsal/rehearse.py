@@ -38,7 +38,9 @@ _NEW_TOKENS = 8
 _LOOK_S = 3.0  # between two looks at the memory
 _TAIL_LINES = 30
 _GIB = 1 << 30
-_PHASE = re.compile(r"\[\d/\d\] .*: (?:pass|warn)")  # of the bring-up, as infer.py shows it
+_PHASE = re.compile(
+    r"\[\d/\d\] .*: (?:pass|warn) \([\d.]+ s\)"
+)  # of the bring-up, as infer.py shows it
 
 
 @dataclass(frozen=True)

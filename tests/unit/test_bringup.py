@@ -16,6 +16,7 @@ from ds_moe_ep.bringup.memory import (
     RankMemory,
     choose_batch_size,
     judge_batch,
+    judge_room_for_weights,
     judge_spread,
     judge_weights,
 )
@@ -214,6 +215,14 @@ def test_weights_are_as_predicted():
     assert kept.verdict == WARN
     assert "loading has not given all back" in kept.reason
     assert judge_weights([_memory(grown=None)], is_exact=True).verdict == PASS
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_loaded():
+    assert judge_room_for_weights({"rank 0 a": 5 * _GIB}, 5 * _GIB).verdict == PASS
+    assert judge_room_for_weights({"rank 0 a": None}, 5 * _GIB).verdict == PASS
+    check = judge_room_for_weights({"rank 0 a": 9 * _GIB, "rank 1 b": 4 * _GIB}, 5 * _GIB)
+    assert check.verdict == FAIL
+    assert "take 5.00 GiB, but [rank 1 b] has 4.00 GiB free. Use a higher ep_size" in check.reason
 
 
 def test_memory_is_even_over_ranks():

@@ -18,6 +18,8 @@ from ds_moe_ep.bringup.report import FAIL, PASS
 from ds_moe_ep.bringup.survey import Survey, survey
 from ds_moe_ep.errors import BringUpError, ConfigError
 from ds_moe_ep.hostfile import local_cluster, parse_hostfile
+from tests.helpers import run_command
+from tests.helpers.launch import REPO
 
 _SSH = """#!/bin/sh
 # The last argument is the command, the one before it the host.
@@ -230,3 +232,24 @@ def test_what_is_wrong_with_a_host(changes, says):
     found = problems("h", _facts(**changes), wanted)
     assert len(found) == (says is not None)
     assert says is None or says in found[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["--batch-size", "0"],
+            "ds-moe-ep preflight: error: argument --batch-size: 0 is not above",
+        ),
+        (["--num-gpus", "3"], "PlanError: ep_size=3, the default that fills"),
+        (["--num-gpus", "0"], "HostfileError: num_slots=0"),
+        (["--hostfile", "/nowhere"], "HostfileError: /nowhere: cannot be read"),
+    ],
+)
+def test_what_needs_no_host_is_refused_before_any_is_asked(ssh, arguments, says):
+    command = [sys.executable, "-m", "ds_moe_ep", "preflight"]
+    model = REPO / "configs" / "olmoe-1b-7b-ep64"
+    ended = run_command([*command, "--model", model, *arguments])
+    assert ended.returncode == 2
+    assert says in ended.stderr
+    assert not ssh.exists()
