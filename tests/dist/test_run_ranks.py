@@ -66,9 +66,9 @@ def test_a_failing_rank_ends_the_others_and_shows_every_rank(tmp_path):
 
 def test_a_hanging_rank_is_ended_and_named(tmp_path):
     with pytest.raises(AssertionError) as error:
-        run_ranks(_rank_1_hangs, 2, tmp_path, timeout_s=30)
+        run_ranks(_rank_1_hangs, 2, tmp_path, timeout_s=15)
     message = str(error.value)
-    assert "[rank 1] was still running after 30 s:" in message
+    assert "[rank 1] was still running after 15 s:" in message
     assert "_wait_for_ever" in message
     assert "rank 0" not in message
 

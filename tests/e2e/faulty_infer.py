@@ -5,6 +5,8 @@ begins. WHAT is a signal that the worker sends itself, or a name below. The file
 then, which tells when.
 """
 
+import contextlib
+import mmap
 import os
 import shutil
 import signal
@@ -26,10 +28,25 @@ def _happen() -> None:
     elif _WHAT == "RAISE":
         raise LookupError("nobody expected this prompt")
     elif _WHAT == "REMOVE_FOLDER":
-        output = Path(sys.argv[sys.argv.index("--output") + 1])
-        shutil.rmtree(output.parent)
+        shutil.rmtree(_output().parent)
+    elif _WHAT == "FILL_DISK":
+        _fill_disk(_output().with_name("filler"))
     elif _WHAT != "NOTHING":
         os.kill(os.getpid(), signal.Signals[_WHAT])
+
+
+def _output() -> Path:
+    last = max(i for i, word in enumerate(sys.argv) if word == "--output")
+    return Path(sys.argv[last + 1])
+
+
+def _fill_disk(filler: Path) -> None:
+    """Leaves one page."""
+    with filler.open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(bytes(mmap.PAGESIZE)):
+                pass
+        file.truncate(file.tell() - mmap.PAGESIZE)
 
 
 def _enter(self: Progress, phase: str) -> None:

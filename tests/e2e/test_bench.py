@@ -42,7 +42,8 @@ def written(tmp_path_factory):
         if table == "replay":
             args += ["--model", folder / "model"]
         script = REPO / "launch" / "bench.py"
-        return out, run_command([sys.executable, script, table, *args], timeout_s=300.0)
+        command = [sys.executable, script, table, *args]
+        return out, run_command(command, timeout_s=300.0, is_forked=True)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         return {table: pool.submit(write, table) for table in TINY}

@@ -61,7 +61,8 @@ def launched(job):
 
     def launch(way):
         output = folder / f"{'-'.join(way).replace('--', '')}.jsonl"
-        return output, launch_infer([*args, "--output", output, *way], num_ranks=2)
+        job_args = [*args, "--output", output, *way]
+        return output, launch_infer(job_args, num_ranks=2, is_forked=True)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         return {way: pool.submit(launch, way) for way in WAYS}

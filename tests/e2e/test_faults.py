@@ -51,7 +51,8 @@ class Job:
     def run_undisturbed(self) -> bytes:
         """Runs it on one rank, without a launcher, and returns what it writes."""
         command = [sys.executable, REPO / "launch" / "infer.py", *self.args]
-        result = run_command(command, env={"DS_ACCELERATOR": "cpu"}, timeout_s=_WAIT_S)
+        env = {"DS_ACCELERATOR": "cpu"}
+        result = run_command(command, env=env, timeout_s=_WAIT_S, is_forked=True)
         assert result.returncode == 0, result.stdout + result.stderr
         return self.output.read_bytes()
 
@@ -60,6 +61,7 @@ class Job:
             self.mark.unlink(missing_ok=True)
             options["env"] = {"FAULT": fault, "FAULT_MARK": str(self.mark)}
             options["script"] = _FAULTY
+        options = {"is_forked": True, **options}
         return launch_infer([*self.args, *args], num_ranks=num_ranks, **options)
 
     def seconds_since_fault(self) -> float:
@@ -322,21 +324,18 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_and_what_is_written_stays_valid(
-    job, small_disk, undisturbed, write_prompts
-):
-    filler = small_disk / "filler"
+def test_a_full_disk_is_told_and_what_is_written_stays_valid(job, small_disk, undisturbed):
     job.output = small_disk / "out.jsonl"
     job.partial = small_disk / "out.jsonl.partial"
     job.args += ["--output", job.output]
-    filler.write_bytes(b"x" * 52 * 1024)  # leaves three pages: room to begin
-    result = job.launch(2)
+    result = job.launch(2, fault="0,batch 1,0,FILL_DISK")
     assert result.returncode == 1, result.stdout + result.stderr
     told = r"ResourceError: .* \(No space left on device\)\. Make room"
     assert len(re.findall(told, result.stderr)) == 1, result.stderr
     assert "Traceback" not in result.stderr
     assert not job.output.exists()
-    filler.unlink()
+    assert job.finished()  # of the rank that took the last page
+    (small_disk / "filler").unlink()
     result = job.launch(2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert job.output.read_bytes() == undisturbed

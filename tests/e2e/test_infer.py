@@ -32,8 +32,9 @@ class Job:
         self.args = ["--model", model, "--input", prompts, "--output", output]
         self.args += ["--max-new-tokens", "6"]
 
-    def launch(self, num_ranks: int, *args: str | Path, timeout_s: float = 240.0):
-        return launch_infer([*self.args, *args], num_ranks=num_ranks, timeout_s=timeout_s)
+    def launch(self, num_ranks: int, *args: str | Path, is_forked: bool = False):
+        command = [*self.args, *args]
+        return launch_infer(command, num_ranks=num_ranks, timeout_s=240.0, is_forked=is_forked)
 
     def results(self) -> list[dict]:
         return [json.loads(line) for line in self.output.read_text().splitlines()]
@@ -149,7 +150,7 @@ def test_sampling_depends_on_the_seed_and_on_nothing_else(job):
         """One rank, without a launcher."""
         settings = [*sample, "--seed", str(seed), "--batch-size", str(batch_size)]
         command = [sys.executable, _SCRIPT, *job.args, *settings]
-        result = run_command(command, env=_CPU, timeout_s=120)
+        result = run_command(command, env=_CPU, timeout_s=120, is_forked=True)
         assert result.returncode == 0, result.stdout + result.stderr
         return job.token_ids()
 
@@ -157,6 +158,7 @@ def test_sampling_depends_on_the_seed_and_on_nothing_else(job):
     assert alone(seed=7, batch_size=3) == expected
     assert alone(seed=8, batch_size=1) != expected
     # Four ranks with two copies of the experts.
-    result = job.launch(4, *sample, "--seed", "7", "--batch-size", "2", "--ep-size", "2")
+    sizes = ["--batch-size", "2", "--ep-size", "2"]
+    result = job.launch(4, *sample, "--seed", "7", *sizes, is_forked=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert job.token_ids() == expected

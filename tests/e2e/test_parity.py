@@ -1,6 +1,6 @@
 """`deepspeed --num_gpus N launch/infer.py` writes what plain transformers computes in one process.
 
-Every family on every number of ranks is a job of its own, as a user would start it.
+Every family on every number of ranks is a job of its own.
 """
 
 import json
@@ -33,7 +33,7 @@ def _launch(model: Path, prompts: Path, output: Path, num_ranks: int, *args: str
     """Runs one job to its end and returns the lines it wrote."""
     files = ["--model", model, "--input", prompts, "--output", output]
     sizes = ["--max-new-tokens", str(NEW_TOKENS), "--batch-size", str(BATCH_SIZE)]
-    result = launch_infer([*files, *sizes, *args], num_ranks=num_ranks)
+    result = launch_infer([*files, *sizes, *args], num_ranks=num_ranks, is_forked=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return [json.loads(line) for line in output.read_text().splitlines()]
 

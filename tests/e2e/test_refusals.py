@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 _CONTEXT = 64  # of the tiny models
 _PROMPT = '{"id": "a", "prompt_token_ids": [5, 6]}\n'
-_TIMEOUT_S = 180.0  # a job takes 12 s on a quiet machine; a hang would take for ever
+_TIMEOUT_S = 180.0  # a job takes seconds; a hang would take for ever
 
 
 @dataclass
@@ -60,7 +60,12 @@ class Job:
 
     def launch(self) -> subprocess.CompletedProcess[str]:
         files = ["--model", self.model, "--input", self.input, "--output", self.output]
-        return launch_infer([*files, *self.args], num_ranks=self.num_ranks, timeout_s=_TIMEOUT_S)
+        return launch_infer(
+            [*files, *self.args],
+            num_ranks=self.num_ranks,
+            timeout_s=_TIMEOUT_S,
+            is_forked=True,
+        )
 
 
 Case = Callable[[Job], tuple[str, ...]]
@@ -296,7 +301,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def launched(request, tiny_model, tmp_path_factory):
-    """The jobs of all selected cases, run two at a time: half of a job is one process importing."""
+    """The jobs of all selected cases, run two at a time."""
     cases = [
         item.callspec.params["case"]
         for item in request.session.items

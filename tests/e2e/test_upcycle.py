@@ -23,7 +23,7 @@ def dense(tmp_path_factory):
 
 
 def _run(*args):
-    result = run_command([*_COMMAND, *args], timeout_s=300)
+    result = run_command([*_COMMAND, *args], timeout_s=300, is_forked=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return result.stdout
@@ -42,7 +42,7 @@ def test_two_ranks_write_what_the_dense_model_does(dense, write_prompts, tmp_pat
     prompts = write_prompts(tmp_path / "in.jsonl", dict(zip("abc", ids, strict=True)))
     files = ["--model", tmp_path / "ep", "--input", prompts, "--output", tmp_path / "out.jsonl"]
     options = ["--config", tmp_path / "config", "--max-new-tokens", str(_NEW_TOKENS)]
-    result = launch_infer([*files, *options], num_ranks=2)
+    result = launch_infer([*files, *options], num_ranks=2, is_forked=True)
     assert result.returncode == 0, result.stdout + result.stderr
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.helpers.forks import ForkedCommand
+
 __all__ = ["REPO", "free_port", "launch_infer", "run_command"]
 
 REPO = Path(__file__).resolve().parents[2]
@@ -33,6 +35,7 @@ def launch_infer(
     script: Path = _INFER,
     port: int | None = None,
     timeout_s: float = 300.0,
+    is_forked: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `deepspeed --num_gpus N launch/infer.py ARGS` on the CPU and waits for its end.
 
@@ -44,6 +47,7 @@ def launch_infer(
         script: What to run in place of launch/infer.py.
         port: Where the ranks meet; default: one that is free.
         timeout_s: Seconds until the job counts as hung.
+        is_forked: See `run_command`.
 
     Returns:
         Exit code, stdout and stderr of the launcher, with those of all ranks in them.
@@ -57,7 +61,8 @@ def launch_infer(
     # The module is what the `deepspeed` command calls; it is found where that is not on the PATH.
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
     options = [f"--num_gpus={num_ranks}", f"--master_port={port or free_port()}"]
-    return run_command([*launcher, *options, script, *args], env=job_env, timeout_s=timeout_s)
+    command = [*launcher, *options, script, *args]
+    return run_command(command, env=job_env, timeout_s=timeout_s, is_forked=is_forked)
 
 
 def run_command(
@@ -66,6 +71,7 @@ def run_command(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     timeout_s: float = 60.0,
+    is_forked: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command offline, with this checkout importable, and waits for all its processes.
 
@@ -74,6 +80,8 @@ def run_command(
         env: Variables to set on top of the test's own.
         cwd: Folder to run it in; default: the test's own.
         timeout_s: Seconds until it counts as hung.
+        is_forked: Whether Python processes are forks of one that has imported the libraries: for
+            tests of what a job does, not of how it starts. See forks.py.
 
     Returns:
         Exit code, stdout and stderr.
@@ -83,7 +91,8 @@ def run_command(
             not done in time. The message holds the end of the output.
     """
     command = [str(part) for part in argv]
-    process = subprocess.Popen(
+    start = ForkedCommand if is_forked else subprocess.Popen
+    process = start(
         command,
         env=_environment(env or {}),
         cwd=cwd,

@@ -44,7 +44,7 @@ def run_ranks(
     """Runs `fn(rank, world_size, *args)` on every rank of a gloo process group.
 
     Every rank is a new process with one thread, `DS_ACCELERATOR=cpu` and `torch.distributed`
-    initialised. Starting one costs seconds, so check many cases in one call.
+    initialised, forked from one that has imported the libraries.
 
     Args:
         fn: A function of a module's top level.
@@ -65,7 +65,8 @@ def run_ranks(
     # Pickled here and not by multiprocessing: tensors go by value, and a rank sets its
     # environment before it imports the test's module.
     call = pickle.dumps((fn, args))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.imported_once"])
     ranks: list[BaseProcess] = [
         context.Process(
             target=_rank_main,
