@@ -6,9 +6,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from ds_moe_ep.host_memory import proportional_bytes
+
 __all__ = ["PeakMemory", "read_bytes_so_far"]
 
-_KIB = 1024
 _INTERVAL_S = 0.01
 
 
@@ -48,16 +49,12 @@ def read_bytes_so_far() -> int:
 
     Mapped files are not counted.
     """
-    return _field(Path("/proc/self/io"), "rchar:")
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
 def _proportional_bytes() -> int:
-    return _field(Path("/proc/self/smaps_rollup"), "Pss:") * _KIB
-
-
-def _field(path: Path, name: str) -> int:
-    for line in path.read_text(encoding="ascii").splitlines():
-        key, _, rest = line.partition(" ")
-        if key == name:
-            return int(rest.split()[0])
-    raise RuntimeError(f"{path} has no {name}")
+    found = proportional_bytes()
+    if found is None:
+        raise RuntimeError("/proc/self/smaps_rollup, which tells a process's memory, is not there")
+    return found
