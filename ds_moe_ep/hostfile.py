@@ -163,6 +163,11 @@ def _parse_entry(line: str, where: str) -> tuple[str, int]:
             f"{where}: host name {_shown(name)} has invisible characters. Save the file as UTF-8 "
             "without a byte order mark."
         )
+    if name.startswith("-"):
+        raise HostfileError(
+            f"{where}: host name {_shown(name)} begins with '-', so ssh and pdsh would take it for "
+            "an option. Give the host another name."
+        )
     num_slots = int(digits) if len(digits) < 10 else MAX_SLOTS_PER_HOST + 1
     if num_slots == 0:
         raise HostfileError(

@@ -157,7 +157,8 @@ def _replace_files(out: Path, texts: Mapping[str, str], *, obsolete: Iterable[st
         for name, text in texts.items():
             staged[name].write_text(text, encoding="utf-8", newline="\n")
             if name == RUN_SH:
-                staged[name].chmod(staged[name].stat().st_mode | 0o111)
+                mode = staged[name].stat().st_mode
+                staged[name].chmod(mode | (mode & 0o444) >> 2)  # by those who may read it
         for name in (PLAN_JSON, *obsolete):
             (out / name).unlink(missing_ok=True)
         for name in sorted(texts, key=PLAN_JSON.__eq__):

@@ -38,7 +38,9 @@ def write_demo_model(out: Path) -> None:
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(MODEL_DIR, partial, copy_function=shutil.copyfile)
+        partial.mkdir()  # not copytree: the mode is that of any new folder
+        for file in MODEL_DIR.iterdir():
+            shutil.copyfile(file, partial / file.name)
         partial.replace(out)
     except OSError as error:
         if _difference(out) is not None:  # else another process wrote the same model meanwhile

@@ -156,6 +156,10 @@ def test_the_local_machine_is_one_host():
             "\ufeffa slots=8\n",
             r"host name '\ufeffa' has invisible characters. Save the file as UTF-8",
         ),
+        (
+            "-oProxyCommand=reboot slots=8\n",
+            "h:1: host name '-oProxyCommand=reboot' begins with '-', so ssh and pdsh would take",
+        ),
         ("a" * 90 + "\n", "h:1: '" + "a" * 57 + "...' has no slots=N"),
         ("", "h: no host in this hostfile. Write one host a line, like: worker-0 slots=8"),
         ("# nothing\n\n", "h: no host in this hostfile"),

@@ -1,0 +1,118 @@
+"""What the package never does: run what others wrote, hide its files or open them to everybody."""
+
+import ast
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ds_moe_ep.bench.report import Report
+from ds_moe_ep.bringup.report import PhaseReport, write_jsonl
+from ds_moe_ep.checkpoint.convert import to_deepspeed, to_expert_sharded, to_hugging_face
+from ds_moe_ep.config.bundle import write_bundle
+from ds_moe_ep.demo import write_demo_model
+from ds_moe_ep.engine.journal import Journal
+from ds_moe_ep.engine.outputs import GenerateResult, write_results
+from ds_moe_ep.engine.summary import RankSummary, write_metrics
+from ds_moe_ep.hostfile import local_cluster
+from ds_moe_ep.model_spec import read_model_spec
+from ds_moe_ep.plan import ParallelPlan
+from tests.helpers.families import save_tiny
+from tests.helpers.launch import REPO
+
+# What runs what it is given.
+_RUNS = {
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "importlib.import_module"),
+    *("runpy.run_path", "runpy.run_module", "torch.load", "pickle.load", "pickle.loads"),
+    *("pickle.Unpickler", "joblib.load", "numpy.load", "yaml.load"),
+}
+# With the reason: these are not given anything that comes from a file of a user or from outside.
+_ALLOWED = {
+    ("checkpoint/pickled.py", "torch.load"): "with weights_only, where a flag asks for it",
+    ("demo/train.py", "torch.load"): "the trainer's own checkpoint, and tensors alone",
+    ("rehearsal/shared_start.py", "importlib.import_module"): "modules named by the rehearsal",
+    ("rehearsal/shared_start.py", "runpy.run_path"): "the script that the launcher was given",
+    ("bench/layer_sides.py", "importlib.import_module"): "a peer that is installed",
+}
+
+
+def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_nothing_but_what_is_listed_runs_code_or_reads_pickles():
+    found = set()
+    sources = [*(REPO / "ds_moe_ep").rglob("*.py"), *(REPO / "launch").glob("*.py")]
+    for path in sources:
+        for name, call in _calls(ast.parse(path.read_text())):
+            place = f"{path.relative_to(REPO)}:{call.lineno}: {name}"
+            if name in _RUNS:
+                found.add((str(path.relative_to(REPO)).removeprefix("ds_moe_ep/"), name))
+            for keyword in call.keywords:
+                value = ast.unparse(keyword.value)
+                assert not (keyword.arg == "shell" and value != "False"), place
+                assert not (keyword.arg == "weights_only" and value != "True"), place
+                if keyword.arg == "trust_remote_code" and value == "True":
+                    assert path.name == "load.py", place  # after the flag has been looked at
+    assert found == set(_ALLOWED)
+
+
+@pytest.fixture(params=[0o022, 0o077], ids="{:03o}".format)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def _write_everything(model: Path, folder: Path) -> None:
+    to_expert_sharded(model, folder / "sharded", ep_size=2)
+    to_hugging_face(folder / "sharded", folder / "back")
+    to_deepspeed(model, folder / "deepspeed")
+    write_demo_model(folder / "demo")
+    spec = read_model_spec(model)
+    write_bundle(model, local_cluster(2), ParallelPlan(ep_size=2), spec, folder / "config")
+    result = GenerateResult("../../x", None, (1,), None, "length")
+    journal = Journal(folder / "out.jsonl.partial", 0)
+    journal.start({"task": "generate"}, resume=False)
+    journal.append({0: result})
+    write_jsonl(folder / "metrics" / "bringup.jsonl", [PhaseReport(1, ())])
+    write_results(folder / "out.jsonl", [result])
+    summary = RankSummary(0, "host", "allgather", 1, 1, 1, 1, 0.1, 0.1, 0.1, 1, 1, 1)
+    write_metrics(folder / "metrics", [summary])
+    Report("table", "Heading", "command", "text", [{"world_size": 1}]).write(folder / "bench")
+
+
+def test_files_have_ordinary_modes(tmp_path, umask):
+    save_tiny("olmoe", tmp_path / "model")
+    _write_everything(tmp_path / "model", tmp_path / "ours")
+    written = list((tmp_path / "ours").rglob("*"))
+    assert {"out.jsonl", "run.sh", "rank-00000.jsonl", "manifest.json", "metrics.jsonl"} <= {
+        path.name for path in written
+    }
+    for path in written:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        may_be = 0o777 if path.is_dir() or path.name == "run.sh" else 0o666
+        assert oct(mode) == oct(may_be & ~umask), path
+
+
+@pytest.mark.parametrize("id", ["../../x", "/etc/passwd", "a\0b", "-rf", "~", "..", "a/b"])
+def test_ids_name_no_file(tmp_path, id):
+    folder = tmp_path / "inner" / "results"
+    folder.mkdir(parents=True)
+    result = GenerateResult(id, None, (1,), None, "length")
+    journal = Journal(folder / "out.jsonl.partial", 3)
+    journal.start({"task": "generate"}, resume=False)
+    journal.append({0: result})
+    assert {path.name for path in journal.folder.iterdir()} == {
+        *("job.json", "lock", "rank-00003.jsonl")
+    }
+    assert journal.read({"task": "generate"}) == {0: result}
+    journal.remove()
+    write_results(folder / "out.jsonl", [result])
+    assert json.loads((folder / "out.jsonl").read_text())["id"] == id
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [folder / "out.jsonl"]
