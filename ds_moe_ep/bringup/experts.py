@@ -31,29 +31,34 @@ Held = Mapping[str, tuple[range, int]]
 def check_hosts(job: Job, model: Path) -> list[Check]:
     """Compares versions, code and model files of all ranks; all ranks call it.
 
-    Model files are read on one rank of each host, by size and header.
+    Files are read on one rank of each host, those of the model by size and header.
     """
     rank = job.info.rank
     is_first = rank == 0 or job.nodes[rank] != job.nodes[rank - 1]
-    facts = read_facts(model=os.path.abspath(model) if is_first else None)
-    return judge_hosts(job.all_gather(facts), job.hosts, os.path.abspath(model))
+    folder = os.path.abspath(model)
+    facts = read_facts(model=folder if is_first else None, code=is_first)
+    return judge_hosts(job.all_gather(facts), job.hosts, job.nodes, folder)
 
 
-def judge_hosts(facts: Sequence[dict[str, Any]], hosts: Sequence[str], model: str) -> list[Check]:
+def judge_hosts(
+    facts: Sequence[dict[str, Any]], hosts: Sequence[str], nodes: Sequence[int], model: str
+) -> list[Check]:
     """Compares the facts of all ranks with those of rank 0.
 
     Args:
-        facts: By rank; model files only of the first rank of each host.
+        facts: By rank; of its files only on the first rank of each node.
         hosts: Name of every rank's host.
+        nodes: Node of every rank.
         model: The model directory.
     """
     wanted = Wanted(facts[0], sys.executable, os.getcwd(), model)
-    files_read = [each["model_files"] != {} for each in facts]
+    of_files = {name: facts[0][name] for name in ("model_files", "code_sha256")}
     found: dict[str, dict[str, None]] = defaultdict(dict)  # a host's ranks say the same: once
-    for each, host, is_read in zip(facts, hosts, files_read, strict=True):
-        if not is_read:
-            each = {**each, "model_files": facts[0]["model_files"]}
-        found[host] |= dict.fromkeys(problems(host, each, wanted))
+    for rank, (each, host) in enumerate(zip(facts, hosts, strict=True)):
+        is_first = rank == 0 or nodes[rank] != nodes[rank - 1]
+        found[host] |= dict.fromkeys(
+            problems(host, each if is_first else {**each, **of_files}, wanted)
+        )
     num_files = len(facts[0]["model_files"] or {})
     good = f"{software(facts[0])}, same code, {num_files} model files (size and header)"
     return host_checks({host: list(told) for host, told in found.items()}, good)

@@ -40,6 +40,7 @@ def read_facts(
     folder: str | None = None,
     model: str | None = None,
     whole_files: bool = False,
+    code: bool = True,
     places: tuple[str, ...] | list[str] = (),
 ) -> dict[str, Any]:
     """Reads the facts of this host.
@@ -48,6 +49,7 @@ def read_facts(
         folder: Where the job is to be started; None is the present one.
         model: The model directory; None leaves it out.
         whole_files: Whether model files are hashed whole, or as far as `model_files` says.
+        code: Whether the package's sources are hashed.
         places: Folders whose free disk space is told.
 
     Returns:
@@ -63,7 +65,7 @@ def read_facts(
         "host": platform.node(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "code_sha256": _code_sha256(),
+        "code_sha256": _code_sha256() if code else None,
         "has_folder": has_folder,
         "num_gpus": _num_gpus(),
         "num_cores": len(os.sched_getaffinity(0)),

@@ -92,8 +92,13 @@ def test_experts_that_are_not_there_once_are_named(held, says):
 
 
 def test_hosts_of_a_job_that_differ_are_all_named():
-    facts = [_facts(), _facts(model_files={}), _facts(python="3.9.0"), _facts(model_files=None)]
-    checks = judge_hosts(facts, ["a", "a", "b", "c"], "/m")
+    facts = [
+        _facts(),
+        _facts(model_files={}, code_sha256=None),
+        _facts(python="3.9.0"),
+        _facts(model_files=None),
+    ]
+    checks = judge_hosts(facts, ["a", "a", "b", "c"], [0, 0, 1, 2], "/m")
     assert [(check.name, check.verdict) for check in checks] == [
         ("hosts", PASS),
         ("b", FAIL),
