@@ -7,9 +7,11 @@ this many in a few seconds.
 
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from ds_moe_ep.engine.prompts import read_prompts
 from ds_moe_ep.errors import DsMoeEpError
 from ds_moe_ep.hostfile import read_hostfile
 from ds_moe_ep.model_spec import read_model_spec
+from tests.helpers import run_command
 from tests.helpers.families import save_tiny
 from tests.helpers.launch import REPO
 
@@ -122,13 +125,42 @@ def test_a_damaged_file_is_read_or_refused(read, name, content, folder):
     _fuzz(read, file, content, file)
 
 
-def test_a_damaged_manifest_is_read_or_refused(tmp_path, folder):
-    save_tiny("olmoe", tmp_path / "model")
-    to_expert_sharded(tmp_path / "model", tmp_path / "sharded", ep_size=2)
-    content = json.loads((tmp_path / "sharded" / "manifest.json").read_text())
-    content["tensors"] = dict(list(content["tensors"].items())[:4])  # small, so that this is fast
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> bytes:
+    """One of four tensors: small, so that reading it is fast."""
+    root = tmp_path_factory.mktemp("manifest")
+    save_tiny("olmoe", root / "model")
+    to_expert_sharded(root / "model", root / "sharded", ep_size=2)
+    content = json.loads((root / "sharded" / "manifest.json").read_text())
+    content["tensors"] = dict(list(content["tensors"].items())[:4])
     content["source"]["files"] = {}
+    return json.dumps(content).encode()
+
+
+def test_a_damaged_manifest_is_read_or_refused(folder, manifest):
     file = folder / "manifest.json"
-    file.write_text(json.dumps(content))
+    file.write_bytes(manifest)
     read_manifest(file.parent)
-    _fuzz(read_manifest, file, file.read_bytes(), file.parent)
+    _fuzz(read_manifest, file, manifest, file.parent)
+
+
+@pytest.mark.skipif(find_spec("atheris") is None, reason="needs atheris: pip install atheris")
+@pytest.mark.parametrize(
+    "reader", ["hostfile", "prompts", "model-config", "deepspeed-config", "manifest"]
+)
+def test_no_code_that_an_input_can_reach_breaks(reader, tmp_path, manifest):
+    """Inputs that atheris makes while it watches which code they reach."""
+    good = {
+        "hostfile": _HOSTFILE,
+        "prompts": _PROMPTS,
+        "model-config": (_EXAMPLE / "config.json").read_bytes(),
+        "deepspeed-config": (_EXAMPLE / "ds_inference.json").read_bytes(),
+        "manifest": manifest,
+    }
+    (tmp_path / "good").write_bytes(good[reader])
+    script = Path(__file__).with_name("fuzz_reader.py")
+    options = [f"-atheris_runs={_INPUTS}", "-seed=1", f"-timeout={_SLOWEST_S:.0f}"]
+    command = [sys.executable, script, reader, tmp_path, f"-artifact_prefix={tmp_path}/", *options]
+    done = run_command(command, timeout_s=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert f"Done {_INPUTS} in" in done.stderr
