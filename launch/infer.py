@@ -6,6 +6,7 @@ Use: deepspeed launch/infer.py --model M --input in.jsonl --output out.jsonl (--
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -13,6 +14,8 @@ import time
 from ds_moe_ep.engine.options import JobOptions, parse_options
 from ds_moe_ep.engine.supervisor import Progress, supervise
 
+# Longer than other ranks need, after --timeout, to find out who does not answer and to say so.
+_SAID_S = 10.0
 # Another rank's message comes first: the first that ends makes DeepSpeed's launcher end the rest.
 _RANK_0_SPEAKS_S = 5.0
 
@@ -21,11 +24,15 @@ def main() -> int:
     """Runs this rank; returns its exit code."""
     rank = int(os.environ.get("RANK", "0"))
     options = _parse(rank)
+    # A rank alone keeps nobody waiting.
+    said_s = _SAID_S if int(os.environ.get("WORLD_SIZE", "1")) > 1 else math.inf
     return supervise(
         lambda progress: work(options, progress),
         name=f"rank {rank} {os.uname().nodename}",
         speaks=rank == 0,
         kept=options.journal_folder,
+        start_patience_s=options.start_timeout_s + said_s,
+        patience_s=options.timeout_s + said_s,
     )
 
 

@@ -8,10 +8,12 @@ it knows nothing of models and waits for nothing but its worker.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import select
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -30,6 +32,8 @@ _STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _LOOK_S = 1.0
 # A signal that was sent to both processes has reached both after this time.
 _BOTH_S = 0.5
+# Beyond a bound, a supervisor asks this often whether there is still a job, and as long each time.
+_ASK_S = 5.0
 # DeepSpeed's launcher on a host, and what starts it, by the names they are installed under.
 _LAUNCHER = "deepspeed.launcher.launch"
 _RUNNERS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
@@ -54,6 +58,11 @@ class Progress:
         """Counts forward passes, from 1 on."""
         self._HEAD.pack_into(self._memory, 0, step, self._head()[1])
 
+    @property
+    def step(self) -> int:
+        """The forward pass that the rank is in; 0 before the first."""
+        return self._head()[0]
+
     def __str__(self) -> str:
         """Says where the rank is."""
         step, length = self._head()
@@ -65,18 +74,29 @@ class Progress:
         return step, length
 
 
-def supervise(work: Callable[[Progress], int], *, name: str, speaks: bool, kept: Path) -> int:
-    """Runs a worker until it ends, is told to stop, or its launcher has gone.
+def supervise(
+    work: Callable[[Progress], int],
+    *,
+    name: str,
+    speaks: bool,
+    kept: Path,
+    start_patience_s: float = math.inf,
+    patience_s: float = math.inf,
+) -> int:
+    """Runs a worker until it ends, is told to stop, or its launcher or its job has gone.
 
     Args:
         work: What the worker does; returns its exit code.
         name: Names the rank in messages: "rank 3 worker-1".
         speaks: Whether this rank tells the user that the job was interrupted.
         kept: Folder in which finished prompts are kept.
+        start_patience_s: For how long a worker may stand where it is before its first pass.
+        patience_s: And later. What other ranks wait for it, and what they take to say so.
 
     Returns:
-        The exit code of `work`; 1 if a signal ended the worker, which is told; 130 if this process
-        was told to stop, or its launcher has gone.
+        The exit code of `work`; 1 if a signal ended the worker, which is told; 1 without a word if
+        the job has ended without it; 130 if this process was told to stop, or its launcher has
+        gone.
     """
     progress = Progress("the start")
     launcher = _Launcher.of_this_process()
@@ -94,7 +114,8 @@ def supervise(work: Callable[[Progress], int], *, name: str, speaks: bool, kept:
         _follow_supervisor(lifeline, name, progress, launcher)
         _leave(work(progress))
     os.close(lifeline)
-    code, why = _watch(worker, stops, watched, launcher)
+    patience = _Patience(progress, start_patience_s, patience_s)
+    code, why = _watch(worker, stops, watched, launcher, patience)
     if code not in (0, INTERRUPTED):
         launcher.wake_stopped_ranks()
     if why and code != INTERRUPTED:
@@ -104,7 +125,9 @@ def supervise(work: Callable[[Progress], int], *, name: str, speaks: bool, kept:
     return code
 
 
-def _watch(worker: int, stops: set[int], watched: set[int], launcher: _Launcher) -> tuple[int, str]:
+def _watch(
+    worker: int, stops: set[int], watched: set[int], launcher: _Launcher, patience: _Patience
+) -> tuple[int, str]:
     """Waits for the end of a worker, and ends it if this process is to stop.
 
     Returns:
@@ -131,6 +154,46 @@ def _watch(worker: int, stops: set[int], watched: set[int], launcher: _Launcher)
             return 1, signal.Signals(os.WTERMSIG(status)).name
         if number == signal.SIGCONT:
             os.kill(worker, signal.SIGCONT)
+        elif patience.is_over(worker):
+            os.kill(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
+            return 1, ""
+
+
+class _Patience:
+    """Notices that a worker stands still and that the others have given it up.
+
+    DeepSpeed's launcher on another host does not hear of that, nor does a worker that is stopped.
+
+    Args:
+        progress: Where the worker is.
+        start_limit_s: For how long it may stand there before its first pass.
+        limit_s: And later.
+    """
+
+    def __init__(self, progress: Progress, start_limit_s: float, limit_s: float) -> None:
+        self._progress, self._limits_s = progress, (start_limit_s, limit_s)
+        self._place, self._stood_s = "", 0.0
+
+    def is_over(self, worker: int) -> bool:
+        """Is asked at each look; by those, since a clock goes on while both are stopped."""
+        place = str(self._progress)
+        self._stood_s = self._stood_s + _LOOK_S if place == self._place else 0.0
+        self._place = place
+        beyond_s = self._stood_s - self._limits_s[self._progress.step > 0]
+        if beyond_s < 0 or beyond_s % _ASK_S >= _LOOK_S:
+            return False
+        return _state_and_parent(worker)[0] == "T" or not _store_answers()
+
+
+def _store_answers() -> bool:
+    """Returns whether rank 0, which holds the store of the ranks, is there."""
+    where = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    try:
+        socket.create_connection(where, timeout=_ASK_S).close()
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

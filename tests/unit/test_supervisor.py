@@ -6,6 +6,7 @@ A script writes its worker's process id to stdout once it works, and gets signal
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,7 +30,9 @@ def work(progress):
     sys.stdin.readline()
     {work}
 
-sys.exit(supervise(work, name="rank 3 worker-1", speaks=True, kept=Path({kept!r})))
+sys.exit(supervise(
+    work, name="rank 3 worker-1", speaks=True, kept=Path({kept!r}), patience_s={patience_s}
+))
 """
 _WHERE = "batch 2 of 3, step 17."
 _WAIT_S = 60.0  # a bound for machines that are very busy; each of these takes a second or two
@@ -38,11 +41,23 @@ _WAIT_S = 60.0  # a bound for machines that are very busy; each of these takes a
 class Rank:
     """A supervisor and its worker, which does not begin to work before `end`."""
 
-    def __init__(self, kept: Path, work: str = "time.sleep(600)", under: tuple[str, ...] = ()):
-        script = _RANK.format(work=work, kept=str(kept))
+    def __init__(
+        self,
+        kept: Path,
+        work: str = "time.sleep(600)",
+        under: tuple[str, ...] = (),
+        patience_s: float = 1e9,
+        port: int = 0,
+    ):
+        script = _RANK.format(work=work, kept=str(kept), patience_s=patience_s)
         command = [sys.executable, "-c", script]
-        for name in reversed(under):  # waits for what it started, as DeepSpeed's do
-            code = "import subprocess, sys; sys.exit(subprocess.call(eval(sys.argv[2])))"
+        for name in reversed(
+            under
+        ):  # waits for what it started, as DeepSpeed's do, and not closely
+            code = (
+                "import subprocess, sys, time; code = subprocess.call(eval(sys.argv[2]));"
+                " time.sleep(2); sys.exit(code)"
+            )
             command = [sys.executable, "-c", code, name, repr(command)]
         self.process = subprocess.Popen(
             command,
@@ -50,7 +65,12 @@ class Rank:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(REPO)},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(REPO),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
             start_new_session=True,
         )
         self.worker = psutil.Process(int(self.process.stdout.readline()))
@@ -151,7 +171,7 @@ def test_told_to_stop(start, number: signal.Signals):
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
-    rank = _RANK.format(work="time.sleep(1); return 0", kept=str(tmp_path))
+    rank = _RANK.format(work="time.sleep(1); return 0", kept=str(tmp_path), patience_s=1e9)
     script = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{rank}"
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -196,8 +216,8 @@ def test_a_rank_that_fails_wakes_the_stopped_ones_for_the_launcher(tmp_path):
     """Under a launcher with two ranks, of which one is stopped: its SIGTERM must arrive."""
     kept = str(tmp_path)
     ranks = [
-        _RANK.format(work="return 1", kept=kept),
-        _RANK.format(work="time.sleep(600)", kept=kept),
+        _RANK.format(work="return 1", kept=kept, patience_s=1e9),
+        _RANK.format(work="time.sleep(600)", kept=kept, patience_s=1e9),
     ]
     launcher = """
 import subprocess, sys
@@ -225,6 +245,35 @@ sys.exit(ranks[1].wait())
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_worker_that_stands_still_ends_with_the_job_and_not_sooner(start):
+    with socket.socket() as store:
+        store.bind(("127.0.0.1", 0))
+        store.listen()
+        rank = start(patience_s=2.0, port=store.getsockname()[1])
+        store.settimeout(_WAIT_S)
+        store.accept()[0].close()  # it has been asked whether there is a job
+        time.sleep(2.0)
+        assert rank.worker.is_running()
+    assert rank.end() == (1, "")
+    assert rank.is_gone()
+
+
+def test_a_stopped_worker_does_not_outlast_the_patience_of_the_others(start):
+    with socket.socket() as store:  # of a rank 0 that is stopped too
+        store.bind(("127.0.0.1", 0))
+        store.listen()
+        rank = start(patience_s=2.0, port=store.getsockname()[1])
+        rank.worker.suspend()
+        assert rank.end() == (1, "")
+    assert rank.is_gone()
+
+
+def test_a_worker_that_moves_is_not_given_up(start):
+    moves = "[(progress.start_step(i), time.sleep(1.0)) for i in range(6)]; return 0"
+    rank = start(work=moves, patience_s=2.0)
+    assert rank.end() == (0, "")
 
 
 def test_progress_says_where():
