@@ -1,7 +1,8 @@
 """Predicts what a layer's communication costs with each dispatcher: arithmetic, no tensors.
 
 The matrix products are left out: every dispatcher computes the same (row, expert) pairs on the same
-ranks. The prices of messages are measured by probe.py.
+ranks. The prices of messages, and of sorting rows by rank before and summing them after, are
+measured by probe.py.
 """
 
 from __future__ import annotations
@@ -53,11 +54,20 @@ class GroupPrices:
 
 @dataclass(frozen=True)
 class LinkPrices:
-    """The prices of an expert group, and of its two levels where it has them."""
+    """The prices of an expert group, and of its two levels where it has them.
+
+    Attributes:
+        flat: All ranks.
+        across: The ranks with this rank's place on every node.
+        within: The ranks of this node.
+        local_s_per_byte: Seconds for each byte that a rank copies into rows for some ranks each,
+            and sums up again when they have come back.
+    """
 
     flat: GroupPrices
     across: GroupPrices | None = None
     within: GroupPrices | None = None
+    local_s_per_byte: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,9 +138,10 @@ def predict_s(
     Returns:
         Seconds by dispatcher; the two-level ones only where their prices are known.
     """
+    local = prices.local_s_per_byte
     own_share = shape.share_wanted(shape.num_experts // prices.flat.size)
     predicted = {
-        "alltoall": _exchange_s(prices.flat, shape, num_tokens, own_share),
+        "alltoall": _exchange_s(prices.flat, shape, num_tokens, own_share, local),
         "allgather": _gather_s(prices.flat, shape, num_tokens),
     }
     if prices.across is None or prices.within is None:
@@ -140,9 +151,13 @@ def predict_s(
     columns = [list(num_tokens[place :: within.size]) for place in places]
     node_share = shape.share_wanted(shape.num_experts // across.size)
     predicted["alltoall-2level"] = max(
-        _exchange_s(across, shape, column, node_share) for column in columns
+        _exchange_s(across, shape, column, node_share, local) for column in columns
     ) + _exchange_s(
-        within, shape, [node_share * sum(column) for column in columns], own_share / node_share
+        within,
+        shape,
+        [node_share * sum(column) for column in columns],
+        own_share / node_share,
+        local,
     )
     predicted["allgather-2level"] = max(
         _gather_s(across, shape, column) for column in columns
@@ -151,12 +166,18 @@ def predict_s(
 
 
 def _exchange_s(
-    prices: GroupPrices, shape: LayerShape, num_tokens: Sequence[float], share: float
+    prices: GroupPrices,
+    shape: LayerShape,
+    num_tokens: Sequence[float],
+    share: float,
+    local_s_per_byte: float,
 ) -> float:
     """Counts, rows out and rows back, where each rank wants a share of every rank's rows."""
     rows = share * _most_rows(num_tokens)
+    local_rows = share * prices.size * max(num_tokens)  # those that stay here among them
     return (
         prices.counts_s
+        + local_rows * shape.row_bytes * local_s_per_byte
         + prices.exchange.seconds(rows * shape.routed_row_bytes)
         + prices.exchange.seconds(rows * shape.row_bytes)
     )

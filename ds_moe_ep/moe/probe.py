@@ -1,4 +1,4 @@
-"""Measures what the links of an expert group charge for messages, for the cost model.
+"""Measures what messages between the ranks of an expert group cost, for the cost model.
 
 All ranks measure together and agree on the slowest rank's figures, so that they choose alike.
 """
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.dist.row_layout import RowLayout
 from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, fit_prices
 from ds_moe_ep.moe.dispatch import Links
 
@@ -35,7 +37,7 @@ _ENOUGH_S = 0.5
 
 @dataclass(frozen=True)
 class _Measurement:
-    """A collective to repeat: of which group and kind, and how many bytes a rank sends in it."""
+    """What to repeat: a collective of which group and kind, and how many bytes a rank sends."""
 
     group: str
     kind: str
@@ -55,9 +57,14 @@ def measure_links(links: Links, device: torch.device) -> LinkPrices:
     comms = {"flat": links.flat, "across": links.across, "within": links.within}
     found = {name: comm for name, comm in comms.items() if comm is not None}
     measurements = [m for name, comm in found.items() for m in _measurements(name, comm, device)]
+    measurements.append(_local_work(device))
     seconds = _time([measurement.run for measurement in measurements], links.flat, device)
     timed = list(zip(measurements, seconds, strict=True))
-    return LinkPrices(**{name: _prices(name, comm.size, timed) for name, comm in found.items()})
+    local, local_s = timed.pop()
+    return LinkPrices(
+        **{name: _prices(name, comm.size, timed) for name, comm in found.items()},
+        local_s_per_byte=min(local_s) / local.num_bytes,
+    )
 
 
 def _measurements(name: str, comm: Communicator, device: torch.device) -> list[_Measurement]:
@@ -76,6 +83,20 @@ def _measurements(name: str, comm: Communicator, device: torch.device) -> list[_
         num_bytes = (size - 1) * num_rows * _ROW_BYTES
         found += [_Measurement(name, kind, num_bytes, run) for kind, run in runs.items()]
     return found
+
+
+def _local_work(device: torch.device) -> _Measurement:
+    """Returns what a rank does itself with rows that go to some ranks each, and come back."""
+    num_rows = _LARGE_BYTES // _ROW_BYTES
+    rows_TC = torch.zeros((num_rows, _ROW_BYTES // 4), device=device)
+    order_T = torch.randperm(num_rows, device=device)
+
+    def run() -> Tensor:
+        sent_TC = RowLayout((rows_TC, order_T[:, None])).pack((rows_TC[order_T], order_T[:, None]))
+        del sent_TC
+        return torch.zeros_like(rows_TC).index_add(0, order_T, rows_TC)
+
+    return _Measurement("local", "local", num_rows * _ROW_BYTES, run)
 
 
 def _prices(

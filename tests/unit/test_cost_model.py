@@ -89,6 +89,20 @@ def test_alltoall_pays_for_counts():
     assert predict_s(links, TOP_1_OF_4, (1, 1, 1, 1)) == {"alltoall": 2.5, "allgather": 2.0}
 
 
+def test_alltoall_pays_for_sorting_rows_and_summing_them():
+    links = LinkPrices(prices(4, Price(0.0, 0.0)), local_s_per_byte=1.0)
+    # Rank 1 has most rows; a quarter of each goes to every rank, itself among them.
+    predicted = predict_s(links, TOP_1_OF_4, (4, 12, 0, 8))
+    assert predicted == {"alltoall": pytest.approx(12 * 92), "allgather": 0.0}
+    nothing = prices(2, Price(0.0, 0.0))
+    two_levels = LinkPrices(links.flat, across=nothing, within=nothing, local_s_per_byte=1.0)
+    # Half of rank 1's 12 rows go to each node. Place 0 of a node then has half of 4 + 0 rows and
+    # place 1 half of 12 + 8, of which half go to each rank.
+    predicted = predict_s(two_levels, TOP_1_OF_4, (4, 12, 0, 8))
+    assert predicted["alltoall-2level"] == pytest.approx(12 * 92 + 10 * 92)
+    assert predicted["allgather-2level"] == 0.0
+
+
 def test_two_levels_add_up():
     links = LinkPrices(
         prices(4, LATENCY_ONLY), across=prices(2, BYTES_ONLY, 7.0), within=prices(2, LATENCY_ONLY)
