@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,9 +33,11 @@ def time_in_turn(
     wait_for_all: Callable[[], None] = lambda: None,
     slowest: Callable[[float], float] = lambda seconds: seconds,
 ) -> dict[str, Spread]:
-    """Times every side once a round, each round beginning with another side.
+    """Times every side once a round, in an order of its own each round.
 
-    What a side returns lives until its time has been taken, and no longer.
+    The orders are random, so that no side always follows the same one and finds the caches as that
+    leaves them; they are the same on all ranks, and in every run. What a side returns lives until
+    its time has been taken, and no longer.
 
     Args:
         sides: What to time, by name; on every rank the same names in the same order.
@@ -46,10 +49,9 @@ def time_in_turn(
         Seconds of each side.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for turn in range(num_rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    chance = random.Random(0)
+    for _ in range(num_rounds):
+        for name in chance.sample(list(sides), len(sides)):
             wait_for_all()
             start = time.perf_counter()
             made = sides[name]()

@@ -20,14 +20,22 @@ def test_a_spread_is_median_least_and_most():
     assert Spread.of([3.0, 1.0, 10.0]) == Spread(median=3.0, min=1.0, max=10.0, num_rounds=3)
 
 
-def test_every_round_runs_all_sides_and_begins_with_another():
-    runs = []
-    sides = {name: lambda name=name: runs.append(name) for name in ("a", "b")}
-    spreads = time_in_turn(sides, 3, wait_for_all=lambda: runs.append("wait"))
-    ran = [name for name in runs if name != "wait"]
-    assert ran == ["a", "b", "b", "a", "a", "b"]
-    assert runs[::2] == ["wait"] * 6
-    assert [spread.num_rounds for spread in spreads.values()] == [3, 3]
+def test_every_round_runs_all_sides_in_an_order_that_is_the_same_on_all_ranks():
+    def orders() -> list[str]:
+        runs: list[str] = []
+        sides = {name: lambda name=name: runs.append(name) for name in "abc"}
+        spreads = time_in_turn(sides, 20, wait_for_all=lambda: runs.append("wait"))
+        assert runs[::2] == ["wait"] * 60
+        assert [spread.num_rounds for spread in spreads.values()] == [20] * 3
+        ran = "".join(runs[1::2])
+        return [ran[first : first + 3] for first in range(0, 60, 3)]
+
+    found = orders()
+    assert {"".join(sorted(order)) for order in found} == {"abc"}
+    assert {order[0] for order in found} == set("abc")
+    ran = "".join(found)
+    assert {"ab", "cb"} <= {ran[place : place + 2] for place in range(len(ran))}
+    assert orders() == found
 
 
 def test_a_time_is_that_of_the_slowest_rank():
