@@ -20,7 +20,7 @@ stage() {
 # What the tests of a cluster on one machine need. Without it they say so and are skipped; a machine
 # run by systemd would start an ssh server for everybody, which is not for a test to decide.
 install_host_packages() {
-    local packages=(pdsh openssh-server iproute2)
+    local packages=(pdsh openssh-server iproute2 faketime)
     if [ "$(id -u)" != 0 ] || [ -d /run/systemd/system ] || ! command -v apt-get > /dev/null ||
         dpkg -s "${packages[@]}" > /dev/null 2>&1; then
         return

@@ -31,6 +31,9 @@ def _happen() -> None:
         shutil.rmtree(_output().parent)
     elif _WHAT == "FILL_DISK":
         _fill_disk(_output().with_name("filler"))
+    elif _WHAT == "KILL_BOTH":
+        os.kill(os.getppid(), signal.SIGKILL)  # the supervisor
+        os.kill(os.getpid(), signal.SIGKILL)
     elif _WHAT != "NOTHING":
         os.kill(os.getpid(), signal.Signals[_WHAT])
 

@@ -372,6 +372,59 @@ def test_a_host_that_is_cut_off_is_named(job):
     assert job.processes() == [], output
 
 
+def _run_on_skewed_hosts(job: Job, fault: str) -> subprocess.CompletedProcess[str]:
+    """Runs a job on two hosts of a rank each, of which the second is an hour ahead."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if library is None:
+        pytest.skip("needs libfaketime. Install: apt-get install -y faketime")
+    hostfile = job.folder / "hostfile"
+    hostfile.write_text("worker-0 slots=1\nworker-1 slots=1\n")
+    variables = {
+        "FAULT": fault,
+        "FAULT_MARK": str(job.mark),
+        "SKEWED": "worker-1",
+        "FAKETIME_LIBRARY": str(library),
+        "PYTHONPATH": str(REPO),
+    }
+    with simulate_hosts(read_hostfile(hostfile), variables) as hosts:
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", hostfile]
+        launcher += ["--launcher", "pdsh", "--master_addr", hosts.addresses["worker-0"]]
+        script = Path(__file__).with_name("skewed_infer.py")
+        command = [*launcher, script, *job.args, "--timeout", str(_TIMEOUT_S)]
+        return run_command(hosts.command(command), timeout_s=_WAIT_S)
+
+
+def test_clocks_of_hosts_need_not_agree(job, undisturbed):
+    if reason := why_no_hosts():
+        pytest.skip(reason)
+    broken = _run_on_skewed_hosts(job, f"1,batch 2,{_NEW_TOKENS + 2},SIGSTOP")
+    output = broken.stdout + broken.stderr
+    early, ahead = (float((job.folder / f"clock-{rank}").read_text()) for rank in (0, 1))
+    assert 3500 < ahead - early < 3700
+    assert broken.returncode > 0, output
+    told = rf"DistributedError: \[rank 0 .* No answer from rank 1 \(worker-1\)\.{_KEPT}"
+    assert len(re.findall(told, output)) == _count_messages(output) == 1, output
+    assert job.seconds_since_fault() < _TIMEOUT_S + 20 + _BUSY_S, output
+    assert job.processes() == [], output
+    whole = _run_on_skewed_hosts(job, "-1,,0,NOTHING")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert job.output.read_bytes() == undisturbed
+
+
+def test_a_rank_that_is_killed_with_its_supervisor_ends_the_job(job, undisturbed):
+    """Nobody is left who could name it: DeepSpeed's launcher shows the signal as its exit code."""
+    result = job.launch(4, fault=f"2,batch 2,{_NEW_TOKENS + 2},KILL_BOTH", timeout_s=_WAIT_S)
+    output = result.stdout + result.stderr
+    assert result.returncode == 256 - signal.SIGKILL, output
+    assert "exits with return code = -9" in output
+    assert job.seconds_since_fault() < 20 + _BUSY_S, output
+    assert job.processes() == [], output
+    assert job.finished()
+    result = job.launch(2, timeout_s=_WAIT_S)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert job.output.read_bytes() == undisturbed
+
+
 def test_a_port_in_use_is_told_at_once(job):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -51,9 +51,7 @@ class Rank:
     ):
         script = _RANK.format(work=work, kept=str(kept), patience_s=patience_s)
         command = [sys.executable, "-c", script]
-        for name in reversed(
-            under
-        ):  # waits for what it started, as DeepSpeed's do, and not closely
+        for name in reversed(under):  # waits for what it started, not closely, as DeepSpeed's
             code = (
                 "import subprocess, sys, time; code = subprocess.call(eval(sys.argv[2]));"
                 " time.sleep(2); sys.exit(code)"
