@@ -112,8 +112,16 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     with peer as peer_all_reduce:
         times = _time_all(args, job, ways, peer_all_reduce)
     prices = asdict(measure_links(links, job.device))
-    fit = {level: price for level, price in prices.items() if price is not None}
-    return [{"world_size": size, "num_nodes": len(set(job.nodes)), "times": times, "fit": fit}]
+    local_s_per_byte = prices.pop("local_s_per_byte")
+    return [
+        {
+            "world_size": size,
+            "num_nodes": len(set(job.nodes)),
+            "times": times,
+            "fit": {level: price for level, price in prices.items() if price is not None},
+            "local_s_per_byte": local_s_per_byte,
+        }
+    ]
 
 
 def _time_all(
@@ -179,11 +187,12 @@ def _to_markdown(results: Sequence[Result]) -> str:
                 slope = prices[kind]["s_per_byte"]
                 rate = f"{1 / slope / _MB:,.0f}" if slope else "-"
                 row.append(f"{prices[kind]['latency_s'] * _MS:.3f} + {rate}")
-            fitted.append(row)
+            fitted.append([*row, f"{1 / result['local_s_per_byte'] / _MB:,.0f}"])
     all_times = [time for result in results for time in result["times"]]
     rounds = all_times[0]["num_rounds"]
     fit_titles = ["links", "ranks", "nodes", "ranks of a group", "numbers of rows, ms"]
     fit_titles += [f"{name}, ms + MB/s" for name in _FITTED.values()]
+    fit_titles.append("sorting rows by rank and summing them, MB/s")
     return (
         f"{markdown_table(titles, rows)}\n\n"
         f"Milliseconds are the median (least to most) of {rounds} rounds of "
