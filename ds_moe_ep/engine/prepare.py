@@ -166,7 +166,8 @@ def _tokenizer(options: JobOptions, prompts: Sequence[Prompt]) -> PreTrainedToke
         try:
             return AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise InputError(f"{options.model}: the tokenizer cannot be read: {error}") from error
+            reason = " ".join(str(error).split())  # on a line
+            raise InputError(f"{options.model}: the tokenizer cannot be read: {reason}") from error
     text = next((prompt for prompt in prompts if prompt.text is not None), None)
     if text is None:
         return None

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_moe_ep.checkpoint.convert import to_expert_sharded
 from tests.helpers import launch_infer
-from tests.helpers.families import NUM_EXPERTS, VOCAB_SIZE
+from tests.helpers.families import NUM_EXPERTS, VOCAB_SIZE, save_tiny
 from tests.helpers.launch import REPO
 
 pytestmark = pytest.mark.slow
@@ -184,20 +184,75 @@ def a_missing_tensor_that_only_rank_1_reads(job):
     return "CheckpointError: [rank 1 ", "do not fit config.json", "model.layers.1.mlp.experts"
 
 
-def a_wrong_checksum(job):
+def _second_shard(job):
+    """Converts the job's model for two ranks; returns the file with the second one's experts."""
     sharded = job.folder / "sharded"
     to_expert_sharded(job.model, sharded, ep_size=2)
-    path = sharded / "experts-00002-of-00002.safetensors"
+    job.model = sharded
+    return sharded / "experts-00002-of-00002.safetensors"
+
+
+def a_wrong_checksum(job):
+    path = _second_shard(job)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    job.model = sharded
     return (
         "CheckpointError: [rank 1 ",
         f"{path} is corrupt: its sha256",
         "Copy it again",
         "--verify",
     )
+
+
+def a_truncated_shard(job):
+    path = _second_shard(job)
+    path.write_bytes(path.read_bytes()[:-100])
+    return "CheckpointError", str(path), "truncated", "again"
+
+
+def a_shard_of_another_plan(job):
+    to_expert_sharded(job.model, job.folder / "for-four", ep_size=4)
+    path = _second_shard(job)
+    shutil.copy(job.folder / "for-four" / "experts-00003-of-00004.safetensors", path)
+    return "CheckpointError", str(path), "again"
+
+
+def a_shard_of_another_model(job):
+    """The same tensors, but other values."""
+    save_tiny("olmoe", job.folder / "other", seed=1)
+    to_expert_sharded(job.folder / "other", job.folder / "other-sharded", ep_size=2)
+    path = _second_shard(job)
+    shutil.copy(job.folder / "other-sharded" / path.name, path)
+    return "CheckpointError: [rank 1 ", f"{path} is corrupt: its sha256", "Copy it again"
+
+
+def a_manifest_of_a_newer_format(job):
+    path = _second_shard(job).with_name("manifest.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    return "CheckpointError", str(path), "version=2 was written by a newer ds_moe_ep", "Update"
+
+
+# Code that a model brings with it, and that leaves a trace where it is run
+
+
+def code_of_the_models_own(job):
+    job.write("model/modeling_mine.py", _trace(job))
+    job.change_config(model_type="mine_moe", auto_map={"AutoConfig": "modeling_mine.MineConfig"})
+    return "AdapterError", "code of the model's own (auto_map), which is not run"
+
+
+def code_of_a_tokenizer(job):
+    job.write("model/tokenization_mine.py", _trace(job))
+    auto_map = {"AutoTokenizer": ["tokenization_mine.MineTokenizer", None]}
+    settings = {"tokenizer_class": "MineTokenizer", "auto_map": auto_map}
+    job.write("model/tokenizer_config.json", json.dumps(settings))
+    job.write("in.jsonl", '{"id": "b", "prompt": "Once upon a time"}\n')
+    return "InputError", str(job.model), "the tokenizer cannot be read"
+
+
+def _trace(job):
+    return f"open({str(job.output.parent / 'run')!r}, 'w')\n"
 
 
 # Prompts
@@ -285,6 +340,12 @@ CASES = [
     a_missing_tensor,
     a_missing_tensor_that_only_rank_1_reads,
     a_wrong_checksum,
+    a_truncated_shard,
+    a_shard_of_another_plan,
+    a_shard_of_another_model,
+    a_manifest_of_a_newer_format,
+    code_of_the_models_own,
+    code_of_a_tokenizer,
     no_input,
     a_malformed_line,
     an_id_twice,
