@@ -70,6 +70,8 @@ class Rank:
                 "MASTER_PORT": str(port),
             },
             start_new_session=True,
+            # Tests that run in the background of a shell have it ignored, and so would the rank.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.worker = psutil.Process(int(self.process.stdout.readline()))
         self.supervisor = self.worker.parent()
