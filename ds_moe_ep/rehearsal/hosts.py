@@ -17,14 +17,14 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_moe_ep.errors import ConfigError, DistributedError, HostfileError
 from ds_moe_ep.hostfile import Cluster
 
-__all__ = ["INTERFACE", "SimulatedHosts", "simulate_hosts", "why_no_hosts"]
+__all__ = ["INTERFACE", "SimulatedHosts", "memory_bytes", "simulate_hosts", "why_no_hosts"]
 
 INTERFACE = "eth0"
 """The network interface of every host."""
@@ -97,16 +97,25 @@ class SimulatedHosts:
     def memory_bytes(self) -> int:
         """Returns what all processes of the hosts take together; shared pages count once."""
         own = os.readlink(f"/proc/{self._keeper_pid}/ns/pid")
-        total = 0
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it may end meanwhile
-                if os.readlink(process / "ns/pid") == own:
-                    rollup = (process / "smaps_rollup").read_text()
-                    total += 1024 * int(rollup.partition("\nPss:")[2].split()[0])
-        return total
+        return memory_bytes(lambda pid: os.readlink(f"/proc/{pid}/ns/pid") == own)
 
     def _enter(self, *namespaces: str) -> list[str]:
         return ["nsenter", f"--target={self._keeper_pid}", *namespaces, "--"]
+
+
+def memory_bytes(is_counted: Callable[[int], bool]) -> int:
+    """Returns what some processes of this machine take together; pages they share count once.
+
+    Args:
+        is_counted: Says of a process whether it is one of them.
+    """
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):  # it may end meanwhile, or be another user's
+            if is_counted(int(process.name)):
+                rollup = (process / "smaps_rollup").read_text()
+                total += 1024 * int(rollup.partition("\nPss:")[2].split()[0])
+    return total
 
 
 def why_no_hosts() -> str | None:

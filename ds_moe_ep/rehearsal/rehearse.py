@@ -27,7 +27,7 @@ from ds_moe_ep.errors import ConfigError, DistributedError
 from ds_moe_ep.hostfile import Cluster, local_cluster
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 from ds_moe_ep.plan import ParallelPlan
-from ds_moe_ep.rehearsal.hosts import simulate_hosts, why_no_hosts
+from ds_moe_ep.rehearsal.hosts import memory_bytes, simulate_hosts, why_no_hosts
 from ds_moe_ep.rehearsal.shared_start import shared_start
 
 __all__ = ["rehearse"]
@@ -50,12 +50,12 @@ class _Stage:
     Attributes:
         cluster: As the ranks see it.
         command: Makes a command run there.
-        memory_bytes: What all ranks take together now.
+        memory_bytes: What all ranks take together now; it is given the session of the job.
     """
 
     cluster: Cluster
     command: Callable[[list[str]], list[str]]
-    memory_bytes: Callable[[], int]
+    memory_bytes: Callable[[int], int]
 
 
 def rehearse(
@@ -130,7 +130,11 @@ def _stage(
         settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
         enter = ["env", *(f"{name}={value}" for name, value in settings.items())]
         local = replace(local_cluster(cluster.num_gpus), source=cluster.source)
-        yield _Stage(local, lambda argv: [*enter, *argv], lambda: 0)
+
+        def memory_of(session: int) -> int:
+            return memory_bytes(lambda pid: os.getsid(pid) == session)
+
+        yield _Stage(local, lambda argv: [*enter, *argv], memory_of)
         return
     start_s = time.monotonic()
     with simulate_hosts(cluster, variables) as hosts:
@@ -138,7 +142,7 @@ def _stage(
             f"hosts    {len(cluster.hosts)} made in {time.monotonic() - start_s:.0f} s: network "
             "namespaces, each answers ssh by its name"
         )
-        yield _Stage(cluster, hosts.command, hosts.memory_bytes)
+        yield _Stage(cluster, hosts.command, lambda session: hosts.memory_bytes())
 
 
 def _write_prompts(path: Path, num_ranks: int) -> list[list[int]]:
@@ -167,7 +171,7 @@ def _launch(stage: _Stage, folder: Path, script: Path) -> str:
         )
     try:
         while running.poll() is None:
-            most_bytes = max(most_bytes, stage.memory_bytes())
+            most_bytes = max(most_bytes, stage.memory_bytes(running.pid))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.wait(_LOOK_S)
     finally:
