@@ -17,7 +17,7 @@ from ds_moe_ep.bringup.preflight import Launch, launch_command, preflight
 from ds_moe_ep.bringup.report import FAIL, PASS
 from ds_moe_ep.bringup.survey import Survey, survey
 from ds_moe_ep.errors import BringUpError, ConfigError
-from ds_moe_ep.hostfile import local_cluster, parse_hostfile
+from ds_moe_ep.hostfile import Cluster, Host, local_cluster
 from tests.helpers import run_command
 from tests.helpers.launch import REPO
 
@@ -60,8 +60,9 @@ def model(tmp_path) -> Path:
     return folder
 
 
-def _cluster(*names: str):
-    return parse_hostfile("".join(f"{name} slots=2\n" for name in names), "hosts")
+def _cluster(*names: str) -> Cluster:
+    """Made by hand: a hostfile with some of the names that are tried here is refused when read."""
+    return Cluster(tuple(Host(name, (0, 1)) for name in names), "hosts")
 
 
 def _told(report) -> dict[str, str]:
