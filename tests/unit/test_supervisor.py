@@ -70,8 +70,10 @@ class Rank:
                 "MASTER_PORT": str(port),
             },
             start_new_session=True,
-            # Tests that run in the background of a shell have it ignored, and so would the rank.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # Tests in the background or under nohup have them ignored, and so would the rank.
+            preexec_fn=lambda: [
+                signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)
+            ],
         )
         self.worker = psutil.Process(int(self.process.stdout.readline()))
         self.supervisor = self.worker.parent()
