@@ -236,12 +236,5 @@ class BringUp:
         raise BringUpError(f"stopped at phase {number} of {len(PHASES)}, {report.name}: {told}")
 
     def _write(self) -> None:
-        if self._job.info.rank != 0 or self._options.metrics is None:
-            return
-        path = self._options.metrics / BRINGUP_JSONL
-        try:
-            write_jsonl(path, self._reports)
-        except OSError as error:
-            raise ResourceError(
-                f"{path}: cannot be written ({error.strerror}). Name another folder with --metrics."
-            ) from error
+        if self._job.info.rank == 0 and self._options.metrics is not None:
+            write_jsonl(self._options.metrics / BRINGUP_JSONL, self._reports)

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_moe_ep.bringup.report import PHASES, PhaseReport, write_jsonl
+from ds_moe_ep.bringup.report import PHASES, write_jsonl
 from ds_moe_ep.bringup.survey import Survey, is_local, survey
-from ds_moe_ep.errors import BringUpError, ConfigError, ResourceError
+from ds_moe_ep.errors import BringUpError, ConfigError
 from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.local_machine import free_port
 
@@ -83,7 +83,7 @@ def preflight(
     report = survey(cluster, asked)
     tell(report.to_text())
     if metrics is not None:
-        _write(metrics / SURVEY_JSONL, report)
+        write_jsonl(metrics / SURVEY_JSONL, [report])
     if failed := report.failed:
         told = " | ".join(f"{check.name}: {check.reason}" for check in failed)
         raise BringUpError(
@@ -139,12 +139,3 @@ def _run(command: list[str]) -> int:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(running.pid, signal.SIGTERM)
             running.wait(_END_S)
-
-
-def _write(path: Path, report: PhaseReport) -> None:
-    try:
-        write_jsonl(path, [report])
-    except OSError as error:
-        raise ResourceError(
-            f"{path}: cannot be written ({error.strerror}). Name another folder with --metrics."
-        ) from error

@@ -6,11 +6,13 @@ What is checked, and against which target, is the phases' own business.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from ds_moe_ep.engine.outputs import write_lines
+from ds_moe_ep.errors import ResourceError
 
 __all__ = ["FAIL", "PASS", "PHASES", "WARN", "Check", "PhaseReport", "judged", "write_jsonl"]
 
@@ -112,13 +114,15 @@ class PhaseReport:
 
 
 def write_jsonl(path: Path, reports: Sequence[PhaseReport]) -> None:
-    """Writes a line a phase, in one step, into a folder that is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(report.to_dict()) + "\n" for report in reports)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Writes a line a phase, in one step, into a folder that is made if it is not there.
+
+    Raises:
+        ResourceError: It cannot be written.
+    """
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(path, (json.dumps(report.to_dict()) + "\n" for report in reports))
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be written ({error.strerror}). Name another folder with --metrics."
+        ) from error

@@ -7,14 +7,21 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ds_moe_ep.errors import InputError
 
-__all__ = ["GenerateResult", "ScoreResult", "Result", "check_writable", "write_results"]
+__all__ = [
+    "GenerateResult",
+    "ScoreResult",
+    "Result",
+    "check_writable",
+    "write_lines",
+    "write_results",
+]
 
 
 @dataclass(frozen=True)
@@ -108,14 +115,24 @@ def check_writable(path: Path) -> None:
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:
-    """Writes results as JSONL, in their order, replacing what was there in one step.
+    """Writes results as JSONL, in their order, as `write_lines` does.
+
+    Args:
+        path: The file; `check_writable` says beforehand whether it can be written.
+        results: One a line.
+    """
+    write_lines(path, (result.to_json_line() for result in results))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a text file, replacing what was there in one step.
 
     A reader sees the old file or all of the new one, also after a crash. A link is followed: the
     file it points to is replaced.
 
     Args:
-        path: The file; `check_writable` says beforehand whether it can be written.
-        results: One a line.
+        path: The file, in a folder that is there.
+        lines: Its lines, each with its end.
 
     Raises:
         OSError: The disk is full, say; the old file is untouched and nothing is left behind.
@@ -124,7 +141,7 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
     descriptor, temporary = _open_temporary(target)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(result.to_json_line() for result in results)
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ds_moe_ep.engine.outputs import write_lines
+
 __all__ = ["RankSummary", "format_summary", "write_metrics"]
 
 
@@ -79,7 +81,7 @@ def write_metrics(folder: Path, ranks: Sequence[RankSummary]) -> Path:
     """Writes a JSON line a rank to ``metrics.jsonl`` in `folder`, made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
-    path.write_text("".join(json.dumps(asdict(rank)) + "\n" for rank in ranks), encoding="utf-8")
+    write_lines(path, (json.dumps(asdict(rank)) + "\n" for rank in ranks))
     return path
 
 
