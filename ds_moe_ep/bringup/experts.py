@@ -14,9 +14,10 @@ from typing import Any
 
 from ds_moe_ep.adapter.replace import AdaptReport
 from ds_moe_ep.bringup.compare import Wanted, host_checks, problems, software
-from ds_moe_ep.bringup.host_facts import read_facts
+from ds_moe_ep.bringup.host_facts import free_bytes, read_facts
 from ds_moe_ep.bringup.report import FAIL, PASS, WARN, Check
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.dist.node_groups import first_ranks
 from ds_moe_ep.errors import some
 
 __all__ = ["check_experts", "check_hosts", "check_room_for_output", "judge_experts", "judge_hosts"]
@@ -33,8 +34,7 @@ def check_hosts(job: Job, model: Path) -> list[Check]:
 
     Files are read on one rank of each host, those of the model by size and header.
     """
-    rank = job.info.rank
-    is_first = rank == 0 or job.nodes[rank] != job.nodes[rank - 1]
+    is_first = job.info.rank in first_ranks(job.nodes)
     folder = os.path.abspath(model)
     facts = read_facts(model=folder if is_first else None, code=is_first)
     return judge_hosts(job.all_gather(facts), job.hosts, job.nodes, folder)
@@ -54,11 +54,10 @@ def judge_hosts(
     wanted = Wanted(facts[0], sys.executable, os.getcwd(), model)
     of_files = {name: facts[0][name] for name in ("model_files", "code_sha256")}
     found: dict[str, dict[str, None]] = defaultdict(dict)  # a host's ranks say the same: once
+    firsts = set(first_ranks(nodes))
     for rank, (each, host) in enumerate(zip(facts, hosts, strict=True)):
-        is_first = rank == 0 or nodes[rank] != nodes[rank - 1]
-        found[host] |= dict.fromkeys(
-            problems(host, each if is_first else {**each, **of_files}, wanted)
-        )
+        own = each if rank in firsts else {**each, **of_files}
+        found[host] |= dict.fromkeys(problems(host, own, wanted))
     num_files = len(facts[0]["model_files"] or {})
     good = f"{software(facts[0])}, same code, {num_files} model files (size and header)"
     return host_checks({host: list(told) for host, told in found.items()}, good)
@@ -123,7 +122,7 @@ def check_room_for_output(folder: Path, num_tokens: int) -> Check:
         num_tokens: Tokens that are written at most.
     """
     needed = 2 * num_tokens * _OUTPUT_BYTES_PER_TOKEN  # journals, then the output
-    free = read_facts(places=[str(folder)])["free_bytes"][str(folder)]
+    free = free_bytes(str(folder))
     if free is None or free >= needed:
         told = "unknown" if free is None else f"{free / 2**30:,.1f} GiB"
         return Check("disk", PASS, f"{told} free for {needed / 2**20:,.2f} MiB of results")

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MARK", "PACKAGES", "model_files", "read_facts"]
+__all__ = ["MARK", "PACKAGES", "free_bytes", "model_files", "read_facts"]
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "ds_moe_ep")
 """The packages whose versions must be the same on all hosts."""
@@ -69,7 +69,7 @@ def read_facts(
         "has_folder": has_folder,
         "num_gpus": _num_gpus(),
         "num_cores": len(os.sched_getaffinity(0)),
-        "free_bytes": {place: _free_bytes(place) for place in places},
+        "free_bytes": {place: free_bytes(place) for place in places},
         "model_files": model_files(model, whole_files) if model is not None else {},
     }
 
@@ -153,7 +153,8 @@ def _num_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
-def _free_bytes(place: str) -> int | None:
+def free_bytes(place: str) -> int | None:
+    """Returns the free disk space of a folder; None if it is not known."""
     try:
         return shutil.disk_usage(place).free
     except OSError:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ds_moe_ep.bringup.report import PASS, WARN, Check
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.dist.node_groups import first_ranks
 
 __all__ = ["check_pairs", "judge_pairs", "rounds"]
 
@@ -51,7 +52,7 @@ def check_pairs(job: Job, num_bytes: int, *, thorough: bool) -> Check | None:
         None where there is one host, or where a GPU would open a channel for each pair and the job
         is in a hurry.
     """
-    firsts = [rank for rank, node in enumerate(job.nodes) if node not in job.nodes[:rank]]
+    firsts = first_ranks(job.nodes)
     if len(firsts) < 2 or (job.device.type == "cuda" and not thorough):
         return None
     own: dict[tuple[int, int], float] = {}

@@ -17,6 +17,7 @@ from ds_moe_ep.dist.shared_memory import SharedMemory
 __all__ = [
     "NodeGroups",
     "create_node_groups",
+    "first_ranks",
     "nodes_of",
     "open_within_nodes",
     "ranks_per_node",
@@ -52,6 +53,15 @@ def nodes_of(hosts: Sequence[str], local_ranks: Sequence[int]) -> list[int]:
         is_new = hosts[rank] != hosts[rank - 1] or local_ranks[rank] <= local_ranks[rank - 1]
         nodes.append(nodes[-1] + is_new)
     return nodes
+
+
+def first_ranks(nodes: Sequence[int]) -> list[int]:
+    """Returns the lowest rank of each node, in order.
+
+    Args:
+        nodes: Node of every rank, as `nodes_of` numbers them.
+    """
+    return [rank for rank, node in enumerate(nodes) if rank == 0 or node != nodes[rank - 1]]
 
 
 def ranks_per_node(ep_size: int, nodes: Sequence[int]) -> int | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_moe_ep.dist.node_groups import nodes_of, ranks_per_node
+from ds_moe_ep.dist.node_groups import first_ranks, nodes_of, ranks_per_node
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,8 @@ def test_a_node_ends_where_the_host_changes_or_local_ranks_restart(hosts, local_
 )
 def test_two_levels_need_several_nodes_with_as_many_ranks_on_each(ep_size, nodes, expected):
     assert ranks_per_node(ep_size, nodes) == expected
+
+
+def test_the_first_ranks_of_nodes_of_uneven_sizes():
+    assert first_ranks([0, 0, 0, 1, 2, 2]) == [0, 3, 4]
+    assert first_ranks([0]) == [0]
