@@ -14,12 +14,15 @@ _KIB = 1024
 _NO_LIMIT_BYTES = 1 << 60
 
 
-def proportional_bytes() -> int | None:
-    """Return the proportional set size of this process; None if it is not known.
+def proportional_bytes(pid: int | None = None) -> int | None:
+    """Return the proportional set size of a process; None if it is not known, or has ended.
 
     That is its own pages, and of those it shares with others its share.
+
+    Args:
+        pid: the process; None is this one.
     """
-    return _field(Path("/proc/self/smaps_rollup"), "Pss:")
+    return _field(Path(f"/proc/{pid or 'self'}/smaps_rollup"), "Pss:")
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_moe_ep.errors import ConfigError, DistributedError, HostfileError
+from ds_moe_ep.host_memory import proportional_bytes
 from ds_moe_ep.hostfile import Cluster
 
 __all__ = ["INTERFACE", "SimulatedHosts", "memory_bytes", "simulate_hosts", "why_no_hosts"]
@@ -111,10 +112,10 @@ def memory_bytes(is_counted: Callable[[int], bool]) -> int:
     """
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):  # it may end meanwhile, or be another user's
-            if is_counted(int(process.name)):
-                rollup = (process / "smaps_rollup").read_text()
-                total += 1024 * int(rollup.partition("\nPss:")[2].split()[0])
+        pid = int(process.name)
+        with contextlib.suppress(OSError):  # it may end meanwhile, or be another user's
+            if is_counted(pid):
+                total += proportional_bytes(pid) or 0
     return total
 
 
