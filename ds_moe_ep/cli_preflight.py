@@ -10,6 +10,8 @@ from ds_moe_ep.hostfile import Cluster, local_cluster, read_hostfile
 
 __all__ = ["add_preflight_command"]
 
+_SAME_AS_INFER = ("task", "batch_size", "max_new_tokens", "dtype", "dispatcher", "batch_mode")
+
 
 def add_preflight_command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
@@ -42,8 +44,9 @@ def add_preflight_command(
     add("--master-port", type=int, metavar="P", help="and the port (default: one free here)")
     job = preflight.add_argument_group("as for launch/infer.py")
     job.add_argument("--ep", "--ep-size", dest="ep_size", metavar="N")
-    for name in ("task", "batch-size", "max-new-tokens", "dtype", "dispatcher", "batch-mode"):
-        job.add_argument(f"--{name}", metavar=name.rpartition("-")[2].upper())
+    for name in _SAME_AS_INFER:
+        option = name.replace("_", "-")
+        job.add_argument(f"--{option}", metavar=name.rpartition("_")[2].upper())
     for name in ("config", "input", "metrics"):
         job.add_argument(f"--{name}", type=Path, metavar="PATH")
     for name in ("timeout", "start-timeout"):
@@ -60,9 +63,7 @@ def _preflight(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, lambda caught, frame: sys.exit(128 + caught))  # clean up first
     arguments = ["--preflight", "--model", str(args.model.absolute())]
-    for name in ("task", "batch_size", "max_new_tokens", "dtype", "dispatcher", "batch_mode"):
-        arguments += _given(name, getattr(args, name))
-    for name in ("ep_size", "timeout", "start_timeout"):
+    for name in (*_SAME_AS_INFER, "ep_size", "timeout", "start_timeout"):
         arguments += _given(name, getattr(args, name))
     for name in ("config", "input", "metrics"):
         path = getattr(args, name)

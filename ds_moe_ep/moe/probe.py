@@ -92,8 +92,8 @@ def _local_work(device: torch.device) -> _Measurement:
     order_T = torch.randperm(num_rows, device=device)
 
     def run() -> Tensor:
-        sent_TC = RowLayout((rows_TC, order_T[:, None])).pack((rows_TC[order_T], order_T[:, None]))
-        del sent_TC
+        sent = (rows_TC[order_T], order_T[:, None])
+        RowLayout(sent).pack(sent)
         return torch.zeros_like(rows_TC).index_add(0, order_T, rows_TC)
 
     return _Measurement("local", "local", num_rows * _ROW_BYTES, run)
