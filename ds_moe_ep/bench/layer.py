@@ -118,6 +118,7 @@ def _to_markdown(results: Sequence[Result]) -> str:
         rivals |= {"best flat": flat} | {name: [name] for name in flat}
     titles = ["ranks", "routing", "tokens a rank", *(f"{name}, ms" for name in names)]
     titles += [f"{rival} / {ours[0]}" for rival in rivals]
+    titles += [f"{ours[0]} / best other"] if ours[1:] else []
     rows = []
     for result in results:
         seconds = result["seconds"]
@@ -126,6 +127,9 @@ def _to_markdown(results: Sequence[Result]) -> str:
         own = seconds[ours[0]]["median"]
         best = [min(seconds[each]["median"] for each in rival) for rival in rivals.values()]
         row += [f"{median / own:.1f}" for median in best]
+        row += (
+            [f"{own / min(seconds[each]['median'] for each in ours[1:]):.2f}"] if ours[1:] else []
+        )
         rows.append(row)
     keeping = "DeepSpeed MoE and Tutel drop" if _TUTEL in names else "DeepSpeed MoE drops"
     return (

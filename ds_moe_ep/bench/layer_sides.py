@@ -45,9 +45,10 @@ __all__ = [
 
 LayerSide = Callable[[Tensor], Tensor]
 
-# A call is repeated until a round has about this many tokens, so that short ones can be told apart.
-_TOKENS_A_ROUND = 64
-_MOST_CALLS = 8
+# Calls are repeated until a round of the quickest side takes this long: one call of a few
+# milliseconds tells more about the machine's other work than about the side.
+_ROUND_S = 0.1
+_MOST_CALLS = 64
 
 
 def build_one_layer(shape: Shape) -> Qwen3MoeForCausalLM:
@@ -208,22 +209,24 @@ def time_sides(
     Returns:
         Seconds of the slowest rank.
     """
-    num_tokens = max(job.all_gather(len(x_TH)))
-    num_calls = max(1, min(_MOST_CALLS, _TOKENS_A_ROUND // num_tokens))
     x_TH = x_TH.to(job.device)
 
-    def repeat(side: LayerSide) -> None:
+    def repeat(side: LayerSide, num_calls: int) -> None:
         for _ in range(num_calls):
             side(x_TH)
         if job.device.type == "cuda":
             torch.cuda.synchronize(job.device)
 
-    return time_in_turn(
-        {name: functools.partial(repeat, side) for name, side in sides.items()},
-        rounds,
-        wait_for_all=lambda: job.wait_for_all(timeout_s, "timing a layer"),
-        slowest=lambda taken: max(job.all_gather(taken)) / num_calls,
-    )
+    def time_calls(num_calls: int, num_rounds: int) -> dict[str, Spread]:
+        return time_in_turn(
+            {name: functools.partial(repeat, side, num_calls) for name, side in sides.items()},
+            num_rounds,
+            wait_for_all=lambda: job.wait_for_all(timeout_s, "timing a layer"),
+            slowest=lambda taken: max(job.all_gather(taken)) / num_calls,
+        )
+
+    quickest_s = min(spread.min for spread in time_calls(1, num_rounds=2).values())
+    return time_calls(max(1, min(_MOST_CALLS, round(_ROUND_S / quickest_s))), rounds)
 
 
 def _block(model: Qwen3MoeForCausalLM) -> nn.Module:
