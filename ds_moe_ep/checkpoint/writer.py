@@ -99,6 +99,7 @@ class _Staging:
         self._folder = target.with_name(f"{target.name}.partial")
         self._files = files
         self._stop = threading.Event()
+        self._one_at_a_time = threading.Lock()
 
     def __enter__(self) -> _Staging:
         fresh = not self._folder.exists()
@@ -125,9 +126,8 @@ class _Staging:
 
     def write(self, files: Sequence[PlannedFile], progress: Progress) -> None:
         """Writes those files that are not finished, or are no longer what they were."""
-        for file, entry in in_threads(files, lambda f: self._write(f, progress), self._stop):
-            self.finished[file.name] = entry
-            self._note({"name": file.name, **entry.model_dump()})
+        for _ in in_threads(files, lambda file: self._write(file, progress), self._stop):
+            pass
 
     def move_into_place(self) -> None:
         """Gives the folder its name. The journal goes last: a whole folder with one is whole."""
@@ -136,13 +136,13 @@ class _Staging:
         (self._target / _JOURNAL).unlink()
         _sync(self._target.parent)
 
-    def _write(self, file: PlannedFile, progress: Progress) -> FileEntry:
+    def _write(self, file: PlannedFile, progress: Progress) -> None:
         path = self._folder / file.name
         entry = self.finished.get(file.name)
         if entry and path.is_file():
             if hash_file(path, lambda num_bytes: None, self._stop) == entry.sha256:
                 progress(file.num_bytes)
-                return entry
+                return
         part = path.with_name(f"{path.name}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as out:
@@ -161,8 +161,12 @@ class _Staging:
                 f"{part}: what was read again is not what was written. Check the disk, then run "
                 "the same command again."
             )
-        part.replace(path)
-        return FileEntry(num_bytes=num_bytes, sha256=sha256)
+        # By the thread that finishes it, which an interrupted job waits for: a file that has its
+        # name is in the journal too.
+        with self._one_at_a_time:
+            part.replace(path)
+            self.finished[file.name] = entry = FileEntry(num_bytes=num_bytes, sha256=sha256)
+            self._note({"name": file.name, **entry.model_dump()})
 
     def _lock(self) -> None:
         try:
