@@ -21,5 +21,18 @@ for word in "$PWD" "$here" "$infer" "$model" "$@"; do
       ;;
   esac
 done
-exec deepspeed --hostfile "$here/hostfile" --launcher pdsh \
-  "$infer" --model "$model" --config "$here" "$@"
+# Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script ends with
+# 130. Job control gives the job a process group of its own, so signals have to be handed on to it.
+set -m
+deepspeed --hostfile "$here/hostfile" --launcher pdsh \
+  "$infer" --model "$model" --config "$here" "$@" < /dev/null &
+job=$! signals=
+for signal in INT TERM HUP; do
+  trap "signals+=x; kill -s $signal -- -$job 2> /dev/null || true" "$signal"
+done
+until [ "${waited-none}" = "$signals" ]; do # a signal ends the waiting, not the job
+  waited="$signals" code=0
+  wait "$job" || code=$?
+done
+[ "$code" = 0 ] || [ -z "$signals" ] || code=130
+exit "$code"

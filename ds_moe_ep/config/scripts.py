@@ -29,8 +29,21 @@ if [ ! -f "$infer" ]; then
   echo "run.sh: no $infer in $PWD. Start it from the folder that holds it, or set INFER." >&2
   exit 2
 fi
-@CHECK@exec deepspeed --hostfile "$here/hostfile" @LAUNCHER@ \
-  "$infer" --model "$model" --config "$here" "$@"
+@CHECK@# Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script ends with
+# 130. Job control gives the job a process group of its own, so signals have to be handed on to it.
+set -m
+deepspeed --hostfile "$here/hostfile" @LAUNCHER@ \
+  "$infer" --model "$model" --config "$here" "$@" < /dev/null &
+job=$! signals=
+for signal in INT TERM HUP; do
+  trap "signals+=x; kill -s $signal -- -$job 2> /dev/null || true" "$signal"
+done
+until [ "${waited-none}" = "$signals" ]; do # a signal ends the waiting, not the job
+  waited="$signals" code=0
+  wait "$job" || code=$?
+done
+[ "$code" = 0 ] || [ -z "$signals" ] || code=130
+exit "$code"
 """
 
 _PDSH_CHECK = r"""# DeepSpeed hands these words to a shell on every host without quoting them.

@@ -2,8 +2,10 @@
 
 import os
 import shlex
+import signal
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -264,6 +266,47 @@ def test_run_sh_says_where_to_start_it(sandbox, model):
     done = sandbox.run(run_sh(model, EIGHT), *IO)
     assert done.returncode == 2
     assert f"no launch/infer.py in {sandbox.root}. Start it from the folder" in done.stderr
+
+
+# Stands in for a deepspeed that tells whether signals reach it and a child of its own, and how they
+# were set when it started.
+WAITING_DEEPSPEED = """#!/usr/bin/env bash
+trap 'echo "got $CODE" >> "$RECORD"; kill "$child"; exit "$CODE"' INT TERM HUP
+sleep 60 &
+child=$!
+cat >> "$RECORD"
+touch "$RECORD.ready"
+while :; do wait "$child"; done
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("code", ["0", "1", "130", "143"])
+def test_run_sh_hands_signals_on_and_ends_with_130(sandbox, model, number, code):
+    sandbox._write(sandbox.root / "bin" / "deepspeed", WAITING_DEEPSPEED)
+    script = sandbox._write(sandbox.bundle / "run.sh", run_sh(model, EIGHT))
+    env = {"PATH": f"{sandbox.root / 'bin'}:{os.environ['PATH']}", "RECORD": str(sandbox.record)}
+    with subprocess.Popen(
+        [script, *IO],
+        cwd=sandbox.root,
+        env=env | {"CODE": code},
+        stdin=subprocess.PIPE,  # stays open: the job must not wait for it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        until_s = time.monotonic() + 30
+        while not Path(f"{sandbox.record}.ready").exists():
+            assert process.poll() is None and time.monotonic() < until_s
+            time.sleep(0.02)
+        process.send_signal(number)
+        # A job that is done in spite of it is done.
+        assert process.wait(timeout=30) == (130 if code != "0" else 0)
+    assert sandbox.record.read_text() == f"got {code}\n"
+
+
+@pytest.mark.parametrize("code", ["0", "1", "2", "247"])
+def test_run_sh_ends_as_deepspeed_does(sandbox, model, code):
+    sandbox._write(sandbox.root / "bin" / "deepspeed", f"#!/bin/sh\nexit {code}\n")
+    assert sandbox.run(run_sh(model, EIGHT), *IO).returncode == int(code)
 
 
 @pytest.mark.parametrize("second", [Host("b", (0, 1, 2)), Host("b", (1, 3)), Host("b", (0,))])
