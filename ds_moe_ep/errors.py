@@ -15,6 +15,7 @@ __all__ = [
     "DsMoeEpError",
     "HostfileError",
     "InputError",
+    "MegatronError",
     "ModelSpecError",
     "PlanError",
     "ResourceError",
@@ -52,6 +53,10 @@ class CheckpointError(DsMoeEpError):
 
 class AdapterError(DsMoeEpError):
     """A model whose blocks cannot be swapped."""
+
+
+class MegatronError(DsMoeEpError):
+    """Megatron that is not installed, or that refuses a model or its arguments."""
 
 
 class BringUpError(DsMoeEpError):

@@ -31,9 +31,11 @@ _LAYER_OF_FOLDER = {
     "monitor": 5,
     "bench": 5,
     "demo": 5,
+    "megatron": 5,
     "rehearsal": 5,
     "cli": 6,
     "cli_convert": 6,
+    "cli_megatron": 6,
     "cli_preflight": 6,
     "cli_rehearse": 6,
     "cli_upcycle": 6,
@@ -48,7 +50,7 @@ _LIBRARIES_OF_LAYER = {
     2: {"pydantic", "pydantic_core", "yaml"},
     3: {"torch", "deepspeed"},
     4: {"transformers", "accelerate", "safetensors", "tokenizers"},
-    5: {"numpy", "psutil", "rich", "tqdm"},
+    5: {"megatron", "numpy", "psutil", "rich", "tqdm"},
     6: set(),
 }
 

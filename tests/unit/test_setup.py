@@ -21,6 +21,9 @@ esac
 """
 
 
+_MEGATRON = "--no-deps --ignore-requires-python megatron-core==0.19.2"
+
+
 @pytest.fixture
 def clone(tmp_path):
     """A folder with what the script needs; `clone(...)` runs it and returns what it called."""
@@ -58,7 +61,7 @@ def test_torch_is_installed_first_and_all_of_it_once(clone):
     assert result.returncode == 0, result.stderr
     assert installed == ["torch==2.13.0", "--editable ."]
     assert clone()[1] == []
-    assert clone("test")[1] == ["torch==2.13.0", "--editable .[test]"]
+    assert clone("test")[1] == ["torch==2.13.0", "--editable .[test]", _MEGATRON]
     assert clone("test")[1] == clone()[1] == []
 
 
@@ -99,6 +102,13 @@ def test_an_interrupted_installation_goes_on(clone):
     assert result.returncode == 1
     assert "pip could not install this (exit code 1; 124: not done in 1800 s)." in result.stderr
     assert clone()[1] == ["torch==2.13.0", "--editable ."]
+
+
+def test_without_megatron_the_tests_go_on(clone):
+    result, installed = clone("test", FAIL_ON="megatron-core")
+    assert (result.returncode, installed[-1]) == (0, _MEGATRON)
+    assert result.stderr.endswith("set-up: tests go on without megatron-core==0.19.2\n")
+    assert clone("test")[1] == [_MEGATRON]
 
 
 @pytest.mark.parametrize(
