@@ -302,6 +302,36 @@ def test_an_interrupted_job_leaves_no_process_and_can_be_resumed(job, undisturbe
     assert job.output.read_bytes() == undisturbed
 
 
+def test_run_sh_on_several_hosts_can_be_interrupted(job, undisturbed, tiny_model):
+    if reason := why_no_hosts():
+        pytest.skip(reason)
+    hostfile = job.folder / "hostfile"
+    hostfile.write_text("worker-0 slots=1\nworker-1 slots=1\n")
+    config = ["config", "--model", tiny_model("olmoe"), "--hostfile", hostfile]
+    config += ["--out", job.folder / "config"]
+    written = run_command([sys.executable, "-m", "ds_moe_ep", *config])
+    assert written.returncode == 0, written.stderr
+    # One rank is stopped on its host, and hears of the end from its launcher alone.
+    fault = {"FAULT": f"1,batch 2,{_NEW_TOKENS + 3},SIGSTOP", "FAULT_MARK": str(job.mark)}
+    binaries = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    env = {"INFER": str(_FAULTY), "PATH": binaries}
+    with simulate_hosts(read_hostfile(hostfile), {**fault, "PYTHONPATH": str(REPO)}) as hosts:
+        command = hosts.command(["bash", job.folder / "config" / "run.sh", *job.args[2:]])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with _started([*command, "--timeout", str(_WAIT_S)], job, env) as process:
+                start_s = time.monotonic()
+                process.send_signal(number)  # the terminal's would reach this script only, too
+                output, _ = process.communicate(timeout=_WAIT_S)
+                assert process.returncode == 130, output
+                _, alive = psutil.wait_procs(job.processes(), timeout=10 + _BUSY_S)
+                assert not alive, output
+                assert time.monotonic() - start_s < 10 + _BUSY_S, output
+    assert job.finished()
+    result = job.launch(2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert job.output.read_bytes() == undisturbed
+
+
 def test_an_output_folder_that_goes_is_told(job):
     result = job.launch(2, fault=f"0,batch 2,{_NEW_TOKENS + 2},REMOVE_FOLDER")
     assert result.returncode == 1, result.stdout + result.stderr
