@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
@@ -23,16 +23,22 @@ from deepspeed.utils import groups
 from ds_moe_ep.dist.group_timeout import same_timeout_for_new_groups
 from ds_moe_ep.dist.node_groups import nodes_of
 from ds_moe_ep.dist.rendezvous import RollCall, join_process_group
-from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
+from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError, PlanError
 from ds_moe_ep.local_machine import free_port
 
-__all__ = ["Job", "RankInfo", "create_expert_groups", "init_distributed", "read_rank_info"]
+__all__ = [
+    "Job",
+    "RankInfo",
+    "create_expert_groups",
+    "init_distributed",
+    "read_rank_info",
+    "refuse_missing_gpus",
+]
 
 T = TypeVar("T")
 
 # DeepSpeed's shared-memory all-reduce for CPUs. Its op is built with a C++ compiler the first time
-# (40 to 90 s), and a
-# build that was killed leaves a lock on which every later job waits for ever.
+# (40 to 90 s), and a build that was killed leaves a lock on which every later job waits for ever.
 _JIT_BUILT_OP = "deepspeed_shm_comm"
 
 
@@ -165,12 +171,11 @@ def init_distributed(
 
     Raises:
         DistributedError: Some ranks did not come; it names them.
+        PlanError: Some hosts have fewer GPUs than slots; it names them, on every rank.
     """
     accelerator = get_accelerator()
     on_gpu = accelerator.device_name() == "cuda"
     device = torch.device("cuda", info.local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        accelerator.set_device(info.local_rank)
     if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     # DeepSpeed and accelerate read these too, and no launcher has set them for a single process.
@@ -192,8 +197,39 @@ def init_distributed(
     with _without_jit_build():
         deepspeed.init_distributed(verbose=False)
     job = Job(info, device, control, roll_call)
-    hosts, local_ranks = zip(*job.all_gather((info.host, info.local_rank)), strict=True)
+    num_gpus = accelerator.device_count() if on_gpu else None
+    gathered = job.all_gather((info.host, info.local_rank, num_gpus))
+    hosts, local_ranks, gpus = zip(*gathered, strict=True)
+    if on_gpu:
+        refuse_missing_gpus(hosts, local_ranks, gpus)
+        accelerator.set_device(info.local_rank)
     return replace(job, nodes=tuple(nodes_of(hosts, local_ranks)), hosts=hosts)
+
+
+def refuse_missing_gpus(
+    hosts: Sequence[str], local_ranks: Sequence[int], num_gpus: Sequence[int]
+) -> None:
+    """Refuses a job with ranks that have no GPU; each argument has an entry for every rank.
+
+    Args:
+        hosts: Their hosts.
+        local_ranks: The number of the GPU that each is to use.
+        num_gpus: How many GPUs each sees.
+
+    Raises:
+        PlanError: It names all hosts that have fewer GPUs than slots.
+    """
+    slots: dict[str, int] = {}
+    for host, local_rank in zip(hosts, local_ranks, strict=True):
+        slots[host] = max(slots.get(host, 0), local_rank + 1)
+    there = dict(zip(hosts, num_gpus, strict=True))
+    short = [host for host, num_slots in slots.items() if there[host] < num_slots]
+    if short:
+        told = "; ".join(f"{host}: {there[host]} GPUs for {slots[host]} slots" for host in short)
+        raise PlanError(
+            f"{told}. Write in the hostfile how many slots each host has, or leave hosts out "
+            "(--exclude); CUDA_VISIBLE_DEVICES may hide GPUs, and `nvidia-smi -L` lists them."
+        )
 
 
 def create_expert_groups(ep_size: int) -> dist.ProcessGroup:
