@@ -1,83 +1,153 @@
-"""What the collectives of a rank cost: how many, how many bytes, how long."""
+"""What the collectives of a rank cost, by kind: how many, how many bytes, how long."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["CommStats"]
+from ds_moe_ep.dist.durations import Durations
+
+__all__ = ["Collective", "CommStats", "KindStats"]
+
+_Moment = float | torch.cuda.Event
 
 
 @dataclass
-class CommStats:
-    """What the collectives of one rank cost so far.
+class KindStats:
+    """What the collectives of one kind cost.
 
     Attributes:
-        calls: Number of collectives started.
         sent_bytes: Bytes that left this rank for another one (rows that stay here are not counted).
+        durations: How long each took, waiting for slower ranks included.
     """
 
-    calls: int = 0
     sent_bytes: int = 0
-    _seconds: float = 0.0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-    _since: float | torch.cuda.Event | None = None
+    durations: Durations = field(default_factory=Durations)
+
+
+@dataclass
+class Collective:
+    """One that is on its way.
+
+    Attributes:
+        kind: See `CommStats.timed`.
+        sent_bytes: Bytes that leave this rank for another one.
+        took_place: Whether it is to be counted.
+    """
+
+    kind: str
+    sent_bytes: int
+    took_place: bool = True
+    _since: _Moment | None = None
+    _spans: list[tuple[_Moment, _Moment]] = field(default_factory=list)
+
+
+class CommStats:
+    """What the collectives of one rank cost so far."""
+
+    def __init__(self) -> None:
+        self._kinds: defaultdict[str, KindStats] = defaultdict(KindStats)
+        self._current: Collective | None = None
+        self._unfinished: deque[Collective] = deque()  # on a GPU, whose clock is read later
+
+    @property
+    def by_kind(self) -> dict[str, KindStats]:
+        """The costs by kind; waits for a GPU to finish what it was given."""
+        while self._unfinished:
+            self._unfinished[0]._spans[-1][1].synchronize()  # type: ignore[union-attr]
+            self._read_clocks()
+        return dict(self._kinds)
+
+    @property
+    def calls(self) -> int:
+        """Number of collectives; waits for a GPU."""
+        return sum(kind.durations.count for kind in self.by_kind.values())
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that left this rank for another one."""
+        return sum(kind.sent_bytes for kind in self._kinds.values())
+
+    def seconds(self) -> float:
+        """Seconds in collectives, waiting for slower ranks included; waits for a GPU."""
+        return sum(kind.durations.total_s for kind in self.by_kind.values())
+
+    def reset(self) -> None:
+        """Forgets what was counted so far."""
+        self._kinds.clear()
+        self._unfinished.clear()
 
     @contextmanager
-    def timed(self, device: torch.device, sent_bytes: int) -> Iterator[None]:
+    def timed(self, kind: str, device: torch.device, sent_bytes: int) -> Iterator[Collective]:
         """Times one collective: by the clock on a CPU, by events without a sync on a GPU.
 
         In a compiled pass nothing is counted: it would be compiled anew for each new count.
+
+        Args:
+            kind: ``counts``, ``exchange``, ``gather``, ``reduce`` or ``sum``.
+            device: Where its tensors live.
+            sent_bytes: Bytes that leave this rank for another one.
         """
+        collective = Collective(kind, sent_bytes)
         if torch.compiler.is_compiling():
-            yield
+            yield collective
             return
-        self.calls += 1
-        self.sent_bytes += sent_bytes
-        self._resume(device)
-        yield
-        self._pause(device)
+        self._current = collective
+        collective._since = _now(device)
+        yield collective
+        self._end_span(collective, device)
+        self._current = None
+        if collective.took_place:
+            self._kinds[kind].sent_bytes += sent_bytes
+            if collective._spans:  # a captured collective has no time of its own
+                self._unfinished.append(collective)
+            self._read_clocks()
 
     @contextmanager
     def untimed(self, device: torch.device) -> Iterator[None]:
         """Leaves other work out of the time of the collective that it is done in."""
-        self._pause(device)
+        collective = self._current
+        if collective is None:
+            yield
+            return
+        self._end_span(collective, device)
         yield
-        self._resume(device)
+        collective._since = _now(device)
 
-    def seconds(self) -> float:
-        """Seconds in collectives so far, waiting for slower ranks included; synchronises a GPU."""
-        if self._events:
-            self._events[-1][1].synchronize()
-            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
-            self._events.clear()
-        return self._seconds
+    @staticmethod
+    def _end_span(collective: Collective, device: torch.device) -> None:
+        now = _now(device)
+        if collective._since is not None and now is not None:
+            collective._spans.append((collective._since, now))
 
-    def reset(self) -> None:
-        """Forgets what was counted so far."""
-        self.calls, self.sent_bytes, self._seconds = 0, 0, 0.0
-        self._events.clear()
-
-    def _resume(self, device: torch.device) -> None:
-        self._since = _now(device)
-
-    def _pause(self, device: torch.device) -> None:
-        since, now = self._since, _now(device)
-        if isinstance(since, float) and isinstance(now, float):
-            self._seconds += now - since
-        elif isinstance(since, torch.cuda.Event) and isinstance(now, torch.cuda.Event):
-            self._events.append((since, now))
+    def _read_clocks(self) -> None:
+        """Counts the times of those that have ended."""
+        while self._unfinished:
+            ended = self._unfinished[0]._spans[-1][1]
+            if isinstance(ended, torch.cuda.Event) and not ended.query():
+                return
+            collective = self._unfinished.popleft()
+            seconds = sum(_seconds(begin, end) for begin, end in collective._spans)
+            self._kinds[collective.kind].durations.add(seconds)
 
 
-def _now(device: torch.device) -> float | torch.cuda.Event | None:
+def _seconds(begin: _Moment, end: _Moment) -> float:
+    if isinstance(begin, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1e3
+    assert isinstance(end, float)
+    return end - begin
+
+
+def _now(device: torch.device) -> _Moment | None:
     if device.type != "cuda":
         return time.perf_counter()
     if torch.cuda.is_current_stream_capturing():
-        return None  # a captured collective has no time of its own
+        return None
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event

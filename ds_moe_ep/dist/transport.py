@@ -8,13 +8,14 @@ It moves tensors and counts what that costs; gradients are the business of colle
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.dist.comm_stats import CommStats
+from ds_moe_ep.dist.comm_stats import Collective, CommStats
 from ds_moe_ep.dist.shared_memory import SharedMemory
 
 __all__ = ["Meanwhile", "Transport"]
@@ -82,7 +83,7 @@ class Transport:
             counts = send_counts_W.tolist()
             return counts, counts
         ones = [1] * self.size
-        recv_counts_W = self.exchange(send_counts_W[:, None], ones, ones)[:, 0]
+        recv_counts_W = self.exchange(send_counts_W[:, None], ones, ones, kind="counts")[:, 0]
         send, recv = torch.stack((send_counts_W, recv_counts_W)).tolist()
         return send, recv
 
@@ -92,6 +93,8 @@ class Transport:
         send: Sequence[int],
         recv: Sequence[int],
         meanwhile: Meanwhile | None = None,
+        *,
+        kind: str = "exchange",
     ) -> Tensor:
         """Sends rows to their ranks.
 
@@ -100,6 +103,7 @@ class Transport:
             send: Rows for each rank; they sum to S.
             recv: Rows from each rank; they sum to R.
             meanwhile: Local work to do while rows travel.
+            kind: What it counts as.
 
         Returns:
             The received rows ``[R, C]``, those from rank 0 first.
@@ -107,11 +111,11 @@ class Transport:
         rows_sent = sum(send) - send[self.rank]
         if self._shared:
             by_memory = partial(self._shared.exchange, rows_SC, send, recv, meanwhile)
-            if (received_RC := self._try(by_memory, rows_SC, rows_sent)) is not None:
+            if (received_RC := self._try(kind, by_memory, rows_SC, rows_sent)) is not None:
                 return received_RC
             meanwhile = None  # it is done
         received_RC = rows_SC.new_empty((sum(recv), rows_SC.shape[1]))
-        with self._timed(rows_SC, rows_sent):
+        with self._timed(kind, rows_SC, rows_sent):
             sent_SC = rows_SC.contiguous()
             start = partial(dist.all_to_all_single, received_RC, sent_SC, list(recv), list(send))
             self._run(start, meanwhile)
@@ -125,15 +129,16 @@ class Transport:
         if self._shared:
             by_memory = partial(self._shared.gather, rows_TC, counts, meanwhile)
             rows_sent = (self.size - 1) * num_rows
-            if (gathered_RC := self._try(by_memory, rows_TC, rows_sent)) is not None:
+            if (gathered_RC := self._try("gather", by_memory, rows_TC, rows_sent)) is not None:
                 return gathered_RC
             meanwhile = None  # it is done
         if self._only_exchanges:
             rows_RC = rows_TC.repeat(self.size, 1)
-            return self.exchange(rows_RC, [num_rows] * self.size, counts, meanwhile)
+            sizes = [num_rows] * self.size
+            return self.exchange(rows_RC, sizes, counts, meanwhile, kind="gather")
         most = max(counts)
         gathered_RC = rows_TC.new_empty((self.size * most, rows_TC.shape[1]))
-        with self._timed(gathered_RC, (self.size - 1) * most):
+        with self._timed("gather", gathered_RC, (self.size - 1) * most):
             start = partial(dist.all_gather_into_tensor, gathered_RC, _pad(rows_TC, most))
             self._run(start, meanwhile)
         if min(counts) == most:
@@ -149,18 +154,19 @@ class Transport:
         if self._shared:
             by_memory = partial(self._shared.reduce, partial_RC, counts, meanwhile)
             rows_sent = sum(counts) - num_rows
-            if (sum_TC := self._try(by_memory, partial_RC, rows_sent)) is not None:
+            if (sum_TC := self._try("reduce", by_memory, partial_RC, rows_sent)) is not None:
                 return sum_TC
             meanwhile = None  # it is done
         if self._only_exchanges:
-            received_RC = self.exchange(partial_RC, counts, [num_rows] * self.size, meanwhile)
+            sizes = [num_rows] * self.size
+            received_RC = self.exchange(partial_RC, counts, sizes, meanwhile, kind="reduce")
             blocks_WTC = received_RC.view(self.size, num_rows, width)
             return blocks_WTC.sum(dim=0, dtype=_sum_dtype(partial_RC)).to(partial_RC.dtype)
         most = max(counts)
         if min(counts) != most:
             partial_RC = torch.cat([_pad(b, most) for b in partial_RC.split(list(counts))])
         sum_MC = partial_RC.new_empty((most, width))
-        with self._timed(sum_MC, (self.size - 1) * most):
+        with self._timed("reduce", sum_MC, (self.size - 1) * most):
             start = partial(dist.reduce_scatter_tensor, sum_MC, partial_RC.contiguous())
             self._run(start, meanwhile)
         return sum_MC[:num_rows]
@@ -171,7 +177,7 @@ class Transport:
         if not self._only_exchanges:
             sum_TC = partial_TC.contiguous().clone()
             # As many bytes as a ring sends of it.
-            with self._timed(sum_TC, 2 * num_rows * (self.size - 1) // self.size):
+            with self._timed("sum", sum_TC, 2 * num_rows * (self.size - 1) // self.size):
                 self._run(partial(dist.all_reduce, sum_TC), meanwhile)
             return sum_TC
         if partial_TC.numel() * partial_TC.element_size() <= _ONE_SHOT_BYTES:
@@ -191,17 +197,17 @@ class Transport:
             work.wait()  # on a GPU the stream waits, not the host
 
     def _try(
-        self, by_memory: Callable[[], Tensor | None], rows: Tensor, rows_sent: int
+        self, kind: str, by_memory: Callable[[], Tensor | None], rows: Tensor, rows_sent: int
     ) -> Tensor | None:
-        """Returns what came by shared memory, and counts it; None if rows did not fit there."""
-        with self.stats.timed(rows.device, sent_bytes=0):
+        """Returns what came by shared memory; None, and not counted, if rows did not fit there."""
+        with self._timed(kind, rows, rows_sent) as collective:
             result = by_memory()
-        if result is not None:
-            self.stats.sent_bytes += rows_sent * rows.shape[1] * rows.element_size()
+            collective.took_place = result is not None
         return result
 
-    def _timed(self, rows: Tensor, rows_sent: int):
-        return self.stats.timed(rows.device, rows_sent * rows.shape[1] * rows.element_size())
+    def _timed(self, kind: str, rows: Tensor, rows_sent: int) -> AbstractContextManager[Collective]:
+        num_bytes = rows_sent * rows.shape[1] * rows.element_size()
+        return self.stats.timed(kind, rows.device, num_bytes)
 
 
 def _pad(rows_TC: Tensor, num_rows: int) -> Tensor:

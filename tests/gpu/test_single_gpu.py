@@ -65,7 +65,7 @@ def test_weights_and_experts_live_on_the_gpu(tmp_path, device) -> None:
 
 def test_collectives_are_timed_without_a_sync(device) -> None:
     comm = Communicator(None)
-    with comm.stats.timed(device, sent_bytes=4):
+    with comm.stats.timed("sum", device, sent_bytes=4):
         torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
     assert comm.stats.calls == 1
     assert 0.0 < comm.stats.seconds() < 10.0
