@@ -1,7 +1,7 @@
 """Layers for Megatron's `--spec ds_moe_ep.megatron.layer_specs NAME`, where its own do not fit.
 
 `olmoe_layers`: OLMoE's norms of queries and keys, which span all heads. `mla_layers`: latent
-attention with --transformer-impl local, whose attention takes values of another width than keys.
+attention as DeepSeek has it where Megatron's local layers, or its queries, differ.
 Imports megatron-core; without a GPU, import it within `megatron_stand_ins`.
 """
 
@@ -11,11 +11,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.backends import get_backend
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-__all__ = ["CausalAttention", "KeyNorm", "QueryNorm", "mla_layers", "olmoe_layers"]
+__all__ = [
+    "CausalAttention",
+    "DirectQueryAttention",
+    "KeyNorm",
+    "QueryNorm",
+    "mla_layers",
+    "olmoe_layers",
+]
 
 
 def olmoe_layers(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -27,33 +37,38 @@ def olmoe_layers(config: GPTModelConfig, vp_stage: int | None = None) -> Transfo
     """
 
     def with_wide_norms(attention: Any) -> Any:
-        return replace(attention, q_layernorm=QueryNorm, k_layernorm=KeyNorm)
+        parts = replace(attention.submodules, q_layernorm=QueryNorm, k_layernorm=KeyNorm)
+        return replace(attention, submodules=parts)
 
     return _with_attention(default_layer_spec(config, vp_stage), with_wide_norms)
 
 
 def mla_layers(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Returns Megatron's own layers with an attention that has no width of its own.
+    """Returns Megatron's own layers with the parts of latent attention that they lack.
 
     Args:
-        config: The model; with --multi-latent-attention and --transformer-impl local.
+        config: The model; with --multi-latent-attention.
         vp_stage: Stage of an interleaved pipeline.
     """
 
-    def with_any_width(attention: Any) -> Any:
-        return replace(attention, core_attention=CausalAttention)
+    def as_deepseek(attention: Any) -> Any:
+        if config.transformer.transformer_impl == "local":
+            parts = replace(attention.submodules, core_attention=CausalAttention)
+            attention = replace(attention, submodules=parts)
+        if config.transformer.q_lora_rank is None:
+            attention = replace(attention, module=DirectQueryAttention)
+        return attention
 
-    return _with_attention(default_layer_spec(config, vp_stage), with_any_width)
+    return _with_attention(default_layer_spec(config, vp_stage), as_deepseek)
 
 
 def _with_attention(
     block: TransformerBlockSubmodules, change: Callable[[Any], Any]
 ) -> TransformerBlockSubmodules:
-    """Returns a block whose layers' attention has its parts changed."""
+    """Returns a block whose layers' attention is changed."""
 
     def changed(layer: Any) -> Any:
-        attention = layer.submodules.self_attention
-        attention = replace(attention, submodules=change(attention.submodules))
+        attention = change(layer.submodules.self_attention)
         return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
     return replace(block, layer_specs=[changed(layer) for layer in block.layer_specs])
@@ -79,6 +94,24 @@ class KeyNorm(_NormOverHeads):
 
     def __init__(self, hidden_size: int, config: Any, eps: float) -> None:
         super().__init__(hidden_size * config.num_query_groups, eps=eps)
+
+
+class DirectQueryAttention(MLASelfAttention):
+    """Latent attention of keys and values alone: queries are projected directly, without a norm.
+
+    Megatron's own has norms of both or of none; --qk-layernorm is then the one of keys and values.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        backend = get_backend(self.config.transformer_impl)
+        linear = backend.column_parallel_linear()
+        return {
+            "linear_q_proj": linear,
+            "linear_q_up_proj": IdentityOp,
+            "linear_kv_up_proj": linear,
+            "q_layernorm": IdentityOp,
+            "kv_layernorm": backend.layer_norm(rms_norm=True, for_qk=True),
+        }
 
 
 class CausalAttention(torch.nn.Module):

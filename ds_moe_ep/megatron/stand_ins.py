@@ -11,6 +11,7 @@ import importlib.util
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,22 +34,28 @@ _ENTRY_POINTS = (
 def import_megatron() -> None:
     """Imports what this package uses of megatron-core.
 
-    Two things are put in place while it is imported: `typing.override`, which Python has from 3.12
-    on, and a triton whose kernels cannot be called, which a torch for CPUs does not bring.
+    Some things are put in place while it is imported: `typing.override`, which Python has from 3.12
+    on; a triton whose kernels cannot be called, which a torch for CPUs does not bring; and, without
+    a GPU, a `torch.compile` that leaves Megatron's functions as they are written.
 
     Raises:
         MegatronError: It is not installed, or does not import.
     """
-    if importlib.util.find_spec("megatron") is None or not _has("megatron.training"):
-        raise MegatronError(
-            f"megatron-core is not installed, or has no megatron.training: {INSTALL}"
-        )
+    if not (_has("megatron") and _has("megatron.training")):
+        raise MegatronError(f"megatron-core 0.17 or newer is not installed. To have it: {INSTALL}")
+    import torch
+
     with contextlib.ExitStack() as stack:
         if not hasattr(typing, "override"):
             typing_extensions = importlib.import_module("typing_extensions")
             stack.enter_context(_attribute(typing, "override", typing_extensions.override))
+        if not torch.cuda.is_available():
+            stack.enter_context(_attribute(torch, "compile", _decorate))
         if not _has("triton"):
             stack.enter_context(_no_triton())
+        # That Transformer Engine and apex are not there is not news.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
         try:
             for name in _ENTRY_POINTS:
                 importlib.import_module(name)
@@ -59,30 +66,26 @@ def import_megatron() -> None:
 
 
 @contextlib.contextmanager
-def megatron_stand_ins(device: str = "cpu") -> Iterator[None]:
+def megatron_stand_ins(device: str | None = None) -> Iterator[None]:
     """Imports megatron-core; while the context lasts, it runs without a GPU.
-
-    With a GPU this is `import_megatron` and nothing else.
 
     Args:
         device: What takes the place of the current CUDA device: "cpu", or "meta" for a model
-            without memory.
+            without memory. By default "cpu" where there is no GPU; where there is one, it is used
+            and nothing is replaced.
 
     Raises:
         MegatronError: As `import_megatron`.
     """
     import torch
 
-    if torch.cuda.is_available():
-        import_megatron()
-        yield
-        return
+    import_megatron()
+    if device is None and not torch.cuda.is_available():
+        device = "cpu"
     with contextlib.ExitStack() as stack:
-        # Its fused functions would be compiled when first called. They run as they are written.
-        stack.enter_context(_attribute(torch, "compile", _decorate))
-        import_megatron()
-        for owner, name, value in (*_cuda(device), *_own_of_megatron()):
-            stack.enter_context(_attribute(owner, name, value))
+        if device is not None:
+            for owner, name, value in (*_cuda(device), *_own_of_megatron()):
+                stack.enter_context(_attribute(owner, name, value))
         yield
 
 
@@ -104,12 +107,15 @@ def _cuda(device: str) -> Iterator[tuple[Any, str, object]]:
 
 def _own_of_megatron() -> Iterator[tuple[Any, str, object]]:
     """Yields what stands in for functions of megatron-core that take the GPU for granted."""
+    from megatron.core.fusions import fused_softmax
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.training import checkpointing
 
     # Leaves tensors alone that are on the host already, even where a list of sizes is asked for.
     yield moe_utils, "maybe_move_tensor_to_cpu", _on_the_host
     yield token_dispatcher, "maybe_move_tensor_to_cpu", _on_the_host
+    # Makes its mask on the device "cuda".
+    yield fused_softmax, "get_default_causal_mask", _causal_mask
     # Agrees with the other ranks on the iteration by a tensor on the device "cuda".
     yield checkpointing, "read_metadata", _read_metadata
 
@@ -132,6 +138,9 @@ class _Stream:
     def record(self, stream: object = None) -> None:
         pass
 
+    def record_event(self, event: object = None) -> "_Stream":
+        return self
+
     def synchronize(self) -> None:
         pass
 
@@ -140,6 +149,12 @@ def _on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
     import torch
 
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _causal_mask(sequence_length: int) -> Any:
+    import torch
+
+    return torch.ones(sequence_length, sequence_length, dtype=torch.bool).triu(diagonal=1)
 
 
 def _read_metadata(tracker_filename: str) -> tuple[int, bool]:

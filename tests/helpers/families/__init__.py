@@ -64,10 +64,16 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForMultimodalLM
 
 
-def build_tiny(family: str, *, seed: int = 0) -> PreTrainedModel:
-    """Builds a random model whose norms, biases, sinks and correction biases are random too."""
+def build_tiny(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Builds a random model whose norms, biases, sinks and correction biases are random too.
+
+    Args:
+        family: Its model_type.
+        seed: Of the weights.
+        **changes: Fields of the config with other values than the tiny one has.
+    """
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
+    config = FAMILIES[family](**changes)
     model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
