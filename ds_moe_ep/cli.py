@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ds_moe_ep import __version__
 from ds_moe_ep.cli_convert import add_convert_command
+from ds_moe_ep.cli_predict import add_prediction_arguments, question_from
 from ds_moe_ep.cli_preflight import add_preflight_command
 from ds_moe_ep.cli_rehearse import add_rehearse_command
 from ds_moe_ep.errors import DsMoeEpError, PlanError
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_plan_arguments(plan)
+    add_prediction_arguments(plan)
     plan.add_argument("--json", action="store_true", help="print JSON for other programs")
     plan.set_defaults(run=_plan)
 
@@ -148,11 +150,13 @@ def _plan(args: argparse.Namespace) -> int:
     from ds_moe_ep.model_spec import read_model_spec
     from ds_moe_ep.plan import make_plan
     from ds_moe_ep.plan_report import PlanReport
+    from ds_moe_ep.predict.prediction import predict
 
     cluster, remarks = _cluster(args)
     spec = read_model_spec(args.model)
     plan = make_plan(cluster, spec, **_sizes(args))
-    report = PlanReport(plan, spec, cluster, tuple(remarks))
+    prediction = predict(plan, spec, cluster, question_from(args))
+    report = PlanReport(plan, spec, cluster, prediction, tuple(remarks))
     if args.json:
         print(report.to_json())
     elif sys.stdout.isatty():

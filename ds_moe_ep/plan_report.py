@@ -1,6 +1,6 @@
 """Shows a plan to people, in a terminal or a file, and to other programs as JSON.
 
-What it shows is computed in plan.py and placement.py.
+What it shows is computed in plan.py, placement.py and predict/.
 """
 
 import json
@@ -14,6 +14,8 @@ from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.model_spec import ModelSpec
 from ds_moe_ep.placement import GpuAssignment, assignment_matrix, stage_moe_layers
 from ds_moe_ep.plan import ParallelPlan
+from ds_moe_ep.predict.describe import describe_prediction
+from ds_moe_ep.predict.prediction import Prediction
 
 __all__ = ["PlanReport", "peer_names"]
 
@@ -22,11 +24,15 @@ _COLUMNS = ("GPU", "host", "slot", "experts", "layers", "memory", "load")
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A plan and what it was made for; `notes` are sentences about how it came about."""
+    """A plan, what it was made for, and what is predicted of it.
+
+    `notes` are sentences about how it came about.
+    """
 
     plan: ParallelPlan
     spec: ModelSpec
     cluster: Cluster
+    prediction: Prediction
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
@@ -42,6 +48,18 @@ class PlanReport:
             model: every attribute of `ModelSpec`, and is_moe, num_params, num_expert_params.
             weight_bytes_per_gpu: dense, experts and total, of the fullest GPU.
             gpus: in rank order, every attribute of `GpuAssignment`, and `layers`, its MoE layers.
+            prediction: prompt_tokens, new_tokens (of the prompts it is for); memory, of a GPU, null
+                if tp_size or pp_size > 1: weight_bytes, kv_bytes_per_token, kv_bytes_per_sequence,
+                pass_bytes_per_sequence, largest_batch (null if the GPU's memory is not known);
+                sent_bytes_per_token, by dispatcher, of all GPUs; hardware, where the figures come
+                from, as text, empty without --gpu or --calibration, and then the rest is empty or
+                null; batches, a list of {batch_per_gpu, step_s, step_device_s (without launching
+                operations), step_shares, step_bound, step_dispatcher, prefill_s, prefill_shares,
+                prefill_bound, tokens_per_s, sequences_per_s}; alternative: weight_bytes,
+                fits_one_gpu, replicas and expert_parallel (their best batch, or null),
+                expert_parallel_wins_from_batch_per_gpu, expert_parallel_wins_from_params; targets,
+                as read; verdicts, a list of {target, is_met, predicted, batch, met_up_to_tokens,
+                limit}.
             remarks: sentences for people.
         """
         fullest = self._fullest
@@ -67,6 +85,7 @@ class PlanReport:
                 "total": fullest.dense_bytes + fullest.expert_bytes,
             },
             "gpus": [{**asdict(row), "layers": self._layers(row)} for row in self._matrix],
+            "prediction": self.prediction.to_json(),
             "remarks": self.remarks(),
         }
         return json.dumps(content, indent=2, sort_keys=True)
@@ -128,6 +147,7 @@ class PlanReport:
             ),
             (f"Model {spec.name} ({spec.model_type}, {spec.dtype})", self._model_lines()),
             ("Weights on each GPU", self._weight_lines()),
+            *describe_prediction(self.prediction, self.plan.world_size),
             (
                 "GPU assignment",
                 [
@@ -166,6 +186,8 @@ class PlanReport:
                 "Megatron.",
                 "Dense weights are even shares: norms are whole on each tensor rank, embeddings on "
                 "the first and last stage.",
+                "Memory of prompts, times and targets are predicted for tp_size = pp_size = 1 "
+                "alone.",
             ]
         return remarks
 

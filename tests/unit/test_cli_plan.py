@@ -115,6 +115,7 @@ def test_json_is_alone_on_stdout_and_complete():
         "model",
         "weight_bytes_per_gpu",
         "gpus",
+        "prediction",
         "remarks",
     }
     assert report["version"] == 1
@@ -181,6 +182,100 @@ def test_pipeline_stages_show_their_own_layers(capsys):
     table = [row for row in rows if row and row[0].isdigit() and len(row) == 7]
     assert [row[4] for row in table] == ["0-3"] * 16 + ["4-7"] * 16 + ["8-11"] * 16 + ["12-15"] * 16
     assert table[5] == ["5", "worker-0", "5", "20-23", "0-3", "1.56%", "1.56%"]
+
+
+# Predictions
+
+
+@pytest.mark.parametrize("model", sorted((REPO / "configs").glob("*-ep64")), ids=lambda p: p.name)
+def test_a_prediction_is_plain_and_80_columns_wide(model, capsys):
+    targets = ["--targets", "latency_ms=8,sequences_per_s=120000,seq_len=2048,new_tokens=64"]
+    on_8x8 = ["--model", str(model), "--hostfile", str(_HOSTFILE), "--gpu", "h200", *targets]
+
+    assert cli.main(["plan", *on_8x8, "--link", "ib-400g", "--batch-size", "5"]) == 0
+
+    text = capsys.readouterr().out
+    assert text.isascii()
+    predicted = text[text.index("Prompts on each GPU") : text.index("GPU assignment")]
+    assert max(map(len, predicted.splitlines())) <= 80
+    for heading in (
+        "Prompts on each GPU (1,920 tokens + 128 new)",
+        "What each token makes all GPUs send",
+        "Prediction (projected, not measured)",
+        "The alternative: 64 independent copies of the whole model",
+        "Targets (sequences of 2,048 tokens, 64 of them generated)",
+    ):
+        assert heading in predicted.splitlines()
+    assert "latency_ms=8: " in predicted
+    assert "sequences_per_s=120000: not met, " in predicted
+    batches = [line.split()[0] for line in predicted.splitlines() if line.strip()[:1].isdigit()]
+    assert {"1", "5", "8"} <= set(batches)
+
+
+def test_without_hardware_a_plan_tells_bytes_and_how_to_get_times(capsys):
+    assert cli.main(["plan", *_ON_8X8, "--context-len", "100", "--new-tokens", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "Prompts on each GPU (100 tokens, scored)" in lines
+    assert "  alltoall     1.01 MiB  rows only where they are wanted" not in lines
+    assert any(line.startswith("  add --gpu h200") for line in lines)
+    assert not any("step, ms" in line for line in lines)
+
+
+def test_a_prediction_as_json(capsys):
+    asked = ["--gpu", "h200", "--targets", "latency_ms=1000,seq_len=10", "--json"]
+    assert cli.main(["plan", *_ON_8X8, *asked]) == 0
+    found = json.loads(capsys.readouterr().out)["prediction"]
+    assert (found["prompt_tokens"], found["new_tokens"]) == (1920, 128)
+    assert found["memory"]["weight_bytes"] == (476_710_912 + 16 * 6_291_456) * 2
+    assert found["memory"]["kv_bytes_per_sequence"] == 2048 * 131_072
+    assert found["batches"][-1]["batch_per_gpu"] == found["memory"]["largest_batch"]
+    assert set(found["batches"][0]) == {
+        *("batch_per_gpu", "step_s", "step_device_s", "step_shares", "step_bound"),
+        *("step_dispatcher", "prefill_s", "prefill_shares", "prefill_bound"),
+        *("tokens_per_s", "sequences_per_s"),
+    }
+    assert found["alternative"]["fits_one_gpu"] is True
+    assert found["verdicts"][0]["is_met"] is True
+    assert len(found["hardware"]) == 3
+
+
+def test_links_and_memory_can_be_measured_ones(capsys):
+    file = REPO / "docs" / "benchmarks" / "collectives.json"
+    here = ["--model", str(_MODEL), "--num-gpus", "4", "--gpu", "cpu", "--memory-gib", "6"]
+    assert cli.main(["plan", *here, "--calibration", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "links: measured, " in text
+    assert "a copy and one prompt do not fit on one GPU" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--gpu", "h2000"], "ConfigError: --gpu h2000: not one of h200, h100, a100-80g, cpu."),
+        (["--gpu", "h200", "--link", "ib"], "ConfigError: --link ib: not one of nvlink4"),
+        (["--link", "ib-400g"], "ConfigError: --link needs to know what the ranks compute on."),
+        (["--targets", "latency_ms=8"], "ConfigError: --targets needs to know what the ranks"),
+        (["--context-len", "9999"], "ConfigError: --context-len 9999 is more than max_position"),
+        (["--context-len", "0"], "ConfigError: --context-len 0: at least 1 token"),
+        (
+            ["--context-len", "8", "--new-tokens", "8"],
+            "ConfigError: --new-tokens 8 of --context-len 8: use 0 (prompts are scored) to 7.",
+        ),
+        (
+            ["--gpu", "h200", "--targets", "latency_ms=8,seq_len=8192"],
+            "ConfigError: --targets: seq_len 8192 is more than max_position_embeddings=4096",
+        ),
+        (["--gpu", "h200", "--batch-size", "0"], "ConfigError: --batch-size 0: at least 1"),
+        (["--gpu", "h200", "--memory-gib", "0"], "ConfigError: --memory-gib 0.0: a positive"),
+        (["--calibration", "/nowhere"], "ConfigError: --calibration /nowhere: No such file"),
+    ],
+)
+def test_predictions_that_cannot_be_made_are_refused(args, message, capsys):
+    assert cli.main(["plan", *_ON_8X8, *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
 
 
 # Without a hostfile
@@ -349,5 +444,5 @@ def test_imports_no_heavy_library():
         "heavy = {'torch', 'transformers', 'deepspeed', 'pydantic', 'yaml', 'numpy', 'rich'};"
         "print(code, sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    done = run_command([sys.executable, "-c", script, "plan", *_ON_8X8])
+    done = run_command([sys.executable, "-c", script, "plan", *_ON_8X8, "--gpu", "h200"])
     assert done.stderr == "0 []\n"
