@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_moe_ep import __version__
+from ds_moe_ep.cli_balance import add_balance_command
 from ds_moe_ep.cli_convert import add_convert_command
 from ds_moe_ep.cli_predict import add_prediction_arguments, question_from
 from ds_moe_ep.cli_preflight import add_preflight_command
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert_command(commands)
     add_rehearse_command(commands)
     add_preflight_command(commands)
+    add_balance_command(commands)
 
     demo = commands.add_parser(
         "demo-model", help="write the bundled small model", allow_abbrev=False

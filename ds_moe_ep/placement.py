@@ -1,8 +1,10 @@
 """Where every expert lives: integer functions from a plan and a model to what each GPU holds.
 
-It moves no weights and makes no process groups.
+It moves no weights and makes no process groups. Contiguous experts are the rule; where slots are
+filled by recorded loads instead, balance.py says how.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ds_moe_ep.hostfile import Cluster
@@ -13,6 +15,7 @@ __all__ = [
     "GpuAssignment",
     "Placement",
     "RankGroups",
+    "SlotPlacement",
     "assignment_matrix",
     "group_table",
     "make_placement",
@@ -54,6 +57,57 @@ class Placement:
         if not 0 <= ep_rank < self.ep_size:
             raise IndexError(f"ep_rank {ep_rank} is not one of {self.ep_size}")
         return range(ep_rank * self.num_local_experts, (ep_rank + 1) * self.num_local_experts)
+
+
+@dataclass(frozen=True)
+class SlotPlacement:
+    """An expert in each slot of each ep_rank, layer by layer; copies of it may be in several.
+
+    Slots of a layer are numbered rank after rank, so slot s is on ep_rank ``s // slots_per_rank``.
+
+    Attributes:
+        num_experts: Experts of a layer.
+        num_ranks: Ranks of an expert group.
+        slots_per_rank: Slots of a layer on each.
+        expert_of_slot: By MoE layer, in ascending order, the expert of each slot.
+    """
+
+    num_experts: int
+    num_ranks: int
+    slots_per_rank: int
+    expert_of_slot: Mapping[int, tuple[int, ...]]
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with experts."""
+        return tuple(self.expert_of_slot)
+
+    def owners(self, layer: int, expert: int) -> tuple[int, ...]:
+        """Return the ep_ranks that hold an expert of a layer, each once.
+
+        Raises:
+            IndexError: if the layer has no experts or there is no such expert.
+        """
+        slots = [s for s, held in enumerate(self._slots(layer)) if held == expert]
+        if not slots:
+            raise IndexError(f"expert {expert} is not one of {self.num_experts} experts")
+        return tuple(dict.fromkeys(slot // self.slots_per_rank for slot in slots))
+
+    def local_experts(self, layer: int, ep_rank: int) -> tuple[int, ...]:
+        """Return the ids of the experts in the slots of an ep_rank, slot by slot.
+
+        Raises:
+            IndexError: if the layer has no experts or there is no such ep_rank.
+        """
+        if not 0 <= ep_rank < self.num_ranks:
+            raise IndexError(f"ep_rank {ep_rank} is not one of {self.num_ranks}")
+        first = ep_rank * self.slots_per_rank
+        return self._slots(layer)[first : first + self.slots_per_rank]
+
+    def _slots(self, layer: int) -> tuple[int, ...]:
+        if layer not in self.expert_of_slot:
+            raise IndexError(f"layer {layer} is not one of the MoE layers {self.moe_layers}")
+        return self.expert_of_slot[layer]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from ds_moe_ep.errors import ConfigError
 
-__all__ = ["Strict", "nearest", "parse", "read_json"]
+__all__ = ["Strict", "nearest", "parse", "read_json", "read_json_lines"]
 
 
 class Strict(BaseModel):
@@ -32,21 +32,18 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file cannot be read, is no JSON object, or says a key twice.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (RecursionError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a JSON object ({{...}}) is needed, found {_shown(content)}.")
-    return content
+    return _loads(_read_text(path), path)
+
+
+def read_json_lines(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the JSON object on each line of a file, with ``path:line`` for messages.
+
+    Raises:
+        ConfigError: if the file cannot be read, or a line is no JSON object or says a key twice.
+    """
+    lines = enumerate(_read_text(path).splitlines(), start=1)
+    places = [(Path(f"{path}:{number}"), line) for number, line in lines if line.strip()]
+    return [(place, _loads(line, place)) for place, line in places]
 
 
 def parse(section: type[Section], content: dict[str, Any], source: Path) -> Section:
@@ -72,6 +69,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def _loads(text: str, source: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{source}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})."
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source}: a JSON object ({{...}}) is needed, found {_shown(content)}.")
+    return content
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _LAYER_OF_FOLDER = {
     "megatron": 5,
     "rehearsal": 5,
     "cli": 6,
+    "cli_balance": 6,
     "cli_convert": 6,
     "cli_megatron": 6,
     "cli_predict": 6,

@@ -1,0 +1,90 @@
+"""Reads what a run recorded with ``--metrics``: the load of each expert, and where ranks were.
+
+What is made of it is not decided here.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt
+
+from ds_moe_ep.config.strict import Strict, parse, read_json_lines
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.hostfile import Cluster, Host
+
+__all__ = ["EXPERTS_JSONL", "RANKS_JSONL", "read_expert_loads", "read_recorded_cluster"]
+
+EXPERTS_JSONL = "experts.jsonl"
+RANKS_JSONL = "metrics.jsonl"
+
+
+class ExpertLoads(Strict):
+    """A line of experts.jsonl: the rows that each expert of a layer computed for real tokens."""
+
+    layer: NonNegativeInt
+    tokens_per_expert: Annotated[list[NonNegativeInt], Field(min_length=1)]
+
+
+class RankPlace(Strict, extra="ignore"):
+    """What a line of metrics.jsonl says of where a rank was; the figures in it are not read."""
+
+    rank: NonNegativeInt
+    host: str
+
+
+def read_expert_loads(folder: Path) -> dict[int, tuple[int, ...]]:
+    """Return the tokens of each expert, by MoE layer in ascending order.
+
+    Args:
+        folder: what was given to ``infer.py --metrics``.
+
+    Raises:
+        ConfigError: if there is no such file, or its lines are not one for each layer of a model.
+    """
+    path = folder / EXPERTS_JSONL
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} has no {EXPERTS_JSONL}: no load of experts was recorded there. Name a "
+            "folder that a finished job wrote: infer.py ... --metrics DIR."
+        )
+    loads: dict[int, tuple[int, ...]] = {}
+    for source, content in read_json_lines(path):
+        line = parse(ExpertLoads, content, source)
+        if line.layer in loads:
+            raise ConfigError(f"{source}: layer {line.layer} is there twice; keep one.")
+        first = next(iter(loads.values()), line.tokens_per_expert)
+        if len(line.tokens_per_expert) != len(first):
+            raise ConfigError(
+                f"{source}: layer {line.layer} has {len(line.tokens_per_expert)} experts, the "
+                f"layers before it {len(first)}. Lines of different models are mixed: record anew."
+            )
+        loads[line.layer] = tuple(line.tokens_per_expert)
+    if not loads:
+        raise ConfigError(f"{path} is empty. Record a run with prompts: infer.py ... --metrics.")
+    return dict(sorted(loads.items()))
+
+
+def read_recorded_cluster(folder: Path) -> Cluster:
+    """Return the hosts and slots that the recorded ranks ran on.
+
+    Raises:
+        ConfigError: if they were not recorded, or are not numbered from 0 on.
+    """
+    path = folder / RANKS_JSONL
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} has no {RANKS_JSONL}, which tells the ranks of the run. Name them: "
+            "--hostfile H, or --num-ranks N."
+        )
+    places = [parse(RankPlace, content, source) for source, content in read_json_lines(path)]
+    places.sort(key=lambda place: place.rank)
+    if [place.rank for place in places] != list(range(len(places))) or not places:
+        raise ConfigError(
+            f"{path} has lines of ranks {[place.rank for place in places]}, not one for each from "
+            "0 on. Name the ranks: --hostfile H, or --num-ranks N."
+        )
+    ranks_of: dict[str, list[int]] = {}
+    for place in places:
+        ranks_of.setdefault(place.host, []).append(place.rank)
+    hosts = tuple(Host(name, tuple(range(len(ranks)))) for name, ranks in ranks_of.items())
+    return Cluster(hosts, str(path))
