@@ -47,7 +47,7 @@ def add_preflight_command(
     for name in _SAME_AS_INFER:
         option = name.replace("_", "-")
         job.add_argument(f"--{option}", metavar=name.rpartition("_")[2].upper())
-    for name in ("config", "input", "metrics"):
+    for name in ("config", "input", "metrics", "placement"):
         job.add_argument(f"--{name}", type=Path, metavar="PATH")
     for name in ("timeout", "start-timeout"):
         job.add_argument(f"--{name}", metavar="S")
@@ -65,7 +65,7 @@ def _preflight(args: argparse.Namespace) -> int:
     arguments = ["--preflight", "--model", str(args.model.absolute())]
     for name in (*_SAME_AS_INFER, "ep_size", "timeout", "start_timeout"):
         arguments += _given(name, getattr(args, name))
-    for name in ("config", "input", "metrics"):
+    for name in ("config", "input", "metrics", "placement"):
         path = getattr(args, name)
         arguments += _given(name, None if path is None else path.absolute())
     # What is wrong with one of them is said before any host is asked.

@@ -24,6 +24,8 @@ from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 from ds_moe_ep.moe.probe import measure_links
 from ds_moe_ep.moe.shared_expert import EarlySharedExpert
+from ds_moe_ep.moe.slots import ExpertSlots
+from ds_moe_ep.placement import SlotPlacement
 from ds_moe_ep.plan import HOW_TO_UPCYCLE, ParallelPlan, valid_ep_sizes
 
 __all__ = [
@@ -55,12 +57,15 @@ _SHARED_EXPERT = ("shared_experts", "shared_expert", "shared_mlp")
 
 @dataclass(frozen=True)
 class SwappedLayer:
-    """One swapped layer: where it is, what was there, and which experts this rank keeps of it."""
+    """One swapped layer: where it is, what was there, and which experts this rank keeps of it.
+
+    `local_experts` are consecutive, or those in this rank's slots if they were placed so.
+    """
 
     name: str
     class_name: str
     num_experts: int
-    local_experts: range
+    local_experts: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,23 @@ class AdaptReport:
 
     def __str__(self) -> str:
         first = self.layers[0]
+        local = first.local_experts
+        held = f"experts {local[0]} to {local[-1]} of {first.num_experts} in each"
+        if not isinstance(local, range):
+            held = f"{len(local)} of {first.num_experts} experts in each, by placement"
         return (
             f"{len(self.layers)} MoE layers ({first.class_name}) swapped: ep_rank {self.ep_rank} "
-            f"of {self.ep_size} holds "
-            f"experts {first.local_experts.start} to {first.local_experts.stop - 1} of "
-            f"{first.num_experts} in each"
+            f"of {self.ep_size} holds {held}"
         )
 
 
 def adapt(
-    model: nn.Module, plan: ParallelPlan, *, ep_rank: int, dispatcher: str = "auto"
+    model: nn.Module,
+    plan: ParallelPlan,
+    *,
+    ep_rank: int,
+    dispatcher: str = "auto",
+    placement: SlotPlacement | None = None,
 ) -> AdaptReport:
     """Replaces every experts module by an `ExpertParallelMoE` with this rank's experts, in place.
 
@@ -95,20 +107,26 @@ def adapt(
         plan: The parallel sizes; ep_size is what counts here.
         ep_rank: Rank in the expert group.
         dispatcher: Name of the dispatcher, or ``auto``.
+        placement: Experts in slots; by default they are contiguous.
 
     Returns:
         What was swapped.
 
     Raises:
         AdapterError: The family cannot be supported, the model has no MoE layer that follows the
-            experts contract, or ep_size does not divide its experts.
+            experts contract, ep_size does not divide its experts, or they are placed for others.
     """
-    swapped = shard_experts(model, plan.ep_size, ep_rank)
-    for layer in swapped:
+    swapped = shard_experts(model, plan.ep_size, ep_rank, placement)
+    slots = placement and [ExpertSlots(held) for held in placement.expert_of_slot.values()]
+    for number, layer in enumerate(swapped):
         parent_name, _, attribute = layer.name.rpartition(".")
         experts = model.get_submodule(layer.name)
         moe = ExpertParallelMoE(
-            experts, num_experts=layer.num_experts, ep_size=plan.ep_size, dispatcher=dispatcher
+            experts,
+            num_experts=layer.num_experts,
+            ep_size=plan.ep_size,
+            dispatcher=dispatcher,
+            slots=slots[number] if slots else None,
         )
         block = model.get_submodule(parent_name)
         setattr(block, attribute, moe)
@@ -118,7 +136,9 @@ def adapt(
     return AdaptReport(tuple(swapped), ep_rank, plan.ep_size)
 
 
-def shard_experts(model: nn.Module, ep_size: int, ep_rank: int) -> list[SwappedLayer]:
+def shard_experts(
+    model: nn.Module, ep_size: int, ep_rank: int, placement: SlotPlacement | None = None
+) -> list[SwappedLayer]:
     """Cuts every experts module down to one rank's experts, in place; names do not change.
 
     Raises:
@@ -138,7 +158,16 @@ def shard_experts(model: nn.Module, ep_size: int, ep_rank: int) -> list[SwappedL
             f"{type(model).__name__} has no layer that follows transformers' experts contract, "
             f"so there is nothing to spread over ranks. {HOW_TO_UPCYCLE}."
         )
-    return [_shard_module(name, module, ep_size, ep_rank) for name, module in found]
+    if placement is None:
+        return [
+            _shard_module(name, module, ep_size, _contiguous(name, module, ep_size, ep_rank))
+            for name, module in found
+        ]
+    _check_placement(placement, found, ep_size)
+    return [
+        _shard_module(name, module, ep_size, placement.local_experts(layer, ep_rank))
+        for layer, (name, module) in zip(placement.moe_layers, found, strict=True)
+    ]
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -214,21 +243,45 @@ def moe_layers(model: nn.Module) -> list[ExpertParallelMoE]:
     return [module for module in model.modules() if isinstance(module, ExpertParallelMoE)]
 
 
-def _shard_module(name: str, module: nn.Module, ep_size: int, ep_rank: int) -> SwappedLayer:
-    num_experts = getattr(module, "num_global_experts", module.num_experts)
+def _num_experts(module: nn.Module) -> int:
+    """Returns the experts of a layer over all ranks, before or after it was cut."""
+    return int(getattr(module, "num_global_experts", module.num_experts))
+
+
+def _contiguous(name: str, module: nn.Module, ep_size: int, ep_rank: int) -> range:
+    num_experts = _num_experts(module)
     check_ep_size(name, num_experts, ep_size)
     num_local = num_experts // ep_size
-    local = range(ep_rank * num_local, (ep_rank + 1) * num_local)
+    return range(ep_rank * num_local, (ep_rank + 1) * num_local)
+
+
+def _check_placement(
+    placement: SlotPlacement, found: list[tuple[str, nn.Module]], ep_size: int
+) -> None:
+    """Refuses a placement that is not one of these layers and ranks."""
+    wanted = [placement.num_experts] * len(placement.moe_layers)
+    has = [_num_experts(module) for _, module in found]
+    if has != wanted or placement.num_ranks != ep_size:
+        raise AdapterError(
+            f"the placement is of {len(wanted)} layers with {placement.num_experts} experts on "
+            f"{placement.num_ranks} ranks; the model has {len(has)} with "
+            f"{' or '.join(map(str, sorted(set(has))))}, and ep_size={ep_size}. Make one from a "
+            "run of this model: ds-moe-ep balance."
+        )
+
+
+def _shard_module(name: str, module: nn.Module, ep_size: int, local: Sequence[int]) -> SwappedLayer:
+    num_experts = _num_experts(module)
     if not hasattr(module, "num_global_experts"):
         for param_name, param in expert_parameters(module).items():
             # A copy, so that the memory of the other ranks' experts is given back.
-            kept = param.detach()[local.start : local.stop].clone()
+            kept = param.detach()[list(local)]
             setattr(module, param_name, nn.Parameter(kept, requires_grad=param.requires_grad))
         module.num_global_experts = num_experts
-        module.num_experts = num_local
-    elif module.num_experts != num_local:
+        module.num_experts = len(local)
+    elif module.num_experts != len(local):
         raise AdapterError(
             f"{name} was cut to {module.num_experts} experts a rank; ep_size={ep_size} needs "
-            f"{num_local}."
+            f"{len(local)}."
         )
     return SwappedLayer(name, type(module).__name__, num_experts, local)

@@ -19,13 +19,21 @@ from ds_moe_ep.bringup.report import FAIL, PASS, WARN, Check
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.dist.node_groups import first_ranks
 from ds_moe_ep.errors import some
+from ds_moe_ep.placement import SlotPlacement
 
-__all__ = ["check_experts", "check_hosts", "check_room_for_output", "judge_experts", "judge_hosts"]
+__all__ = [
+    "check_experts",
+    "check_hosts",
+    "check_room_for_output",
+    "judge_experts",
+    "judge_hosts",
+    "judge_placed",
+]
 
 # A token in the journal and in the output, as digits, a comma and its part of the text.
 _OUTPUT_BYTES_PER_TOKEN = 32
 
-Held = Mapping[str, tuple[range, int]]
+Held = Mapping[str, tuple[Sequence[int], int]]
 """By MoE layer, the experts a rank holds, and how many there are."""
 
 
@@ -63,10 +71,19 @@ def judge_hosts(
     return host_checks({host: list(told) for host, told in found.items()}, good)
 
 
-def check_experts(job: Job, report: AdaptReport) -> Check:
-    """Compares the experts that all ranks hold with those of the model; all ranks call it."""
+def check_experts(job: Job, report: AdaptReport, placement: SlotPlacement | None = None) -> Check:
+    """Compares the experts that all ranks hold with those of the model; all ranks call it.
+
+    Args:
+        job: The job.
+        report: What this rank holds.
+        placement: Where experts are to be, if they are not contiguous.
+    """
     own = {layer.name: (layer.local_experts, layer.num_experts) for layer in report.layers}
-    return judge_experts(job.all_gather(own), report.ep_size)
+    held = job.all_gather(own)
+    if placement is not None:
+        return judge_placed(held, placement)
+    return judge_experts(held, report.ep_size)
 
 
 def judge_experts(held: Sequence[Held], ep_size: int) -> Check:
@@ -92,6 +109,31 @@ def judge_experts(held: Sequence[Held], ep_size: int) -> Check:
         f"{len(held)} ranks hold {num_instances:,} experts of {len(held[0])} layers, each "
         f"{'once' if copies == 1 else f'once in each of {copies} groups'}: "
         f"{sum(local):,} a rank, {local[0]} of a layer",
+    )
+
+
+def judge_placed(held: Sequence[Held], placement: SlotPlacement) -> Check:
+    """Finds out whether each rank holds the experts that a placement gives it.
+
+    Args:
+        held: What each rank holds.
+        placement: The placement; expert groups are of consecutive ranks.
+    """
+    wrong = [
+        f"rank {rank} holds {list(local)} of {name}"
+        for rank, own in enumerate(held)
+        for layer, (name, (local, _)) in zip(placement.moe_layers, own.items(), strict=True)
+        if tuple(local) != placement.local_experts(layer, rank % placement.num_ranks)
+    ]
+    if wrong:
+        return Check("experts", FAIL, f"not as the placement says: {some(wrong)}")
+    spare = placement.num_ranks * placement.slots_per_rank - placement.num_experts
+    return Check(
+        "experts",
+        PASS,
+        f"{len(held)} ranks hold {placement.slots_per_rank} of {placement.num_experts} experts in "
+        f"each of {len(placement.moe_layers)} layers, as placed: {spare} slots of a layer hold "
+        "copies",
     )
 
 

@@ -104,7 +104,7 @@ class BringUp:
             PlanError: The batches do not fit in memory.
         """
         start_s = time.perf_counter() - self._hosts_s
-        experts = check_experts(self._job, engine.report)
+        experts = check_experts(self._job, engine.report, self._work.placement)
         self._close(1, [*self._host_checks, experts], start_s)
         start_s = time.perf_counter()
         self._close(2, self._communication(engine), start_s)
@@ -202,7 +202,13 @@ class BringUp:
         ]
 
     def _weight_bytes(self) -> int:
-        return weight_bytes(self._work.spec, self._work.plan, self._work.dtype.itemsize)
+        work, placement = self._work, self._work.placement
+        num_bytes = weight_bytes(work.spec, work.plan, work.dtype.itemsize)
+        if placement is not None:  # its slots may be more than the experts that are counted
+            more = placement.slots_per_rank - work.spec.num_experts // work.plan.ep_size
+            of_layers = more * len(placement.moe_layers)
+            num_bytes += of_layers * work.spec.num_params_per_expert * work.dtype.itemsize
+        return num_bytes
 
     def _needs(self) -> BatchNeeds:
         return BatchNeeds.of(

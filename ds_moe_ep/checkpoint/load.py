@@ -39,6 +39,7 @@ from ds_moe_ep.checkpoint.files import CheckpointFiles, open_checkpoint
 from ds_moe_ep.checkpoint.mapping import own_tensors
 from ds_moe_ep.checkpoint.reader import TensorReader
 from ds_moe_ep.errors import AdapterError, CheckpointError
+from ds_moe_ep.placement import SlotPlacement
 from ds_moe_ep.plan import ParallelPlan
 from ds_moe_ep.upcycle_settings import UPCYCLE_FIELD, UpcycleSettings
 
@@ -61,6 +62,7 @@ def load_expert_parallel_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     dispatcher: str = "auto",
+    placement: SlotPlacement | None = None,
 ) -> tuple[PreTrainedModel, AdaptReport]:
     """Loads a Hugging Face MoE model with the experts of one rank.
 
@@ -71,6 +73,7 @@ def load_expert_parallel_model(
         dtype: What the weights are held in.
         device: Where they are held.
         dispatcher: Name of the dispatcher, or ``auto``.
+        placement: Experts in slots; by default they are contiguous.
 
     Returns:
         The adapted model in eval mode, and what was swapped. Bind its groups with
@@ -83,9 +86,9 @@ def load_expert_parallel_model(
     folder = Path(folder)
     files = open_checkpoint(folder)
     model = build_on_meta(read_model_config(folder), dtype)
-    layers = shard_experts(model, plan.ep_size, ep_rank)
+    layers = shard_experts(model, plan.ep_size, ep_rank, placement)
     _fill(model, files, layers, dtype, device)
-    report = adapt(model, plan, ep_rank=ep_rank, dispatcher=dispatcher)
+    report = adapt(model, plan, ep_rank=ep_rank, dispatcher=dispatcher, placement=placement)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), report

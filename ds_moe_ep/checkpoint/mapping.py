@@ -155,7 +155,7 @@ def own_tensors(
             owner[of_any_expert] = found.layer
             (merged[of_any_expert][expert],) = pieces
     for of_any_expert, layer in owner.items():
-        first = of_any_expert.replace(_ANY, str(layer.local_experts.start))
+        first = of_any_expert.replace(_ANY, str(layer.local_experts[0]))
         rows = _as_rows(of_any_expert, merged[of_any_expert], layer.local_experts)
         picked[first] = StoredSlice(reader, rows)
         names.merge_on_reading(first)
@@ -163,7 +163,7 @@ def own_tensors(
 
 
 def _as_rows(
-    of_any_expert: str, stored: Mapping[int, StoredTensor], experts: range
+    of_any_expert: str, stored: Mapping[int, StoredTensor], experts: Sequence[int]
 ) -> list[StoredTensor]:
     """Returns the tensors of some experts as rows of one tensor, in the experts' order."""
     if missing := [
@@ -182,13 +182,15 @@ def _as_rows(
     return [replace(stored[expert], shape=(1, *stored[expert].shape)) for expert in experts]
 
 
-def rows_of(pieces: Sequence[StoredTensor], experts: range) -> list[StoredTensor]:
+def rows_of(pieces: Sequence[StoredTensor], experts: Sequence[int]) -> list[StoredTensor]:
     """Returns where the rows of some experts lie in the pieces of a fused tensor.
 
     Args:
         pieces: They follow each other in dimension 0.
-        experts: The experts.
+        experts: The experts, in the order of the rows that are wanted.
     """
+    if not isinstance(experts, range):
+        return [row for expert in experts for row in rows_of(pieces, range(expert, expert + 1))]
     found, begin = [], 0
     for piece in pieces:
         num_rows = piece.shape[0]

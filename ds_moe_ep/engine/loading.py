@@ -60,6 +60,7 @@ def load_engine(options: JobOptions, job: Job, work: Work) -> Engine:
             dtype=work.dtype,
             device=job.device,
             dispatcher=dispatcher,
+            placement=work.placement,
         )
         if job.info.rank == 0:
             print(f"{report}; weights in {work.dtype}", flush=True)

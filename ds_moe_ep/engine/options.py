@@ -50,6 +50,7 @@ class JobOptions:
     resume: bool = False
     preflight: bool = False
     metrics: Path | None = None
+    placement: Path | None = None
     timeout_s: float = 120.0
     start_timeout_s: float = 1800.0
 
@@ -108,6 +109,13 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="DIR",
         help="folder for metrics.jsonl, a line a rank, and bringup.jsonl, a line a phase",
+    )
+    add(
+        "--placement",
+        type=Path,
+        metavar="FILE",
+        help="placement.json of `ds-moe-ep balance`: which experts each rank holds (default: "
+        "consecutive ones)",
     )
     add(
         "--resume",

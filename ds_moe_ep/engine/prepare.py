@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ds_moe_ep.checkpoint.files import open_checkpoint
 from ds_moe_ep.checkpoint.load import read_model_config
 from ds_moe_ep.config.deepspeed import inference_config
+from ds_moe_ep.config.placement_file import check_placement, read_placement
 from ds_moe_ep.config.run import RunConfig, load_run_config
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.dist.node_groups import ranks_per_node
@@ -28,6 +29,7 @@ from ds_moe_ep.errors import ConfigError, InputError, PlanError
 from ds_moe_ep.hostfile import local_cluster
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 from ds_moe_ep.moe.dispatch import TWO_LEVEL
+from ds_moe_ep.placement import SlotPlacement
 from ds_moe_ep.plan import ParallelPlan, make_plan
 
 __all__ = ["Work", "prepare"]
@@ -49,6 +51,7 @@ class Work:
         tokenizer: The model's; None if it has none and no prompt needs one.
         prompts: All prompts of the job, in input order.
         context_length: Tokens a prompt and its completion may have together.
+        placement: Experts in slots; None if they are contiguous.
     """
 
     plan: ParallelPlan
@@ -58,6 +61,7 @@ class Work:
     tokenizer: PreTrainedTokenizerBase | None
     prompts: list[EncodedPrompt]
     context_length: int
+    placement: SlotPlacement | None = None
 
 
 def prepare(options: JobOptions, job: Job) -> Work:
@@ -69,6 +73,7 @@ def prepare(options: JobOptions, job: Job) -> Work:
     spec = read_model_spec(options.model)
     config = load_run_config(options.config) if options.config else None
     plan = _plan(options, config, spec, job.info.world_size)
+    placement = _placement(options, plan, spec)
     settings = _deepspeed_config(options, config, plan, spec, job.device)
     _check_dispatcher(options, plan, job)
     read_model_config(options.model)
@@ -86,7 +91,7 @@ def prepare(options: JobOptions, job: Job) -> Work:
     encoded = _encode(prompts, tokenizer)
     _check_tokens(options, encoded, spec, context_length)
     dtype = getattr(torch, settings["dtype"])
-    return Work(plan, spec, settings, dtype, tokenizer, encoded, context_length)
+    return Work(plan, spec, settings, dtype, tokenizer, encoded, context_length, placement)
 
 
 def _plan(
@@ -100,6 +105,14 @@ def _plan(
     ep_size = options.ep_size or configured or world_size
     ranks = replace(local_cluster(world_size), source="the ranks of this job")
     return make_plan(ranks, spec, ep_size=ep_size, dp_size=max(1, world_size // ep_size))
+
+
+def _placement(options: JobOptions, plan: ParallelPlan, spec: ModelSpec) -> SlotPlacement | None:
+    if options.placement is None:
+        return None
+    placement = read_placement(options.placement)
+    check_placement(placement, plan, spec, options.placement)
+    return placement
 
 
 def _check_config(options: JobOptions, config: RunConfig, spec: ModelSpec, world_size: int) -> None:

@@ -24,6 +24,7 @@ from ds_moe_ep.moe.cost_model import LinkPrices
 from ds_moe_ep.moe.dispatch import Dispatcher, make_dispatcher, make_links
 from ds_moe_ep.moe.experts import expert_parameters, run_local_experts
 from ds_moe_ep.moe.shared_expert import EarlySharedExpert
+from ds_moe_ep.moe.slots import ExpertSlots
 from ds_moe_ep.moe.state_dict import name_experts_as_deepspeed_does
 
 __all__ = ["DispatchedExperts", "ExpertParallelMoE"]
@@ -35,13 +36,17 @@ class DispatchedExperts(nn.Module):
     Args:
         experts: Hugging Face experts module that holds this rank's experts only.
         dispatcher: Name of the dispatcher.
+        slots: The slots of all experts; without, they are contiguous and have one each.
     """
 
-    def __init__(self, experts: nn.Module, dispatcher: str) -> None:
+    def __init__(
+        self, experts: nn.Module, dispatcher: str, slots: ExpertSlots | None = None
+    ) -> None:
         super().__init__()
         self.experts = experts
         name_experts_as_deepspeed_does(experts)
         self.dispatcher_name = dispatcher
+        self.slots = slots
         self.ep_group: dist.ProcessGroup | None = None
         # What the next three hold is for the binding: without node groups there are no two levels,
         # without shared memory rows go by the group, and without prices `auto` is alltoall.
@@ -96,6 +101,10 @@ class DispatchedExperts(nn.Module):
                 "after init_distributed()."
             )
         self._check_announced(x_TH.shape[0])
+        if self.slots is not None:
+            # Where all ranks have the same tokens, all must choose the same copies.
+            first = 0 if self.dispatcher_name == "allreduce" else self._ep_rank
+            topk_ids_TK = self.slots.choose(topk_ids_TK, first)
         compute = partial(run_local_experts, self.experts)
         meanwhile = None
         if self.shared_expert is not None:
@@ -130,22 +139,29 @@ class ExpertParallelMoE(MoE):
         num_experts: Experts of the layer over all ranks.
         ep_size: Ranks of the expert group.
         dispatcher: Name of the dispatcher.
+        slots: The slots of all experts; without, they are contiguous and have one each.
     """
 
     def __init__(
-        self, experts: nn.Module, *, num_experts: int, ep_size: int, dispatcher: str
+        self,
+        experts: nn.Module,
+        *,
+        num_experts: int,
+        ep_size: int,
+        dispatcher: str,
+        slots: ExpertSlots | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.use_residual = False
         self.enable_expert_tensor_parallelism = False
         self.num_experts = num_experts
         self.ep_size = ep_size
-        self.num_local_experts = num_experts // ep_size
+        self.num_local_experts = experts.num_experts
         # Not the model's hidden size where experts work in a narrower space of their own.
         is_transposed = getattr(experts, "is_transposed", False)
         self.hidden_size = experts.down_proj.shape[-1 if is_transposed else -2]
         self.expert_group_name = f"ep_size_{ep_size}"
-        self.deepspeed_moe = DispatchedExperts(experts, dispatcher)
+        self.deepspeed_moe = DispatchedExperts(experts, dispatcher, slots)
         for param in expert_parameters(experts).values():
             # DeepSpeed knows an expert parameter by these two attributes.
             param.allreduce = False
