@@ -15,6 +15,7 @@ from ds_moe_ep.cli_convert import add_convert_command
 from ds_moe_ep.cli_predict import add_prediction_arguments, question_from
 from ds_moe_ep.cli_preflight import add_preflight_command
 from ds_moe_ep.cli_rehearse import add_rehearse_command
+from ds_moe_ep.config.megatron_model import TRANSFORMER_IMPLS
 from ds_moe_ep.errors import DsMoeEpError, PlanError
 from ds_moe_ep.hostfile import Cluster, filter_cluster, local_cluster, read_hostfile
 
@@ -74,6 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan_arguments(config)
     config.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     config.add_argument("--dtype", help="type of the weights at run time (default: the model's)")
+    config.add_argument(
+        "--megatron-transformer-impl",
+        choices=TRANSFORMER_IMPLS,
+        default=TRANSFORMER_IMPLS[0],
+        help="layers that megatron.args asks for (default: %(default)s)",
+    )
+    config.add_argument(
+        "--megatron-grouped-gemm",
+        action="store_true",
+        help="let Megatron compute a rank's experts in one multiplication",
+    )
     config.set_defaults(run=_config)
 
     add_convert_command(commands)
@@ -170,13 +182,17 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> int:
     from ds_moe_ep.config.bundle import write_bundle
+    from ds_moe_ep.config.megatron import MegatronOptions
     from ds_moe_ep.model_spec import read_model_spec
     from ds_moe_ep.plan import make_plan
 
     cluster, remarks = _cluster(args)
     spec = read_model_spec(args.model)
     plan = make_plan(cluster, spec, **_sizes(args))
-    report = write_bundle(args.model, cluster, plan, spec, args.out, dtype=args.dtype)
+    megatron = MegatronOptions(args.megatron_transformer_impl, args.megatron_grouped_gemm)
+    report = write_bundle(
+        args.model, cluster, plan, spec, args.out, dtype=args.dtype, megatron=megatron
+    )
     for remark in remarks:
         print(remark)
     for name in report.written:

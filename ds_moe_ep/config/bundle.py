@@ -19,7 +19,7 @@ from ds_moe_ep.config.deepspeed import (
     inference_config,
     require_pure_ep,
 )
-from ds_moe_ep.config.megatron import MEGATRON_ARGS, megatron_args
+from ds_moe_ep.config.megatron import MEGATRON_ARGS, MegatronOptions, megatron_args
 from ds_moe_ep.config.plan_file import (
     PLACEMENT_CSV,
     PLAN_JSON,
@@ -63,6 +63,7 @@ def write_bundle(
     out: Path,
     *,
     dtype: str | None = None,
+    megatron: MegatronOptions | None = None,
 ) -> BundleReport:
     """Write all files for running a model under a plan.
 
@@ -76,6 +77,7 @@ def write_bundle(
         spec: what `read_model_spec(model)` returned.
         out: the folder, made if it is not there.
         dtype: type of the weights at run time; by default the model's own.
+        megatron: how Megatron is to compute the model; by default, by Transformer Engine.
 
     Raises:
         ConfigError: if the model has no experts or the folder cannot be written. Nothing was then
@@ -90,7 +92,8 @@ def write_bundle(
         spec = replace(spec, dtype=dtype_name(dtype))
     texts: dict[str, str] = {}
     not_written: dict[str, str] = {}
-    for name, make in _makers(model, cluster, plan, spec).items():
+    makers = _makers(model, cluster, plan, spec, megatron or MegatronOptions())
+    for name, make in makers.items():
         try:
             texts[name] = make()
         except ConfigError as error:
@@ -106,7 +109,11 @@ def write_bundle(
 
 
 def _makers(
-    model: Path, cluster: Cluster, plan: ParallelPlan, spec: ModelSpec
+    model: Path,
+    cluster: Cluster,
+    plan: ParallelPlan,
+    spec: ModelSpec,
+    megatron: MegatronOptions,
 ) -> dict[str, Callable[[], str]]:
     """Return how each file is made; what raises ConfigError says why there is none."""
 
@@ -122,7 +129,7 @@ def _makers(
         DS_INFERENCE_JSON: lambda: to_json(inference_config(plan, spec)),
         DS_TRAIN_AUTOEP_JSON: lambda: to_json(autoep_config(plan, spec)),
         ACCELERATE_YAML: for_infer(lambda: accelerate_yaml(cluster)),
-        MEGATRON_ARGS: lambda: megatron_args(plan, spec, _config_json(model)),
+        MEGATRON_ARGS: lambda: megatron_args(plan, spec, _config_json(model), megatron),
         HOSTFILE: cluster.to_hostfile,
         PLACEMENT_CSV: lambda: placement_csv(plan, spec, cluster),
         PLAN_JSON: lambda: to_json(make_plan_file(plan, spec, cluster).model_dump()),

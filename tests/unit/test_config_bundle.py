@@ -13,6 +13,7 @@ import pytest
 from ds_moe_ep.cli import main
 from ds_moe_ep.config import bundle
 from ds_moe_ep.config.bundle import write_bundle
+from ds_moe_ep.config.megatron import MegatronOptions
 from ds_moe_ep.config.run import load_run_config
 from ds_moe_ep.errors import ConfigError, PlanError
 from ds_moe_ep.hostfile import Cluster, Host, local_cluster, read_hostfile
@@ -225,10 +226,10 @@ def command(out, *options):
 
 
 def test_the_command_tells_what_it_wrote_and_what_not(tmp_path, capsys):
-    assert main(command(tmp_path, "--ep", "16", "--tp", "4")) == 0
+    assert main(command(tmp_path, "--ep", "16", "--pp", "4")) == 0
     told = capsys.readouterr().out.splitlines()
     assert f"wrote {tmp_path / 'megatron.args'}" in told
-    assert any(line.startswith("no run.sh: tp_size=4, pp_size=1: ") for line in told)
+    assert any(line.startswith("no run.sh: tp_size=1, pp_size=4: ") for line in told)
 
 
 def test_the_command_refuses_with_one_message(tmp_path, capsys):
@@ -254,4 +255,5 @@ def test_nothing_heavy_is_imported():
 
 def test_every_file_has_a_name_that_the_report_knows(tmp_path):
     spec, cluster = read_model_spec(QWEN3), eight_by_eight()
-    assert set(bundle._makers(QWEN3, cluster, make_plan(cluster, spec), spec)) == ALL_FILES
+    plan = make_plan(cluster, spec)
+    assert set(bundle._makers(QWEN3, cluster, plan, spec, MegatronOptions())) == ALL_FILES

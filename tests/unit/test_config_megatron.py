@@ -1,35 +1,22 @@
-"""megatron.args: names that Megatron has, values by family, refusals where it would differ."""
+"""megatron.args: values by family, what becomes of each field, refusals where Megatron differs.
+
+That Megatron knows the names is tested in tests/megatron.
+"""
 
 import json
 import re
 
 import pytest
 
-from ds_moe_ep.config.megatron import megatron_args
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.cli import main
+from ds_moe_ep.config.megatron import MegatronOptions, megatron_args
+from ds_moe_ep.config.megatron_fields import FIELDS, Mapped, Only, WithoutEffect
+from ds_moe_ep.errors import ConfigError, ModelSpecError
 from ds_moe_ep.model_spec import model_spec_from_config
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.launch import REPO
 
 EP64 = ParallelPlan(ep_size=64)
-
-# Options of megatron-core 0.19.2's own parser (and of 0.16.1's, but for the last line).
-MEGATRON_OPTIONS = set(
-    """--tensor-model-parallel-size --pipeline-model-parallel-size --expert-model-parallel-size
-    --expert-tensor-parallel-size --sequence-parallel --num-layers --hidden-size --ffn-hidden-size
-    --num-attention-heads --kv-channels --group-query-attention --num-query-groups
-    --max-position-embeddings --seq-length --micro-batch-size --normalization --norm-epsilon
-    --position-embedding-type --rotary-base --rope-type --rotary-scaling-factor --mscale
-    --mscale-all-dim --swiglu --disable-bias-linear --add-qkv-bias
-    --untie-embeddings-and-output-weights --attention-dropout --hidden-dropout --num-experts
-    --moe-router-topk --moe-ffn-hidden-size --moe-layer-freq --moe-shared-expert-intermediate-size
-    --moe-shared-expert-gate --moe-token-dispatcher-type --moe-router-load-balancing-type
-    --moe-router-pre-softmax --moe-router-score-function --moe-router-enable-expert-bias
-    --moe-router-topk-scaling-factor --moe-router-num-groups --moe-router-group-topk
-    --multi-latent-attention --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim
-    --v-head-dim --qk-layernorm --bf16 --fp16
-    --padded-vocab-size""".split()
-)
 
 LLAMA_LIKE = {
     "hidden_act": "silu",
@@ -77,14 +64,15 @@ DEEPSEEK_V2 = DEEPSEEK_V2_LITE | {"q_lora_rank": 1536, "rope_scaling": None}
 FAMILIES = [OLMOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3]
 
 
-def text(config, plan=EP64):
+def text(config, plan=EP64, **options):
     spec = model_spec_from_config(config, source="config.json", name="model")
-    return megatron_args(plan, spec, config)
+    return megatron_args(plan, spec, config, MegatronOptions(**options))
 
 
-def arguments(config, plan=EP64):
+def arguments(config, plan=EP64, **options):
     """Return the arguments as the command line in the file's comment gives them to Megatron."""
-    words = " ".join(line for line in text(config, plan).splitlines() if line[0] != "#").split()
+    lines = text(config, plan, **options).splitlines()
+    words = " ".join(line for line in lines if line[0] != "#").split()
     pairs = {}
     for word in words:
         if word.startswith("--"):
@@ -92,8 +80,7 @@ def arguments(config, plan=EP64):
             pairs[word] = True
             last = word
         else:
-            assert pairs[last] is True
-            pairs[last] = word
+            pairs[last] = word if pairs[last] is True else f"{pairs[last]} {word}"
     return pairs
 
 
@@ -103,13 +90,9 @@ def refusal(config):
     return str(refused.value)
 
 
-@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
-def test_every_name_is_one_that_megatron_has(config):
-    assert arguments(config).keys() <= MEGATRON_OPTIONS
-
-
 def test_olmoe_in_full():
-    assert text(OLMOE).splitlines()[5:] == [
+    lines = text(OLMOE).splitlines()
+    assert [line for line in lines if line[0] != "#"] == [
         "--tensor-model-parallel-size 1",
         "--pipeline-model-parallel-size 1",
         "--expert-model-parallel-size 64",
@@ -140,13 +123,128 @@ def test_olmoe_in_full():
         "--moe-router-load-balancing-type none",
         "--qk-layernorm",
         "--moe-router-pre-softmax",
+        "--transformer-impl transformer_engine",
+        "--spec ds_moe_ep.megatron.layer_specs olmoe_layers",
         "--bf16",
     ]
 
 
-def test_olmoe_says_that_stock_attention_does_not_fit():
-    assert "--spec names a layer whose attention does as OLMoE does" in text(OLMOE)
-    assert "--spec" not in text(QWEN3_MOE)
+def test_the_file_says_what_the_plan_is_in_megatrons_words():
+    assert "# EP64 TP1 PP1 DP1 is, in Megatron's words: expert model parallel 64, data" in text(
+        OLMOE
+    )
+    plan = ParallelPlan(ep_size=8, tp_size=2, pp_size=2, dp_size=4)
+    said = text(QWEN3_MOE, plan).replace("\n# ", " ")
+    assert "expert model parallel 8, data parallel 32 (replicas of the dense weights" in said
+    assert "expert data parallel 4 (copies of each expert)" in said
+    assert "ds-moe-ep megatron check --args megatron.args --world 128" in said
+
+
+_OWN_LAYERS = "ds_moe_ep.megatron.layer_specs"
+
+
+@pytest.mark.parametrize(
+    ("config", "transformer_impl", "layers"),
+    [
+        (OLMOE, "transformer_engine", f"{_OWN_LAYERS} olmoe_layers"),
+        (OLMOE, "local", f"{_OWN_LAYERS} olmoe_layers"),
+        (QWEN3_MOE, "local", None),
+        (DEEPSEEK_V3, "transformer_engine", None),
+        (DEEPSEEK_V3, "local", f"{_OWN_LAYERS} mla_layers"),
+        (DEEPSEEK_V2_LITE, "transformer_engine", f"{_OWN_LAYERS} mla_layers"),
+    ],
+)
+def test_layers_of_our_own_where_megatrons_differ(config, transformer_impl, layers):
+    found = arguments(config, transformer_impl=transformer_impl)
+    assert found.get("--spec") == layers
+    assert ("--spec names layers of this package" in text(config)) == (
+        "--spec" in arguments(config)
+    )
+
+
+def test_local_layers_and_grouped_experts():
+    fusions = {f"--no-{name}" for name in ("persist-layer-norm", "rope-fusion")}
+    assert not fusions & arguments(MIXTRAL).keys()
+    assert fusions <= arguments(MIXTRAL, transformer_impl="local").keys()
+    assert arguments(MIXTRAL, transformer_impl="local")["--transformer-impl"] == "local"
+    assert "--moe-grouped-gemm" not in arguments(MIXTRAL)
+    assert arguments(MIXTRAL, grouped_gemm=True)["--moe-grouped-gemm"] is True
+    with pytest.raises(ConfigError, match="compute one expert after the other"):
+        MegatronOptions("local", grouped_gemm=True)
+
+
+def test_the_options_of_the_command(tmp_path, capsys):
+    model = REPO / "configs" / "qwen3-30b-a3b-ep64" / "config.json"
+    command = ["config", "--model", str(model), "--num-gpus", "64", "--out", str(tmp_path)]
+    assert main([*command, "--megatron-transformer-impl", "local"]) == 0
+    assert "--transformer-impl local\n" in (tmp_path / "megatron.args").read_text()
+    assert main([*command, "--megatron-grouped-gemm"]) == 0
+    assert "--moe-grouped-gemm\n" in (tmp_path / "megatron.args").read_text()
+    both = ["--megatron-grouped-gemm", "--megatron-transformer-impl", "local"]
+    assert main([*command, *both]) == 2
+    assert "ConfigError: --megatron-grouped-gemm with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", FIELDS)
+def test_every_field_of_transformers_own_class_is_known(model_type):
+    from transformers import CONFIG_MAPPING
+
+    fields = CONFIG_MAPPING[model_type]().to_dict().keys()
+    assert not fields - FIELDS[model_type].keys()
+    assert {config["model_type"] for config in FAMILIES} == FIELDS.keys()
+
+
+def another(value):
+    """Return a value of the same type, which a model could have."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, float):
+        return value + 0.5
+    return 2 * value
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
+def test_a_mapped_field_changes_the_arguments_or_is_refused(config):
+    if config["model_type"] == "deepseek_v2":
+        config = config | {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 6}
+    config = config | {"attention_dropout": 0.0}
+    fates = FIELDS[config["model_type"]]
+    scalars = {
+        name: value for name, value in config.items() if isinstance(value, bool | int | float)
+    }
+    scalars = {name: value for name, value in scalars.items() if isinstance(fates[name], Mapped)}
+    assert len(scalars) > 10
+    without_effect = []
+    for name, value in scalars.items():
+        try:
+            if text(config | {name: another(value)}) == text(config):
+                without_effect.append(name)
+        except (ConfigError, ModelSpecError):
+            pass
+    assert not without_effect
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
+def test_a_field_without_effect_changes_nothing(config):
+    fates = FIELDS[config["model_type"]]
+    names = [name for name, fate in fates.items() if isinstance(fate, WithoutEffect)]
+    names = [name for name in names if name not in ("model_type", "architectures")]
+    assert text(config | dict.fromkeys(names, 7)) == text(config)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
+def test_a_field_with_one_possible_value_is_refused_with_another(config):
+    for name, fate in FIELDS[config["model_type"]].items():
+        if isinstance(fate, Only):
+            with pytest.raises((ConfigError, ModelSpecError), match=name):
+                text(config | {name: 12345})
+
+
+def test_a_field_that_nobody_knows_is_refused():
+    assert refusal(OLMOE | {"moe_gate_temperature": 0.5}).startswith(
+        "moe_gate_temperature=0.5 in config.json: what it means for a olmoe model"
+    )
+    assert "Did you mean rms_norm_eps?" in refusal(OLMOE | {"rms_norm_epss": 1})
 
 
 @pytest.mark.parametrize(
@@ -171,6 +269,7 @@ def test_olmoe_says_that_stock_attention_does_not_fit():
         (DEEPSEEK_V3, {"--qk-head-dim": "128", "--qk-pos-emb-head-dim": "64"}),
         (DEEPSEEK_V3, {"--rope-type": "yarn", "--rotary-scaling-factor": "40", "--mscale": "1.0"}),
         (DEEPSEEK_V3, {"--moe-shared-expert-intermediate-size": "2048"}),
+        (DEEPSEEK_V2_LITE, {"--q-lora-rank": None, "--mscale": "0.707", "--rope-type": "yarn"}),
         (DEEPSEEK_V3 | {"rope_scaling": None}, {"--rope-type": "rope", "--mscale": None}),
         (DEEPSEEK_V3 | {"n_group": 1, "topk_group": 1}, {"--moe-router-num-groups": None}),
     ],
@@ -186,7 +285,7 @@ def test_the_layer_pattern_is_what_megatron_evaluates():
 
 
 def test_rope_parameters_of_transformers_5_are_read_too():
-    config = {name: value for name, value in OLMOE.items() if not name.startswith("rope")}
+    config = {name: value for name, value in OLMOE.items() if not name.startswith("rope_")}
     config["rope_parameters"] = {"rope_theta": 500000.0, "rope_type": "default"}
     assert arguments(config)["--rotary-base"] == "500000"
 
@@ -205,6 +304,12 @@ def test_a_plan_that_splits_tensors_and_layers():
         (published("glm-4.7-flash-ep64"), "model_type='glm4_moe_lite' has no mapping to Megatron"),
         (published("ernie-4.5-21b-a3b-ep64"), "there is one for deepseek_v2, deepseek_v3, mixtral"),
         (OLMOE | {"clip_qkv": 8.0}, "clip_qkv=8.0 in config.json: Megatron computes this family"),
+        (OLMOE | {"head_dim": 64}, "head_dim=64 in config.json: Megatron computes this family wit"),
+        (OLMOE | {"rope_parameters": {"rope_theta": 1, "truncate": True}}, "truncate=True among"),
+        (OLMOE | {"rope_parameters": [1]}, "rope parameters [1] in config.json"),
+        (DEEPSEEK_V3 | {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05 in config.json"),
+        (DEEPSEEK_V3 | {"num_key_value_heads": 64}, "num_key_value_heads=64 in config.json"),
+        (QWEN2_MOE | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=["),
         (OLMOE | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (OLMOE | {"attention_bias": True}, "attention_bias=True"),
         (OLMOE | {"rope_theta": 10000.5}, "rope_theta=10000.5: Megatron's --rotary-base takes"),
@@ -215,7 +320,6 @@ def test_a_plan_that_splits_tensors_and_layers():
         (QWEN3_MOE | {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with normalised weights"),
         (MIXTRAL | {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with normalised weights"),
         (MIXTRAL | {"sliding_window": 4096}, "sliding_window=4096"),
-        (DEEPSEEK_V2_LITE, "q_lora_rank=null: Megatron's local layers cannot normalise"),
         (
             DEEPSEEK_V2 | {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3},
             "topk_group=3 with num_experts_per_tok=6: Megatron would rank the groups by their bes",
@@ -238,6 +342,7 @@ def test_what_megatron_would_compute_differently_is_refused(config, message):
     [
         (DEEPSEEK_V3, {"pp_size": 2}, "pp_size=2 does not divide num_layers=61: Megatron gives"),
         (MIXTRAL | {"vocab_size": 1001}, {"tp_size": 2}, "tp_size=2 does not divide vocab_size=1"),
+        (OLMOE, {"tp_size": 2}, "tp_size=2: OLMoE's norms of q and k span all heads"),
     ],
 )
 def test_splits_that_megatron_cannot_make_are_refused(config, sizes, message):
