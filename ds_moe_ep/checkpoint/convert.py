@@ -40,6 +40,7 @@ from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 __all__ = [
     "MAX_DENSE_BYTES",
     "Conversion",
+    "compare_files",
     "default_ep_size",
     "describe",
     "to_deepspeed",
@@ -251,22 +252,44 @@ def verify(folder: Path, *, show_progress: ShowProgress = silently) -> Conversio
     """
     manifest = read_manifest(folder)
     open_expert_sharded(folder, manifest)
-    total = sum(file.num_bytes for file in manifest.files.values())
+    return compare_files(folder, manifest.files, MANIFEST_JSON, show_progress=show_progress)
+
+
+def compare_files(
+    folder: Path,
+    files: Mapping[str, FileEntry],
+    listed_in: str,
+    *,
+    show_progress: ShowProgress = silently,
+) -> Conversion:
+    """Reads every byte of files and compares their hashes.
+
+    Args:
+        folder: Where they are.
+        files: Them, by their paths in the folder, with slashes.
+        listed_in: Name of the file beside them that lists them.
+        show_progress: Opens the progress bar.
+
+    Raises:
+        CheckpointError: Names the files that are corrupt or cannot be read.
+    """
+    total = sum(file.num_bytes for file in files.values())
     corrupt = []
     with show_progress(total) as progress:
         try:
-            for path, sha256 in hash_files([folder / name for name in manifest.files], progress):
-                if sha256 != manifest.files[path.name].sha256:
-                    corrupt.append(path.name)
+            for path, sha256 in hash_files([folder / name for name in files], progress):
+                name = path.relative_to(folder).as_posix()
+                if sha256 != files[name].sha256:
+                    corrupt.append(name)
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be read: {error}.") from error
     if corrupt:
         raise CheckpointError(
-            f"{folder}: {len(corrupt)} of {len(manifest.files)} files are corrupt (their sha256 is "
-            f"not that in {MANIFEST_JSON}): {', '.join(sorted(corrupt))}. Copy them again from "
+            f"{folder}: {len(corrupt)} of {len(files)} files are corrupt (their sha256 is "
+            f"not that in {listed_in}): {', '.join(sorted(corrupt))}. Copy them again from "
             "their source, or convert the model again."
         )
-    return Conversion(folder, len(manifest.files) + 1, total)
+    return Conversion(folder, len(files) + 1, total)
 
 
 def _unpickle(

@@ -24,6 +24,7 @@ from ds_moe_ep.checkpoint.header import StoredTensor, joined_shape
 from ds_moe_ep.checkpoint.layout import PlannedFile
 from ds_moe_ep.checkpoint.mapping import ExpertTensor, rows_of
 from ds_moe_ep.checkpoint.reader import TensorReader
+from ds_moe_ep.checkpoint.torch_save import torch_save
 from ds_moe_ep.checkpoint.transform import ModelNames
 from ds_moe_ep.errors import CheckpointError, some
 from ds_moe_ep.moe.experts import expert_parameters
@@ -175,7 +176,7 @@ def _write_dense(
     out: IO[bytes],
 ) -> None:
     module = _with_tied(model, _read(names, dense))
-    _save(state | {"module": module}, out)
+    torch_save(state | {"module": module}, out)
 
 
 def _write_expert(
@@ -192,7 +193,7 @@ def _write_expert(
         prefix + name.removeprefix(f"{layer}."): tensor[0] if name in split else tensor
         for name, tensor in made.items()
     }
-    _save(state, out)
+    torch_save(state, out)
 
 
 def _read(names: ModelNames, tensors: Stored) -> dict[str, Tensor]:
@@ -203,11 +204,3 @@ def _read(names: ModelNames, tensors: Stored) -> dict[str, Tensor]:
         name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
         for name, tensor in made.items()
     }
-
-
-def _save(state: dict[str, Any], out: IO[bytes]) -> None:
-    try:
-        torch.save(state, out)
-    except RuntimeError as error:
-        # torch ends its archive even when it could not be written, and complains of that instead.
-        raise error.__context__ or error from None

@@ -25,9 +25,12 @@ from ds_moe_ep.checkpoint.manifest import (
 from ds_moe_ep.errors import CheckpointError, some
 
 __all__ = [
+    "MEGATRON_METADATA",
+    "MEGATRON_TRACKER",
     "PICKLED_INDEX",
     "CheckpointFiles",
     "is_of_deepspeed",
+    "is_of_megatron",
     "is_pickled",
     "open_checkpoint",
     "open_expert_sharded",
@@ -36,6 +39,9 @@ __all__ = [
 _SINGLE = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+MEGATRON_METADATA = ".metadata"
+MEGATRON_TRACKER = "latest_checkpointed_iteration.txt"
+"""Names the folder of the newest checkpoint, beside it."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,11 @@ def is_of_deepspeed(folder: Path) -> bool:
     return any(folder.glob("*/mp_rank_00_model_states.pt"))
 
 
+def is_of_megatron(folder: Path) -> bool:
+    """Returns whether a folder is a checkpoint of Megatron, or holds checkpoints of it."""
+    return _has_any(folder, MEGATRON_METADATA, MEGATRON_TRACKER)
+
+
 def _has_any(folder: Path, *names: str) -> bool:
     return any((folder / name).is_file() for name in names)
 
@@ -200,5 +211,10 @@ def _other_formats(folder: Path) -> str:
         return (
             "It is a checkpoint of DeepSpeed, which DeepSpeed's own loader reads; convert what it "
             "was made from."
+        )
+    if is_of_megatron(folder):
+        return (
+            "It is a checkpoint of Megatron. To make a Hugging Face directory of it: ds-moe-ep "
+            f"convert {folder} DST --to hf."
         )
     return "Name a Hugging Face model directory with its weights."

@@ -8,9 +8,15 @@ Source: https://docs.pytorch.org/docs/2.13/notes/serialization.html
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import IO, Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +25,7 @@ from ds_moe_ep.checkpoint.header import StoredTensor
 from ds_moe_ep.checkpoint.reader import DTYPES
 from ds_moe_ep.errors import CheckpointError
 
-__all__ = ["read_pickled"]
+__all__ = ["read_pickled", "read_pickled_tensor"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _INSTEAD = "Save the model again as safetensors where it was made."
@@ -35,29 +41,87 @@ def read_pickled(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: It holds anything but tensors, is truncated or corrupt, in the format of
             torch before 1.6, or its tensors do not lie in the file as they are.
     """
-    try:
-        _check_archive(path)
-        with FakeTensorMode():
-            content = torch.load(path, map_location="cpu", weights_only=True)
+    with _refusing(path), path.open("rb") as file:
+        content = _load(path, file)
         if not isinstance(content, dict):
             raise CheckpointError(
                 f"{path} holds a {type(content).__name__}, no tensors by name. {_INSTEAD}"
             )
-        return {key: _stored(path, key, value) for key, value in content.items()}
+        size = path.stat().st_size
+        return {key: _stored(path, key, value, size) for key, value in content.items()}
+
+
+def read_pickled_tensor(path: Path, start: int, num_bytes: int) -> StoredTensor:
+    """Finds a tensor in a part of a file that is what ``torch.save`` wrote of it alone.
+
+    Args:
+        path: The file.
+        start: Where the part begins in it, in bytes.
+        num_bytes: Its size.
+
+    Raises:
+        CheckpointError: See `read_pickled`.
+    """
+    with _refusing(path), path.open("rb") as file:
+        content = _load(path, cast(IO[bytes], _Part(file, start, num_bytes)))
+        found = _stored(path, f"the tensor at byte {start:,}", content, num_bytes)
+        return replace(found, start=start + found.start)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as if it were one."""
+
+    def __init__(self, file: IO[bytes], start: int, num_bytes: int) -> None:
+        self._file, self._start, self._num_bytes = file, start, num_bytes
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._num_bytes}
+        return self._file.seek(self._start + max(0, begin[whence] + offset)) - self._start
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer)[: max(0, self._num_bytes - self.tell())]
+        data = self._file.read(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+
+def _load(path: Path, file: IO[bytes]) -> Any:
+    """Reads what a file has, or a part of the file at `path`, without the tensors' values."""
+    _check_archive(path, file)
+    file.seek(0)
+    with FakeTensorMode():
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Makes a refusal of whatever is raised."""
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # what nobody vouches for can break its readers anyhow
         raise _refusal(path, error) from error
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path, file: IO[bytes]) -> None:
     """Refuses torch's older format, and tensors whose bytes are not as they would be in memory."""
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(file):
         raise CheckpointError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated, or in the format of torch "
             f"before 1.6. Copy it again from its source. {_INSTEAD}"
         )
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         orders = [archive.read(e) for e in entries if e.filename.endswith("/byteorder")]
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -79,7 +143,7 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _stored(path: Path, key: object, value: object) -> StoredTensor:
+def _stored(path: Path, key: object, value: object, file_bytes: int) -> StoredTensor:
     if not isinstance(key, str) or not isinstance(value, torch.Tensor):
         raise CheckpointError(
             f"{path}: the entry {key!r} is no tensor with a name, and a model's file holds nothing "
@@ -93,9 +157,6 @@ def _stored(path: Path, key: object, value: object) -> StoredTensor:
     storage = value.untyped_storage()
     skipped_bytes = value.storage_offset() * value.element_size()
     start = storage._checkpoint_offset + skipped_bytes
-    if (
-        skipped_bytes + value.nbytes > storage.nbytes()
-        or start + value.nbytes > path.stat().st_size
-    ):
+    if skipped_bytes + value.nbytes > storage.nbytes() or start + value.nbytes > file_bytes:
         raise CheckpointError(f"{path}: {key} reaches beyond its data. {_INSTEAD}")
     return StoredTensor(path, start, value.nbytes, _NAMES[value.dtype], tuple(value.shape))

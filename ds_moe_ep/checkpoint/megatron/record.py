@@ -1,0 +1,66 @@
+"""ds_moe_ep.json: what a converted Megatron checkpoint was made from, and what its files are.
+
+Megatron does not read it. It is what brings back the same Hugging Face files, and what the bytes of
+the checkpoint are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ValidationError
+
+from ds_moe_ep.checkpoint.manifest import FileEntry, SourceSection, is_file_name
+from ds_moe_ep.config.strict import Strict
+from ds_moe_ep.errors import CheckpointError
+
+__all__ = ["RECORD_JSON", "Record", "read_record"]
+
+RECORD_JSON = "ds_moe_ep.json"
+
+
+def _relative(name: str) -> str:
+    if not all(map(is_file_name, name.split("/"))):
+        raise ValueError("is not the path of a file in this folder")
+    return str(PurePosixPath(name))
+
+
+class Record(Strict):
+    """The content of ds_moe_ep.json; `files` names every file of the folder but itself."""
+
+    format: Literal["ds_moe_ep Megatron checkpoint"] = "ds_moe_ep Megatron checkpoint"
+    version: Literal[1] = 1
+    target_spec: Literal["local", "te"]
+    source: SourceSection
+    files: dict[Annotated[str, AfterValidator(_relative)], FileEntry]
+
+    def to_json(self) -> str:
+        """Returns the text of the file."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def read_record(folder: Path) -> Record | None:
+    """Reads the record of a converted checkpoint; None where Megatron wrote the checkpoint.
+
+    Raises:
+        CheckpointError: It is corrupt, or a newer version wrote it.
+    """
+    path = folder / RECORD_JSON
+    try:
+        return Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first, *_ = error.errors(include_url=False)
+        place = ".".join(str(step) for step in first["loc"]) or "the record"
+        raise CheckpointError(f"{path}: {place}: {first['msg']}. {_AGAIN}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). {_AGAIN}") from error
+
+
+_AGAIN = (
+    "Copy it again from its source, or remove it: the checkpoint then comes back with the same "
+    "tensors, but in other files."
+)
