@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ds_moe_ep.bench import collectives, e2e, layer, load, overlap, replay, scale
+from ds_moe_ep.bench import balance, collectives, e2e, layer, load, overlap, replay, scale
 from ds_moe_ep.bench.report import Report
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import init_distributed, read_rank_info
@@ -36,7 +36,7 @@ __all__ = ["main"]
 
 _TABLES = {
     module.TABLE.name: module.TABLE
-    for module in (load, layer, overlap, scale, collectives, e2e, replay)
+    for module in (load, layer, overlap, scale, collectives, e2e, replay, balance)
 }
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 

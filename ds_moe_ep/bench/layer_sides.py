@@ -29,6 +29,7 @@ from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.errors import DistributedError
+from ds_moe_ep.placement import SlotPlacement
 from ds_moe_ep.plan import ParallelPlan
 
 __all__ = [
@@ -76,6 +77,7 @@ class OurLayer:
         dispatcher: Name of the dispatcher.
         num_tokens: Tells the tokens of every rank, which a pass of infer.py announces once for all
             layers; None where nothing is announced.
+        placement: Experts in slots; by default they are contiguous.
     """
 
     def __init__(
@@ -84,10 +86,11 @@ class OurLayer:
         job: Job,
         dispatcher: str,
         num_tokens: Callable[[], list[int] | None],
+        placement: SlotPlacement | None = None,
     ) -> None:
         model = copy.deepcopy(model).to(job.device)
         plan = ParallelPlan(job.info.world_size)
-        adapt(model, plan, ep_rank=job.info.rank, dispatcher=dispatcher)
+        adapt(model, plan, ep_rank=job.info.rank, dispatcher=dispatcher, placement=placement)
         bind_expert_groups(model, nodes=job.nodes, device=job.device)
         prepare_for_inference(model)
         (self._layer,) = moe_layers(model)
@@ -98,6 +101,10 @@ class OurLayer:
     def stats(self) -> CommStats:
         """What this rank's collectives cost so far."""
         return self._layer.deepspeed_moe.stats
+
+    def num_rows_computed(self) -> int:
+        """Returns the rows that this rank's experts have computed so far."""
+        return int(self._layer.deepspeed_moe.tokens_per_expert.sum())
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         """Returns the outputs of this rank's tokens."""

@@ -16,6 +16,10 @@ TINY = {
     "load": ("--world", "2", "--models", "tiny"),
     "layer": ("--world", "2", "--shape", "tiny", "--tokens", "4", "--routing", "uniform"),
     "overlap": ("--world", "2", "--tokens", "4"),
+    "balance": (
+        *("--world", "2", "--shape", "tiny", "--tokens", "4", "--routing", "zipf"),
+        *("--spare", "0", "1"),
+    ),
     "scale": ("--world", "2", "--shape", "tiny", "--tokens", "4", "--total-tokens", "6"),
     "collectives": ("--world", "2", "--message-kib", "1"),
     "e2e": (

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from ds_moe_ep.bench import collectives, replay, scale
+from ds_moe_ep.bench import balance, collectives, replay, scale
 from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.replay import prefill_flops
 from ds_moe_ep.bench.replayed_rank import even_ids
@@ -120,3 +120,20 @@ def test_a_replay_shows_its_share_of_the_floor():
     assert "Rank 5 of 64 of olmoe" in text
     assert "no GPU" not in text
     assert "There was no GPU" in replay.TABLE.to_markdown([result | {"dtype": "float32"}])
+
+
+def test_placed_experts_are_compared_with_contiguous_ones():
+    times = {"contiguous": 0.020, "placed, no copies": 0.016}
+    result = {
+        "world_size": 2,
+        "shape": "tiny",
+        "routing": "zipf",
+        "tokens_per_rank": 40,
+        "balancedness": {"contiguous": 0.625, "placed, no copies": 0.9876},
+        "seconds": {name: vars(Spread(s, s, s, 3)) for name, s in times.items()},
+    }
+    lines = balance.TABLE.to_markdown([result]).splitlines()
+    # 80 tokens in 20 and in 16 ms.
+    assert lines[2] == "| 2 | zipf | contiguous | 0.625 | 20.0 (20.0 to 20.0) | 4,000 | 1.00 |"
+    assert lines[3].startswith("| 2 | zipf | placed, no copies | 0.988 | 16.0 ")
+    assert lines[3].endswith("| 5,000 | 1.25 |")
