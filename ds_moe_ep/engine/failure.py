@@ -35,7 +35,9 @@ _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "monit
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
-def fail(error: Exception, info: RankInfo, job: Job | None, progress: Progress, kept: Path) -> int:
+def fail(
+    error: Exception, info: RankInfo, job: Job | None, progress: Progress, kept: Path | None
+) -> int:
     """Tells the user what broke, if it is for this rank to tell; the process is to end then.
 
     Args:
@@ -43,7 +45,7 @@ def fail(error: Exception, info: RankInfo, job: Job | None, progress: Progress, 
         info: Who this process is.
         job: The job, once this rank has joined it.
         progress: Where this rank is.
-        kept: Folder in which finished prompts are kept.
+        kept: Folder in which finished prompts are kept; None if they are not.
 
     Returns:
         The exit code.

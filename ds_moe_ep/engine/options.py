@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DISPATCHER_NAMES", "JobOptions", "parse_options"]
+__all__ = ["DISPATCHER_NAMES", "JobOptions", "add_timeouts", "parse_options", "positive"]
 
 DISPATCHER_NAMES = (
     "auto",
@@ -139,7 +139,7 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--max-new-tokens",
-        type=_positive(int),
+        type=positive(int),
         default=64,
         metavar="N",
         help="tokens of a completion at most (default: %(default)s)",
@@ -171,13 +171,13 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--ep-size",
-        type=_positive(int),
+        type=positive(int),
         metavar="N",
         help="ranks that share the experts (default: --config's, else all)",
     )
     add(
         "--batch-size",
-        type=_positive(int),
+        type=positive(int),
         metavar="N",
         help="prompts a rank works on at a time (default: what memory has room for, up to 32)",
     )
@@ -199,10 +199,16 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
         default="sharded",
         help="each rank its own prompts (default: throughput), or all ranks all prompts (latency)",
     )
+    add_timeouts(group)
+
+
+def add_timeouts(group: argparse._ArgumentGroup) -> None:
+    """Adds --timeout and --start-timeout."""
+    add = group.add_argument
     add(
         "--timeout",
         dest="timeout_s",
-        type=_positive(float),
+        type=positive(float),
         default=120.0,
         metavar="S",
         help="seconds any rank waits for another (default: %(default).0f)",
@@ -210,14 +216,16 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
     add(
         "--start-timeout",
         dest="start_timeout_s",
-        type=_positive(float),
+        type=positive(float),
         default=1800.0,
         metavar="S",
         help="seconds for all ranks to come up, and to load (default: %(default).0f)",
     )
 
 
-def _positive(kind):
+def positive(kind):
+    """Returns an argparse type for finite numbers above 0, of type `kind`."""
+
     def parse(text: str):
         value = kind(text)
         if not 0 < value < float("inf"):

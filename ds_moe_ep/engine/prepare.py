@@ -7,12 +7,11 @@ collective.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ds_moe_ep.checkpoint.files import open_checkpoint
 from ds_moe_ep.checkpoint.load import read_model_config
@@ -21,11 +20,12 @@ from ds_moe_ep.config.placement_file import check_placement, read_placement
 from ds_moe_ep.config.run import RunConfig, load_run_config
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.dist.node_groups import ranks_per_node
+from ds_moe_ep.engine.encode import check_tokens, encode, read_tokenizer
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import check_writable
 from ds_moe_ep.engine.prompts import Prompt, read_prompts
 from ds_moe_ep.engine.tasks import EncodedPrompt
-from ds_moe_ep.errors import ConfigError, InputError, PlanError
+from ds_moe_ep.errors import ConfigError, PlanError
 from ds_moe_ep.hostfile import local_cluster
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 from ds_moe_ep.moe.dispatch import TWO_LEVEL
@@ -34,7 +34,6 @@ from ds_moe_ep.plan import ParallelPlan, make_plan
 
 __all__ = ["Work", "prepare"]
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 # Of a preflight without an input.
 _LONGEST_MADE_UP, _BATCHES_MADE_UP, _ROWS_MADE_UP = 512, 3, 8
 
@@ -87,9 +86,16 @@ def prepare(options: JobOptions, job: Job) -> Work:
         prompts = _made_up(options, spec, context_length, job.info.world_size)
     else:
         prompts = read_prompts(options.input)
-    tokenizer = _tokenizer(options, prompts)
-    encoded = _encode(prompts, tokenizer)
-    _check_tokens(options, encoded, spec, context_length)
+    tokenizer = read_tokenizer(options.model, prompts, options.input)
+    encoded = encode(prompts, tokenizer)
+    check_tokens(
+        encoded,
+        source=options.input,
+        model=options.model,
+        vocab_size=spec.vocab_size,
+        context_length=context_length,
+        generates=options.task == "generate",
+    )
     dtype = getattr(torch, settings["dtype"])
     return Work(plan, spec, settings, dtype, tokenizer, encoded, context_length, placement)
 
@@ -174,23 +180,6 @@ def _warn_ignored(options: JobOptions) -> None:
         warnings.warn("--top-p is ignored: --temperature 0 is greedy decoding.", stacklevel=2)
 
 
-def _tokenizer(options: JobOptions, prompts: Sequence[Prompt]) -> PreTrainedTokenizerBase | None:
-    if any((options.model / name).exists() for name in _TOKENIZER_FILES):
-        try:
-            return AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())  # on a line
-            raise InputError(f"{options.model}: the tokenizer cannot be read: {reason}") from error
-    text = next((prompt for prompt in prompts if prompt.text is not None), None)
-    if text is None:
-        return None
-    raise InputError(
-        f"{options.input}: prompt {text.id!r} is text, but {options.model} has no tokenizer "
-        f"({', '.join(_TOKENIZER_FILES)}). "
-        "Add the tokenizer's files, or give prompt_token_ids."
-    )
-
-
 def _made_up(
     options: JobOptions, spec: ModelSpec, context_length: int, world_size: int
 ) -> list[Prompt]:
@@ -202,33 +191,3 @@ def _made_up(
         Prompt(str(i), None, tuple((i + j) % spec.vocab_size for j in range(1 + i % longest)), i)
         for i in range(count)
     ]
-
-
-def _encode(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None
-) -> list[EncodedPrompt]:
-    texts = [prompt.text for prompt in prompts if prompt.text is not None]
-    encoded = iter(tokenizer(texts)["input_ids"]) if tokenizer is not None and texts else iter(())
-    return [EncodedPrompt(prompt, prompt.token_ids or tuple(next(encoded))) for prompt in prompts]
-
-
-def _check_tokens(
-    options: JobOptions, prompts: Sequence[EncodedPrompt], spec: ModelSpec, context_length: int
-) -> None:
-    room = context_length - (1 if options.task == "generate" else 0)
-    for encoded in prompts:
-        where = f"{options.input}: prompt {encoded.prompt.id!r}"
-        if not encoded.token_ids:
-            raise InputError(f"{where} has no tokens. Remove it.")
-        if len(encoded.token_ids) > room:
-            raise InputError(
-                f"{where} has {len(encoded.token_ids):,} tokens, but the context of "
-                f"{options.model} is {context_length:,}"
-                f"{' and at least one is to be generated' if room < context_length else ''}. "
-                f"Shorten it to {room:,}."
-            )
-        if max(encoded.token_ids) >= spec.vocab_size:
-            raise InputError(
-                f"{where} has token id {max(encoded.token_ids)}, but the vocabulary of "
-                f"{options.model} ends at {spec.vocab_size - 1}."
-            )

@@ -79,7 +79,7 @@ def supervise(
     *,
     name: str,
     speaks: bool,
-    kept: Path,
+    kept: Path | None,
     start_patience_s: float = math.inf,
     patience_s: float = math.inf,
 ) -> int:
@@ -89,7 +89,7 @@ def supervise(
         work: What the worker does; returns its exit code.
         name: Names the rank in messages: "rank 3 worker-1".
         speaks: Whether this rank tells the user that the job was interrupted.
-        kept: Folder in which finished prompts are kept.
+        kept: Folder in which finished prompts are kept; None if they are not.
         start_patience_s: For how long a worker may stand where it is before its first pass.
         patience_s: And later. What other ranks wait for it, and what they take to say so.
 
@@ -277,9 +277,11 @@ def _next_of(signals: set[int], timeout_s: float) -> int | None:
     return caught.si_signo if caught else None
 
 
-def what_is_kept(folder: Path) -> str:
+def what_is_kept(folder: Path | None) -> str:
     """Returns a sentence on what an ended job leaves in its folder; none before it has one."""
-    return f" Finished prompts are in {folder}: go on with --resume." if folder.exists() else ""
+    if folder is None or not folder.exists():
+        return ""
+    return f" Finished prompts are in {folder}: go on with --resume."
 
 
 def _say(message: str) -> None:

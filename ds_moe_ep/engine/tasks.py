@@ -21,7 +21,15 @@ from ds_moe_ep.engine.outputs import GenerateResult, ScoreResult
 from ds_moe_ep.engine.prompts import Prompt
 from ds_moe_ep.engine.sampling import sampling_processors
 
-__all__ = ["EncodedPrompt", "GenerateSettings", "generate_batch", "pad_left", "score_batch"]
+__all__ = [
+    "EncodedPrompt",
+    "GenerateSettings",
+    "end_ids",
+    "generate_batch",
+    "pad_left",
+    "score_batch",
+    "score_tokens",
+]
 
 
 @dataclass(frozen=True)
@@ -89,11 +97,11 @@ def generate_batch(
             ),
             synced_gpus=False,
         )
-    end_ids = _end_ids(config)
+    ends = end_ids(config)
     results = []
     for encoded, row in zip(batch, output_BL[:, longest:].tolist(), strict=True):
         room = min(settings.max_new_tokens, settings.context_length - len(encoded.token_ids))
-        token_ids, reason = _cut(row[:room], end_ids)
+        token_ids, reason = _cut(row[:room], ends)
         text = (
             tokenizer.decode(token_ids, skip_special_tokens=True) if tokenizer is not None else None
         )
@@ -131,22 +139,30 @@ def score_batch(
             use_cache=False,
         ).logits
     longest = input_ids_BL.shape[1]
-    results = []
-    for row, encoded in enumerate(batch):
-        first = longest - len(encoded.token_ids)
-        # One row at a time: a float32 log-softmax of the whole batch would double the largest
-        # tensor of the pass.
-        logprobs_LV = logits_BLV[row, first : longest - 1].float().log_softmax(dim=-1)
-        scored_L: Tensor = logprobs_LV.gather(1, input_ids_BL[row, first + 1 :, None])[:, 0]
-        results.append(
-            ScoreResult(
-                id=encoded.prompt.id,
-                num_tokens=len(encoded.token_ids),
-                logprob=float(scored_L.double().sum()),
-                token_logprobs=tuple(scored_L.tolist()),
-            )
-        )
-    return results
+    return [
+        score_tokens(encoded, logits_LV[longest - len(encoded.token_ids) :])
+        for encoded, logits_LV in zip(batch, logits_BLV, strict=True)
+    ]
+
+
+def score_tokens(encoded: EncodedPrompt, logits_LV: Tensor) -> ScoreResult:
+    """Computes the natural log probability of every token of a prompt but its first.
+
+    Args:
+        encoded: The prompt.
+        logits_LV: What a model gave after each of its tokens.
+    """
+    ids_L = torch.tensor(encoded.token_ids, device=logits_LV.device)
+    # One prompt at a time: a float32 log-softmax of a whole batch would double the largest tensor
+    # of the pass.
+    logprobs_LV = logits_LV[:-1].float().log_softmax(dim=-1)
+    scored_L = logprobs_LV.gather(1, ids_L[1:, None])[:, 0]
+    return ScoreResult(
+        id=encoded.prompt.id,
+        num_tokens=len(encoded.token_ids),
+        logprob=float(scored_L.double().sum()),
+        token_logprobs=tuple(scored_L.tolist()),
+    )
 
 
 def pad_left(
@@ -175,18 +191,19 @@ def _generation_config(own: GenerationConfig, settings: GenerateSettings) -> Gen
     )
     config.max_new_tokens = settings.max_new_tokens
     if config.pad_token_id is None:
-        config.pad_token_id = min(_end_ids(config), default=0)
+        config.pad_token_id = min(end_ids(config), default=0)
     return config
 
 
-def _end_ids(config: GenerationConfig) -> set[int]:
+def end_ids(config: GenerationConfig) -> set[int]:
+    """Returns the tokens that end a completion."""
     end = config.eos_token_id
     return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
-def _cut(token_ids: list[int], end_ids: set[int]) -> tuple[list[int], Literal["stop", "length"]]:
+def _cut(token_ids: list[int], ends: set[int]) -> tuple[list[int], Literal["stop", "length"]]:
     """Cuts a row after its first end token."""
     for position, token in enumerate(token_ids):
-        if token in end_ids:
+        if token in ends:
             return token_ids[: position + 1], "stop"
     return token_ids, "length"

@@ -1,0 +1,86 @@
+"""Reads a file of Megatron arguments, and has Megatron's own parser and checks take them.
+
+What the arguments mean is Megatron's part; which ones a model needs is in config/megatron.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+from ds_moe_ep.errors import MegatronError
+
+__all__ = ["as_command_line", "parse_arguments", "read_arguments"]
+
+
+def read_arguments(path: Path) -> list[str]:
+    """Reads the words of a file that `ds-moe-ep config` has written, or one like it.
+
+    Args:
+        path: The file: arguments with white space between them; lines that begin with # are left
+            out.
+
+    Raises:
+        MegatronError: It cannot be read, or there is no argument in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MegatronError(
+            f"{path}: cannot be read ({error}). Name the megatron.args that `ds-moe-ep config` has "
+            "written."
+        ) from error
+    words = [word for line in lines if not line.startswith("#") for word in line.split()]
+    if not words:
+        raise MegatronError(f"{path}: there is no argument in it. `ds-moe-ep config` writes some.")
+    return words
+
+
+def parse_arguments(words: Sequence[str], *, rank: int, world_size: int) -> Namespace:
+    """Parses and validates arguments as a program of Megatron-LM does when it starts.
+
+    Call it within `megatron_stand_ins`.
+
+    Args:
+        words: The arguments.
+        rank: The rank that they are for.
+        world_size: How many there are.
+
+    Returns:
+        What Megatron has made of them.
+
+    Raises:
+        MegatronError: It refuses them; with its own words.
+    """
+    from megatron.training import arguments
+
+    with as_command_line(words, rank, world_size) as said:
+        try:
+            parsed = arguments.parse_args()
+            arguments.validate_args(parsed)
+        except SystemExit as error:  # argparse's way to refuse; its last line says why
+            reason = said.getvalue().strip().rpartition("\n")[2].rpartition("error: ")[2]
+            raise MegatronError(f"Megatron does not know these arguments: {reason}.") from error
+        except Exception as error:  # of any kind: mostly assertions
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise MegatronError(f"Megatron refuses these arguments: {reason}") from error
+    return parsed
+
+
+@contextlib.contextmanager
+def as_command_line(words: Sequence[str], rank: int, world_size: int) -> Iterator[io.StringIO]:
+    """Makes words the arguments of this process for a while, and catches what is printed."""
+    said = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["megatron", *words]),
+        mock.patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world_size)),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        yield said
