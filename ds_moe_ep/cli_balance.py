@@ -16,6 +16,12 @@ from ds_moe_ep.placement import SlotPlacement
 
 __all__ = ["add_balance_command"]
 
+_LEGEND = (
+    "balancedness is mean/max over ranks, 1 is perfect; overall is that of all layers' rows "
+    "together,\nlayer by layer that of the time a pass takes if the ranks wait for the busiest in "
+    "each layer"
+)
+
 Loads = Mapping[int, Sequence[int]]
 """By MoE layer, the tokens of each expert."""
 
@@ -36,7 +42,7 @@ def add_balance_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
         "--slots-per-rank",
         type=int,
         metavar="N",
-        help="experts of a layer on each rank (default: as many as now, so none has a copy)",
+        help="experts of a layer on each rank (default: as few as will do, so none has a copy)",
     )
     add("--out", type=Path, metavar="FILE", help="placement.json to write (default: only tell)")
     where = parser.add_mutually_exclusive_group()
@@ -67,16 +73,16 @@ def _balance(args: argparse.Namespace) -> int:
     cluster = _cluster(args)
     num_experts = len(next(iter(loads.values())))
     layout = _layout(args, cluster, num_experts)
-    now = _contiguous(loads, layout)
+    plain = _contiguous(loads, layout)
     print(_recorded(loads, layout, cluster))
-    print(_told("now", loads, now))
+    print(_told("contiguous", loads, plain))
     if layout.slots_per_rank == 1 and layout.num_slots == num_experts:
         _refuse(args.out, _nothing(loads, layout))
         return 0
     placed = balance(loads, layout)
     print(_told("placed", loads, placed))
-    print(_how(placed, now, layout))
-    print("\n" + _table(loads, now, placed))
+    print(_how(placed, layout))
+    print("\n" + _table(loads, plain, placed))
     if args.out is not None:
         write_lines(args.out, [placement_json(placed)])
         print(f"\nwrote {args.out}: run it with infer.py --placement {args.out}")
@@ -146,11 +152,10 @@ def _recorded(loads: Loads, layout: RankLayout, cluster: Cluster) -> str:
     rows = sum(sum(each) for each in loads.values())
     hosts = f" on {layout.num_hosts} hosts" if layout.num_hosts > 1 else ""
     return (
-        f"{'recorded':>8}  {rows:,} rows of experts, {len(loads)} layers of {num_experts} experts\n"
-        f"{'measure':>8}  balancedness is mean/max over ranks, 1 is perfect: of all layers' rows "
-        "together (overall), and with the ranks waiting for the busiest of each (layer by layer)\n"
-        f"{'ranks':>8}  {layout.num_ranks}{hosts} ({cluster.source}), "
-        f"{_experts(num_experts // layout.num_ranks)} of a layer on each now"
+        f"{'recorded':>10}  {rows:,} rows of experts, {len(loads)} layers of "
+        f"{_experts(num_experts)}\n"
+        f"{'ranks':>10}  {layout.num_ranks}{hosts} ({cluster.source}), "
+        f"{_experts(num_experts // layout.num_ranks)} of a layer on each if they are contiguous"
     )
 
 
@@ -158,23 +163,25 @@ def _told(name: str, loads: Loads, placement: SlotPlacement) -> str:
     found = _Balance.of(loads, placement)
     least = min(found.by_layer, key=found.by_layer.__getitem__)
     return (
-        f"{name:>8}  balancedness {found.overall:.3f} overall, {found.layer_by_layer:.3f} layer by "
-        f"layer (least: {found.by_layer[least]:.3f} in layer {least})"
+        f"{name:>10}  balancedness {found.overall:.3f} overall, "
+        f"{found.layer_by_layer:.3f} layer by layer (least: {found.by_layer[least]:.3f} in layer "
+        f"{least})"
     )
 
 
-def _how(placed: SlotPlacement, now: SlotPlacement, layout: RankLayout) -> str:
+def _how(placed: SlotPlacement, layout: RankLayout) -> str:
     """Says what is placed where, and what it costs."""
     spare = layout.num_slots - placed.num_experts
     if spare == 0:
-        return f"{'how':>8}  experts change places; no slot is spare, so none has a copy"
-    more = layout.slots_per_rank - now.slots_per_rank
+        return f"{'how':>10}  experts change places; no slot is spare, so none has a copy"
+    num_local = placed.num_experts // layout.num_ranks
+    more = layout.slots_per_rank - num_local
     most = max(max(Counter(held).values()) for held in placed.expert_of_slot.values())
     return (
-        f"{'how':>8}  {layout.slots_per_rank} slots on each rank: {spare} of {layout.num_slots} "
+        f"{'how':>10}  {layout.slots_per_rank} slots on each rank: {spare} of {layout.num_slots} "
         f"hold copies of hot experts, {most} copies of one at most\n"
-        f"{'costs':>8}  {_experts(more)} of a layer more on each rank: "
-        f"{more / now.slots_per_rank:.0%} more expert weights"
+        f"{'costs':>10}  {_experts(more)} of a layer more on each rank: "
+        f"{more / num_local:.0%} more expert weights"
     )
 
 
@@ -197,19 +204,19 @@ def _experts(count: int) -> str:
 def _refuse(out: Path | None, why: str) -> None:
     if out is not None:
         raise PlanError(f"{out} is not written: {why}")
-    print(f"{'how':>8}  {why}")
+    print(f"{'how':>10}  {why}")
 
 
-def _table(loads: Loads, now: SlotPlacement, placed: SlotPlacement) -> str:
-    """Returns a line for each layer: balancedness now and placed, and its hottest expert."""
-    before, after = _Balance.of(loads, now), _Balance.of(loads, placed)
-    lines = ["layer    now  placed  hottest expert (share of rows, copies)"]
+def _table(loads: Loads, plain: SlotPlacement, placed: SlotPlacement) -> str:
+    """Returns a line for each layer: balancedness of both, and its hottest expert."""
+    before, after = _Balance.of(loads, plain), _Balance.of(loads, placed)
+    lines = ["layer  contiguous  placed  hottest expert (share of rows, copies)"]
     for layer, tokens in loads.items():
         hottest = max(range(len(tokens)), key=lambda expert: (tokens[expert], -expert))
         share = tokens[hottest] / (sum(tokens) or 1)
         copies = placed.expert_of_slot[layer].count(hottest)
         lines.append(
-            f"{layer:>5}  {before.by_layer[layer]:.3f}   {after.by_layer[layer]:.3f}  "
+            f"{layer:>5}  {before.by_layer[layer]:>10.3f}  {after.by_layer[layer]:>6.3f}  "
             f"{hottest} ({share:.1%}, {copies})"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, _LEGEND])

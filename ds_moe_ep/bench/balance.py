@@ -60,7 +60,8 @@ def _measure_routing(
     placements: dict[str, SlotPlacement | None] = {_BEFORE: None}
     for spare in args.spare:
         layout = RankLayout(world_size, num_experts // world_size + spare)
-        name = f"placed, {spare} spare slots a rank" if spare else "placed, no copies"
+        slots = "1 spare slot" if spare == 1 else f"{spare} spare slots"
+        name = f"placed, {slots} a rank" if spare else "placed, no copies"
         placements[name] = balance({0: loads_E.tolist()}, layout)
     announced = [args.tokens] * world_size
     sides = {

@@ -231,6 +231,26 @@ def test_a_placement_that_is_not_whole(tmp_path, change, says):
     assert says in str(refused.value)
 
 
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([*json.loads(placement_json(_SMALL)), "more"]), _json)
+def test_any_value_of_a_field_is_taken_or_refused(tmp_path_factory, key, value):
+    path = tmp_path_factory.getbasetemp() / "any-placement.json"
+    path.write_text(json.dumps(json.loads(placement_json(_SMALL)) | {key: value}))
+    try:
+        read = read_placement(path)
+    except ConfigError as refused:
+        assert str(refused).startswith(f"{path}: ")
+    else:
+        assert read == _SMALL
+
+
 def test_a_placement_of_another_model_or_other_ranks(tmp_path):
     spec, source = olmoe_spec(), tmp_path / "p.json"
     fitting = SlotPlacement(64, 8, 8, dict.fromkeys(range(16), tuple(range(64))))
@@ -299,7 +319,10 @@ def test_the_command_tells_and_writes(recorded, capsys):
     code, told, _ = _said(capsys, recorded, "--slots-per-rank", 3, "--out", out)
     assert code == 0
     # Contiguous: 80, 20, 20, 20 and 20, 20, 20, 80 of 140, so 35 / 80, and 70 / 100 together.
-    assert "now  balancedness 0.700 overall, 0.438 layer by layer (least: 0.438 in layer 1)" in told
+    assert (
+        "contiguous  balancedness 0.700 overall, 0.438 layer by layer (least: 0.438 in layer 1)"
+        in told
+    )
     assert "4 on 2 hosts" in told
     assert "1 expert of a layer more on each rank: 50% more expert weights" in told
     placement = read_placement(out)
@@ -311,7 +334,7 @@ def test_the_command_tells_and_writes(recorded, capsys):
 def test_one_expert_a_rank_cannot_be_balanced(recorded, capsys):
     code, told, _ = _said(capsys, recorded, "--num-ranks", 8)
     assert code == 0
-    assert "now  balancedness 0.438 overall, 0.250 layer by layer" in told
+    assert "contiguous  balancedness 0.438 overall, 0.250 layer by layer" in told
     assert "so nothing can be balanced" in told
     assert "Use --slots-per-rank 2" in told
     out = recorded / "placement.json"
