@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ds_moe_ep.bench import balance, collectives, e2e, layer, load, overlap, replay, scale
+from ds_moe_ep.bench import balance, collectives, e2e, layer, load, overlap, predict, replay, scale
 from ds_moe_ep.bench.report import Report
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import init_distributed, read_rank_info
@@ -36,7 +36,7 @@ __all__ = ["main"]
 
 _TABLES = {
     module.TABLE.name: module.TABLE
-    for module in (load, layer, overlap, scale, collectives, e2e, replay, balance)
+    for module in (load, layer, overlap, scale, collectives, e2e, replay, predict, balance)
 }
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
             type=Path,
             default=_DOCS,
             metavar="DIR",
-            help="folder of benchmarks.md and benchmarks/ (default: the checkout's docs)",
+            help=f"folder of {table.document} and benchmarks/ (default: the checkout's docs)",
         )
         command.set_defaults(result=None, hostfile=None)
         if table.start is None:
@@ -130,10 +130,11 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
     name, heading = table.name, table.heading
     if args.hostfile:
         name, heading = f"{name}-hosts", f"{heading}, on {read_hostfile(args.hostfile).describe()}"
-    report = Report(name, heading, command, table.to_markdown(results), results)
+    text = table.to_markdown(results)
+    report = Report(name, heading, command, text, results, document=table.document)
     report.write(args.out)
     print(report.to_markdown())
-    print(f"\nwrote {args.out / 'benchmarks.md'}", file=sys.stderr)
+    print(f"\nwrote {args.out / table.document}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.plan import ParallelPlan
 
-__all__ = ["GenerateSide", "one_process", "ours", "transformers_ep"]
+__all__ = ["GenerateSide", "complete", "load_ours", "one_process", "ours", "transformers_ep"]
 
 GenerateSide = Callable[[Tensor, int], "Tensor | None"]
 """Takes all prompts ``[B, S]`` and N; returns this rank's ``[B / ranks, S + N]`` tokens, or those
@@ -35,6 +35,11 @@ of all prompts on rank 0 and None elsewhere."""
 
 def ours(folder: Path, job: Job, dispatcher: str) -> GenerateSide:
     """Returns generation with experts spread over all ranks, as infer.py runs it."""
+    return load_ours(folder, job, dispatcher)[1]
+
+
+def load_ours(folder: Path, job: Job, dispatcher: str) -> tuple[PreTrainedModel, GenerateSide]:
+    """Returns a rank's part of a model with experts spread over all ranks, and its generation."""
     info = job.info
     model, report = load_expert_parallel_model(
         folder,
@@ -58,11 +63,11 @@ def ours(folder: Path, job: Job, dispatcher: str) -> GenerateSide:
     )
 
     def generate(prompts_BS: Tensor, num_new: int) -> Tensor:
-        completed = _generate(model, _own(prompts_BS, job), num_new)
+        completed = complete(model, _own(prompts_BS, job), num_new)
         sync.join_others()
         return completed
 
-    return generate
+    return model, generate
 
 
 def transformers_ep(folder: Path, job: Job) -> GenerateSide:
@@ -76,7 +81,7 @@ def transformers_ep(folder: Path, job: Job) -> GenerateSide:
         dtype=torch.float32,
         distributed_config=DistributedConfig(ep_size=size, fsdp_size=size),
     ).eval()
-    return lambda prompts_BS, num_new: _generate(
+    return lambda prompts_BS, num_new: complete(
         model, _own(prompts_BS, job), num_new, synced_gpus=True
     )
 
@@ -94,7 +99,7 @@ def one_process(folder: Path, job: Job, experts_implementation: str) -> Generate
         if model is None:
             return None
         with _all_cores():
-            return _generate(model, prompts_BS.to(job.device), num_new)
+            return complete(model, prompts_BS.to(job.device), num_new)
 
     return generate
 
@@ -103,7 +108,18 @@ def _own(prompts_BS: Tensor, job: Job) -> Tensor:
     return prompts_BS.chunk(job.info.world_size)[job.info.rank].to(job.device)
 
 
-def _generate(model: PreTrainedModel, prompts_BS: Tensor, num_new: int, **kwargs: Any) -> Tensor:
+def complete(model: PreTrainedModel, prompts_BS: Tensor, num_new: int, **kwargs: Any) -> Tensor:
+    """Generates so many tokens after each prompt, greedily.
+
+    Args:
+        model: The model.
+        prompts_BS: Prompts of one length.
+        num_new: New tokens.
+        **kwargs: More for ``generate``.
+
+    Returns:
+        Prompts and new tokens ``[B, S + N]``.
+    """
     completed = model.generate(
         prompts_BS,
         attention_mask=torch.ones_like(prompts_BS),

@@ -77,6 +77,7 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
         "rank": args.rank,
         "dtype": str(dtype).removeprefix("torch."),
         "weight_bytes": weight_bytes,
+        "num_layers": model.config.num_hidden_layers,
         "bytes_per_s": copy_rate(job.device, args.rounds),
         "flops": matmul_rate(job.device, dtype, args.rounds),
     }

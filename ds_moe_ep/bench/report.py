@@ -1,4 +1,4 @@
-"""Where results go: JSON for programs, and a section of docs/benchmarks.md for readers.
+"""Where results go: JSON for programs, and a section of a document in docs/ for readers.
 
 A section stands between two marks and is replaced as a whole, so the figures in it are those of one
 command on one machine on one day.
@@ -37,6 +37,7 @@ class Report:
         command: What wrote it.
         text: The results for readers, in Markdown.
         results: The results for programs.
+        document: The file that the section stands in.
     """
 
     table: str
@@ -46,6 +47,7 @@ class Report:
     results: Sequence[dict[str, Any]]
     machine: dict[str, str] = field(default_factory=lambda: describe_machine())
     measured_on: str = field(default_factory=lambda: date.today().isoformat())
+    document: str = "benchmarks.md"
 
     def to_markdown(self) -> str:
         """Returns the section, without its marks."""
@@ -56,11 +58,11 @@ class Report:
         )
 
     def write(self, folder: Path) -> None:
-        """Writes ``benchmarks/TABLE.json`` and the table's section of ``benchmarks.md``."""
+        """Writes ``benchmarks/TABLE.json`` and the table's section of its document."""
         data = folder / "benchmarks" / f"{self.table}.json"
         data.parent.mkdir(parents=True, exist_ok=True)
         _replace(data, json.dumps(asdict(self), indent=1) + "\n")
-        document = folder / "benchmarks.md"
+        document = folder / self.document
         before = document.read_text(encoding="utf-8") if document.exists() else "# Benchmarks\n"
         _replace(document, _with_section(before, self.table, self.to_markdown()))
 

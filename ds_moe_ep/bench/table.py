@@ -31,6 +31,7 @@ class Table:
             the folder that they read.
         start: Makes this process the only one that measures, of a job that is not there; without
             it, ranks are launched.
+        document: The file in docs/ that its section stands in.
     """
 
     name: str
@@ -40,3 +41,4 @@ class Table:
     to_markdown: Callable[[Sequence[Result]], str]
     prepare: Callable[[argparse.Namespace, Path], None] | None = None
     start: Callable[[argparse.Namespace], Job] | None = None
+    document: str = "benchmarks.md"

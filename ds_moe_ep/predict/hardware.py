@@ -69,8 +69,10 @@ class Device:
         reserved_bytes: Memory that is not for tensors: the driver's context, communication buffers.
         overlaps: Whether it reads, multiplies and is told what comes next at the same time, as a
             GPU does; a CPU core does one thing after the other.
-        is_shared: Whether ranks share it, so that an idle rank leaves its time to the others.
         source: Where the figures come from.
+        is_shared: Whether ranks share it, so that an idle rank leaves its time to the others.
+        stretch: How many times as long work takes on ranks that wait for each other in every layer:
+            more than 1 where they share cores, which are not given to all of them evenly.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Device:
     overlaps: bool
     source: str
     is_shared: bool = False
+    stretch: float = 1.0
 
     def flops(self, element_bytes: int) -> float:
         """Returns operations a second with numbers of so many bytes."""

@@ -7,7 +7,7 @@ in memory, and how many passes there are, is no affair of this module.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_moe_ep.memory_needs import kv_bytes_per_token
 from ds_moe_ep.model_spec import ModelSpec
@@ -194,9 +194,10 @@ def predict_pass(deployment: Deployment, each: Pass) -> PassTimes:
     """Predicts what a pass takes in which every rank brings as much."""
     spec, device = deployment.spec, deployment.device
     parts = [_dense(deployment, each), _attention(deployment, each)]
-    dispatcher = ""
+    dispatcher, stretch = "", 1.0 if deployment.plan.ep_size == 1 else device.stretch
     if spec.is_moe:
         parts.append(_experts(deployment, each))
+    parts = [replace(part, seconds=part.seconds * stretch) for part in parts]
     if spec.is_moe and deployment.plan.ep_size > 1:
         part, dispatcher = _communication(deployment, each)
         parts.append(part)
@@ -204,7 +205,7 @@ def predict_pass(deployment: Deployment, each: Pass) -> PassTimes:
     launching_s = spec.num_layers * launches.layer_s + launches.step_s
     if each.is_first:
         launching_s += launches.start_s
-    launching = Part("launching", launching_s, _LAUNCHING)
+    launching = Part("launching", launching_s * stretch, _LAUNCHING)
     return PassTimes(tuple(parts), launching, device.overlaps, dispatcher)
 
 

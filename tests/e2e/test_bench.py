@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ds_moe_ep.bench.models import SHAPES
+from ds_moe_ep.predict.calibration import read_calibration
 from tests.helpers import run_command
 from tests.helpers.launch import REPO
 
@@ -29,6 +30,10 @@ TINY = {
     "replay": (
         *("--world", "4", "--rank", "3", "--tokens", "2"),
         *("--context", "5", "--prefill", "9"),
+    ),
+    "predict": (
+        *("--world", "2", "--model", "tiny", "--batch", "2"),
+        *("--prompt-tokens", "4", "--new-tokens", "2"),
     ),
 }
 SPREAD = {"median", "min", "max", "num_rounds"}
@@ -59,7 +64,8 @@ def results(request, written):
     out, ended = written[request.param].result()
     assert ended.returncode == 0, ended.stdout + ended.stderr
     report = json.loads((out / "benchmarks" / f"{request.param}.json").read_text())
-    document = (out / "benchmarks.md").read_text()
+    name = "planning.md" if request.param == "predict" else "benchmarks.md"
+    document = (out / name).read_text()
     assert report["text"] in document
     assert f"python launch/bench.py {request.param} " in document
     assert report["results"]
@@ -92,3 +98,15 @@ def test_the_sent_bytes_are_at_most_a_tenth_above_the_minimum(written):
         least = result["least_bytes"]
         assert least <= result["sent_bytes"]["routed rows only"] <= 1.1 * least
         assert result["sent_bytes"]["auto"] >= least
+
+
+def test_weights_and_cache_are_predicted_to_the_byte_and_the_file_calibrates_a_plan(written):
+    out, _ = written["predict"].result()
+    path = out / "benchmarks" / "predict.json"
+    (found,) = json.loads(path.read_text())["results"]
+    memory = found["memory"]
+    assert memory["predicted_held_bytes"] == memory["held_bytes"]
+    assert memory["predicted_cache_bytes"] == memory["cache_bytes"]
+    calibration = read_calibration([path])
+    assert calibration.links(2, 1).flat.size == 2
+    assert calibration.device(None, 2).bytes_per_s > 0

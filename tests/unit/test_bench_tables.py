@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from ds_moe_ep.bench import balance, collectives, replay, scale
+from ds_moe_ep.bench import balance, collectives, predict, replay, scale
 from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.replay import prefill_flops
 from ds_moe_ep.bench.replayed_rank import even_ids
@@ -137,3 +137,39 @@ def test_placed_experts_are_compared_with_contiguous_ones():
     assert lines[2] == "| 2 | zipf | contiguous | 0.625 | 20.0 (20.0 to 20.0) | 4,000 | 1.00 |"
     assert lines[3].startswith("| 2 | zipf | placed, no copies | 0.988 | 16.0 ")
     assert lines[3].endswith("| 5,000 | 1.25 |")
+
+
+def test_predictions_stand_beside_what_was_measured():
+    price = {"latency_s": 0.001, "s_per_byte": 1e-9}
+    launches = {"layer_s": 0.002, "step_s": 0.003, "start_s": 0.004}
+    device = {"flops_32bit": 65e9, "bytes_per_s": 6.5e9, "stretch": 1.25, "launches": launches}
+    memory = {"held_bytes_spread": 0.0}
+    for name, predicted, measured in (("held", 100e6, 100e6), ("cache", 1e6, 1e6)):
+        memory |= {f"{name}_bytes": measured, f"predicted_{name}_bytes": predicted}
+    memory |= {"grown_bytes": 125e6, "predicted_grown_bytes": 120e6}
+    step = {"pass": "step", "seconds": spread(100.0), "predicted_s": 0.09}
+    first = {"pass": "first", "seconds": spread(100.0), "predicted_s": 0.13}
+    shares = {"dense weights": 0.25, "experts": 0.5, "launching": 0.25}
+    result = {
+        **{"world_size": 2, "num_nodes": 1, "model": "105M", "batch": 16, "prompt_tokens": 32},
+        **{"new_tokens": 8, "device": device, "fit": {"flat": {"gather": price, "reduce": price}}},
+        **{
+            "memory": memory,
+            "passes": [one | {"predicted_shares": shares} for one in (first, step)],
+        },
+    }
+    text = predict.TABLE.to_markdown([result])
+    assert cells(text, 2)[:7] == [
+        *("2", "1", "16", "first", "130.0", "100.0 (50.0 to 200.0)", "+30%"),
+    ]
+    assert cells(text, 3)[4:] == [
+        *("90.0", "100.0 (50.0 to 200.0)", "-10%", "25%", "0%", "50%", "0%", "25%"),
+    ]
+    assert "Within 25% are 1 of 2 rows" in text
+    assert (
+        "| 2 | 1 | 100.00 and 100.00 | +0.0% | 1.00 and 1.00 | +0.0% | 120.00 and 125.00 | -4.0% |"
+        in text
+    )
+    assert cells(text, -1) == [
+        *("2", "1", "65.0", "6.50", "1.25", "2.00", "3.00", "4.00", "1.00", "1.00", "1,000"),
+    ]

@@ -1,6 +1,7 @@
 """Predicted passes, against tables counted by hand, published figures and what must always hold."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -132,6 +133,18 @@ def test_a_device_that_does_one_thing_at_a_time_adds_up():
     work = sum(part.num_bytes + part.flops for part in times.parts)
     assert times.seconds == pytest.approx(work + 168)
     assert sum(times.shares().values()) == pytest.approx(1.0)
+
+
+def test_work_is_stretched_on_ranks_that_wait_for_each_other_and_messages_are_not():
+    plain = device(overlaps=False, launches=Launches(layer_s=10.0))
+    stretched = replace(plain, stretch=1.5)
+    one, other = (predict_pass(olmoe(device=each), Pass(4)) for each in (plain, stretched))
+    for part in one.parts:
+        factor = 1.0 if part.name == "communication" else 1.5
+        assert parts(other)[part.name].seconds == pytest.approx(factor * part.seconds)
+    assert other.launching.seconds == pytest.approx(1.5 * one.launching.seconds)
+    alone = [Deployment(OLMOE, ParallelPlan(1), each) for each in (plain, stretched)]
+    assert len({predict_pass(each, Pass(4)).seconds for each in alone}) == 1
 
 
 def test_a_gpu_works_while_it_is_told():

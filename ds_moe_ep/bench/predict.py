@@ -1,0 +1,279 @@
+"""`bench predict`: what is predicted of a job, from hardware measured in it, and what it does."""
+
+# Shapes: B prompts, S tokens of a prompt
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ds_moe_ep import heap
+from ds_moe_ep.bench.generate_sides import GenerateSide, load_ours
+from ds_moe_ep.bench.hardware_now import HardwareNow
+from ds_moe_ep.bench.memory import PeakMemory
+from ds_moe_ep.bench.models import SHAPES, write_model
+from ds_moe_ep.bench.report import markdown_table, with_range
+from ds_moe_ep.bench.table import Result, Table
+from ds_moe_ep.bench.timing import Spread, time_in_turn
+from ds_moe_ep.dist.groups import Job, create_expert_groups
+from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
+from ds_moe_ep.model_spec import read_model_spec
+from ds_moe_ep.moe.cost_model import LinkPrices
+from ds_moe_ep.moe.dispatch import Links, make_links
+from ds_moe_ep.moe.probe import measure_links
+from ds_moe_ep.plan import ParallelPlan
+from ds_moe_ep.predict.passes import Deployment, Pass, PassTimes, predict_pass
+from ds_moe_ep.predict.throughput import Memory, Sequences
+
+__all__ = ["TABLE"]
+
+_MS, _MB = 1000.0, 1e6
+_MEMORY_BAR, _TIME_BAR = 0.05, 0.25
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
+    parser.add_argument("--model", choices=SHAPES, default="105M")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="prompts in all")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=8)
+
+
+def _prepare(args: argparse.Namespace, work: Path) -> None:
+    write_model(SHAPES[args.model], work / args.model)
+
+
+@torch.no_grad()
+def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
+    folder, most = work / args.model, max(args.batch)
+    hardware = HardwareNow(job, args.timeout)
+    hardware.warm_up()
+    model, side, grown_bytes = _load(args, job, folder)
+    held_bytes, cache_bytes = job.all_gather(_held_bytes(model)), _cache_bytes(model, job, args)
+    links = _links(args, job)
+    times: dict[int, dict[str, list[float]]] = {b: {"first": [], "step": []} for b in args.batch}
+    prices = []
+    for _ in range(args.rounds):
+        # Next to each other, as the machine is not always as fast.
+        prices.append(measure_links(links, job.device))
+        hardware.measure(links.flat, prices[-1].flat)
+        for batch in args.batch:
+            _time(args, job, side, batch, times[batch])
+    device, link_prices = hardware.device(), _middle(prices)
+    spec, plan = read_model_spec(folder), ParallelPlan(job.info.world_size)
+    deployment = Deployment(spec, plan, device, link_prices)
+    sequences = Sequences(args.prompt_tokens, 1 + args.new_tokens)
+    memory = Memory.of(spec, plan, sequences, device)
+    fit = {name: price for name, price in asdict(link_prices).items() if price is not None}
+    local_s_per_byte = fit.pop("local_s_per_byte")
+    return [
+        {
+            "world_size": job.info.world_size,
+            "num_nodes": len(set(job.nodes)),
+            "model": args.model,
+            "batch": batch,
+            "prompt_tokens": args.prompt_tokens,
+            "new_tokens": args.new_tokens,
+            "device": asdict(device),
+            "fit": fit,
+            "local_s_per_byte": local_s_per_byte,
+            "memory": {
+                "held_bytes": max(held_bytes),
+                "held_bytes_spread": (max(held_bytes) - min(held_bytes)) / max(held_bytes),
+                "predicted_held_bytes": memory.weight_bytes,
+                "cache_bytes": cache_bytes,
+                "predicted_cache_bytes": memory.kv_bytes_per_token * args.prompt_tokens,
+                "grown_bytes": grown_bytes,
+                "predicted_grown_bytes": memory.weight_bytes
+                + memory.needs.num_bytes * -(-most // job.info.world_size),
+            },
+            "passes": _passes(deployment, args, batch, times[batch]),
+        }
+        for batch in args.batch
+    ]
+
+
+def _load(
+    args: argparse.Namespace, job: Job, folder: Path
+) -> tuple[PreTrainedModel, GenerateSide, int]:
+    """Loads the model, generates for most prompts; tells what the fullest process has grown by."""
+    heap.release_freed_memory()
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as peak:
+        model, side = load_ours(folder, job, "auto")
+        side(_prompts(args, max(args.batch)), 1 + args.new_tokens)
+    return model, side, max(job.all_gather(peak.num_bytes - before.num_bytes))
+
+
+def _held_bytes(model: PreTrainedModel) -> int:
+    return sum(param.untyped_storage().nbytes() for param in model.parameters())
+
+
+def _cache_bytes(model: PreTrainedModel, job: Job, args: argparse.Namespace) -> int:
+    """Returns the bytes of the KV cache of one prompt; all ranks call it."""
+    ids_1S = torch.full((1, args.prompt_tokens), 3, device=job.device)
+    cache = model(ids_1S, use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _links(args: argparse.Namespace, job: Job) -> Links:
+    size = job.info.world_size
+    group, node_groups = create_expert_groups(size), create_node_groups(size, job.nodes)
+    shared = open_within_nodes(group, node_groups, job.nodes, timeout_s=args.timeout)
+    return make_links(group, node_groups, shared=shared)
+
+
+def _middle(prices: Sequence[LinkPrices]) -> LinkPrices:
+    """Returns the prices of the round whose small messages took the median of all rounds."""
+    ordered = sorted(prices, key=lambda p: p.flat.gather.latency_s + p.flat.reduce.latency_s)
+    return ordered[len(ordered) // 2]
+
+
+def _prompts(args: argparse.Namespace, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    vocabulary = SHAPES[args.model].vocab_size
+    return torch.randint(3, vocabulary, (batch, args.prompt_tokens), generator=generator)
+
+
+def _time(
+    args: argparse.Namespace,
+    job: Job,
+    side: GenerateSide,
+    batch: int,
+    times: dict[str, list[float]],
+) -> None:
+    """Adds the seconds of a first pass and of a step of the slowest rank, once each."""
+    prompts_BS = _prompts(args, batch)
+    spreads = time_in_turn(
+        {str(new): functools.partial(side, prompts_BS, new) for new in (1, 1 + args.new_tokens)},
+        1,
+        wait_for_all=lambda: job.wait_for_all(args.timeout, "generating"),
+        slowest=lambda taken: max(job.all_gather(taken)),
+    )
+    first_s = spreads["1"].median
+    times["first"].append(first_s)
+    times["step"].append((spreads[str(1 + args.new_tokens)].median - first_s) / args.new_tokens)
+
+
+def _passes(
+    deployment: Deployment, args: argparse.Namespace, batch: int, times: dict[str, list[float]]
+) -> list[Result]:
+    prompts = -(-batch // deployment.plan.world_size)
+    asked = {
+        "first": Pass(prompts, args.prompt_tokens, is_first=True),
+        "step": Pass(prompts, context=args.prompt_tokens + args.new_tokens // 2),
+    }
+    found = []
+    for name, each in asked.items():
+        predicted: PassTimes = predict_pass(deployment, each)
+        found.append(
+            {
+                "pass": name,
+                "seconds": vars(Spread.of(times[name])),
+                "predicted_s": predicted.seconds,
+                "predicted_shares": predicted.shares(),
+            }
+        )
+    return found
+
+
+def _to_markdown(results: Sequence[Result]) -> str:
+    titles = ["ranks", "hosts", "prompts in all", "pass", "predicted, ms", "measured, ms", "off by"]
+    titles += ["dense", "attention", "experts", "communication", "launching"]
+    rows = [
+        [result["world_size"], result["num_nodes"], result["batch"], *_pass_cells(one)]
+        for result in results
+        for one in result["passes"]
+    ]
+    of_world = {(result["world_size"], result["num_nodes"]): result for result in results}
+    memory = [[*world, *_memory_cells(result["memory"])] for world, result in of_world.items()]
+    hardware = [[*world, *_hardware_cells(result)] for world, result in of_world.items()]
+    errors = [
+        _off(one["predicted_s"], one["seconds"]["median"]) for r in results for one in r["passes"]
+    ]
+    met = sum(abs(error) <= _TIME_BAR for error in errors)
+    one = results[0]
+    return (
+        f"{markdown_table(titles, rows)}\n\n"
+        f"Within {_TIME_BAR:.0%} are {met} of {len(errors)} rows. {one['model']} in float32, "
+        f"{one['prompt_tokens']} tokens a prompt; "
+        "the first pass reads the prompts (with what `generate` does around it), a step makes a "
+        f"token of each, {one['new_tokens']} of them after the first. Measured is the median "
+        f"(least to most) of {one['passes'][0]['seconds']['num_rounds']} rounds, the slowest "
+        "rank's; in each round the hardware and the links were measured just before. The shares "
+        "are predicted.\n\nMemory of the fullest rank, MB, predicted and measured:\n\n"
+        + markdown_table(
+            ["ranks", "hosts", "weights", "off by", "KV cache of a prompt", "off by"]
+            + ["process, weights and most prompts", "off by"],
+            memory,
+        )
+        + "\n\nWeights and cache are counted in tensors. The process is what loading and "
+        "generating add to its proportional set size at the peak, after a small model has run; "
+        "predicted of it are weights, the cache and the tensors of a pass.\n\n"
+        "What the predictions started from, a rank's, all ranks at once. Stretch is how many times "
+        "as long work takes on ranks that wait for each other in each layer, as cores are not "
+        "given to all of them evenly:\n\n"
+        + markdown_table(
+            ["ranks", "hosts", "products, GFLOP/s", "reading weights, GB/s", "stretch"]
+            + ["a layer's operations, ms", "around the layers, ms", "a first pass more, ms"]
+            + ["gather, ms", "reduce, ms", "bytes, MB/s"],
+            hardware,
+        )
+    )
+
+
+def _pass_cells(one: Result) -> list[str]:
+    shares = one["predicted_shares"]
+    names = ("dense weights", "attention", "experts", "communication", "launching")
+    return [
+        "first" if one["pass"] == "first" else "step",
+        f"{one['predicted_s'] * _MS:,.1f}",
+        with_range(one["seconds"], scale=_MS, digits=1),
+        f"{_off(one['predicted_s'], one['seconds']['median']):+.0%}",
+        *(f"{shares.get(name, 0.0):.0%}" for name in names),
+    ]
+
+
+def _memory_cells(memory: Result) -> list[str]:
+    cells = []
+    for name in ("held", "cache", "grown"):
+        predicted, measured = memory[f"predicted_{name}_bytes"], memory[f"{name}_bytes"]
+        cells.append(f"{predicted / _MB:,.2f} and {measured / _MB:,.2f}")
+        cells.append(f"{_off(predicted, measured):+.1%}")
+    return cells
+
+
+def _hardware_cells(result: Result) -> list[str]:
+    device, flat = result["device"], result["fit"]["flat"]
+    launches, slope = device["launches"], flat["gather"]["s_per_byte"]
+    return [
+        f"{device['flops_32bit'] / 1e9:.1f}",
+        f"{device['bytes_per_s'] / 1e9:.2f}",
+        f"{device['stretch']:.2f}",
+        *(f"{launches[name] * _MS:.2f}" for name in ("layer_s", "step_s", "start_s")),
+        *(f"{flat[kind]['latency_s'] * _MS:.2f}" for kind in ("gather", "reduce")),
+        f"{1 / slope / _MB:,.0f}" if slope else "-",
+    ]
+
+
+def _off(predicted: float, measured: float) -> float:
+    return predicted / measured - 1.0
+
+
+TABLE = Table(
+    name="predict",
+    heading="Predicted and measured",
+    add_arguments=_add_arguments,
+    prepare=_prepare,
+    measure=_measure,
+    to_markdown=_to_markdown,
+    document="planning.md",
+)
