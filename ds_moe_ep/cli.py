@@ -12,6 +12,7 @@ from pathlib import Path
 from ds_moe_ep import __version__
 from ds_moe_ep.cli_balance import add_balance_command
 from ds_moe_ep.cli_convert import add_convert_command
+from ds_moe_ep.cli_megatron import add_megatron_command
 from ds_moe_ep.cli_predict import add_prediction_arguments, question_from
 from ds_moe_ep.cli_preflight import add_preflight_command
 from ds_moe_ep.cli_rehearse import add_rehearse_command
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add_rehearse_command(commands)
     add_preflight_command(commands)
     add_balance_command(commands)
+    add_megatron_command(commands)
 
     demo = commands.add_parser(
         "demo-model", help="write the bundled small model", allow_abbrev=False

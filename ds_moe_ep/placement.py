@@ -4,7 +4,7 @@ It moves no weights and makes no process groups. Contiguous experts are the rule
 filled by recorded loads instead, balance.py says how.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_moe_ep.hostfile import Cluster
@@ -19,6 +19,7 @@ __all__ = [
     "assignment_matrix",
     "group_table",
     "make_placement",
+    "ranges",
     "stage_moe_layers",
 ]
 
@@ -216,3 +217,15 @@ def assignment_matrix(plan: ParallelPlan, spec: ModelSpec, cluster: Cluster) -> 
             )
         )
     return rows
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as runs: 0-3,7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return text or "none"

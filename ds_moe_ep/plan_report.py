@@ -5,14 +5,13 @@ What it shows is computed in plan.py, placement.py and predict/.
 
 import json
 import textwrap
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.model_spec import ModelSpec
-from ds_moe_ep.placement import GpuAssignment, assignment_matrix, stage_moe_layers
+from ds_moe_ep.placement import GpuAssignment, assignment_matrix, ranges, stage_moe_layers
 from ds_moe_ep.plan import ParallelPlan
 from ds_moe_ep.predict.describe import describe_prediction
 from ds_moe_ep.predict.prediction import Prediction
@@ -164,8 +163,8 @@ class PlanReport:
                 str(row.rank),
                 row.host,
                 str(row.slot),
-                _ranges(row.experts),
-                _ranges(self._layers(row)),
+                ranges(row.experts),
+                ranges(self._layers(row)),
                 f"{row.expert_memory_share:.2%}",
                 f"{row.expected_load_share:.2%}",
             )
@@ -272,15 +271,3 @@ def _short(number: int) -> str:
             value = number / unit
             return f"{value:.{1 if value >= 100 else 2}f}{suffix}"
     return f"{number:,}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return ascending numbers as runs: 0-3,7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return text or "none"
