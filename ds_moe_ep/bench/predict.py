@@ -36,6 +36,7 @@ __all__ = ["TABLE"]
 
 _MS, _MB = 1000.0, 1e6
 _MEMORY_BAR, _TIME_BAR = 0.05, 0.25
+_MEMORY = ("held", "cache", "grown")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,14 +197,23 @@ def _to_markdown(results: Sequence[Result]) -> str:
     of_world = {(result["world_size"], result["num_nodes"]): result for result in results}
     memory = [[*world, *_memory_cells(result["memory"])] for world, result in of_world.items()]
     hardware = [[*world, *_hardware_cells(result)] for world, result in of_world.items()]
-    errors = [
-        _off(one["predicted_s"], one["seconds"]["median"]) for r in results for one in r["passes"]
-    ]
-    met = sum(abs(error) <= _TIME_BAR for error in errors)
+    within = _within(
+        _TIME_BAR,
+        [(one["predicted_s"], one["seconds"]["median"]) for r in results for one in r["passes"]],
+    )
+    memory_within = _within(
+        _MEMORY_BAR,
+        [
+            (result["memory"][f"predicted_{name}_bytes"], result["memory"][f"{name}_bytes"])
+            for result in of_world.values()
+            for name in _MEMORY
+        ],
+    )
+    spread = max(result["memory"]["held_bytes_spread"] for result in results)
     one = results[0]
     return (
         f"{markdown_table(titles, rows)}\n\n"
-        f"Within {_TIME_BAR:.0%} are {met} of {len(errors)} rows. {one['model']} in float32, "
+        f"{within} times. {one['model']} in float32, "
         f"{one['prompt_tokens']} tokens a prompt; "
         "the first pass reads the prompts (with what `generate` does around it), a step makes a "
         f"token of each, {one['new_tokens']} of them after the first. Measured is the median "
@@ -215,7 +225,8 @@ def _to_markdown(results: Sequence[Result]) -> str:
             + ["process, weights and most prompts", "off by"],
             memory,
         )
-        + "\n\nWeights and cache are counted in tensors. The process is what loading and "
+        + f"\n\n{memory_within} figures. Weights and cache are counted in tensors; the "
+        f"weights of ranks differ by {spread:.1%} of those of the fullest. The process is what loading and "
         "generating add to its proportional set size at the peak, after a small model has run; "
         "predicted of it are weights, the cache and the tensors of a pass.\n\n"
         "What the predictions started from, a rank's, all ranks at once. Stretch is how many times "
@@ -244,7 +255,7 @@ def _pass_cells(one: Result) -> list[str]:
 
 def _memory_cells(memory: Result) -> list[str]:
     cells = []
-    for name in ("held", "cache", "grown"):
+    for name in _MEMORY:
         predicted, measured = memory[f"predicted_{name}_bytes"], memory[f"{name}_bytes"]
         cells.append(f"{predicted / _MB:,.2f} and {measured / _MB:,.2f}")
         cells.append(f"{_off(predicted, measured):+.1%}")
@@ -262,6 +273,12 @@ def _hardware_cells(result: Result) -> list[str]:
         *(f"{flat[kind]['latency_s'] * _MS:.2f}" for kind in ("gather", "reduce")),
         f"{1 / slope / _MB:,.0f}" if slope else "-",
     ]
+
+
+def _within(bar: float, pairs: Sequence[tuple[float, float]]) -> str:
+    """Says how many predictions are within a bar of what was measured."""
+    num_met = sum(abs(_off(predicted, measured)) <= bar for predicted, measured in pairs)
+    return f"Within {bar:.0%} are {num_met} of {len(pairs)}"
 
 
 def _off(predicted: float, measured: float) -> float:

@@ -66,7 +66,8 @@ class Prediction:
         hardware: Device, links and where their figures come from, for people; empty if none was
             named, and then there are no times.
         batches: Times for batches of one size each.
-        alternative: What copies of the whole model would do; None without times.
+        alternative: What copies of the whole model would do; None without times, or if the plan is
+            such copies.
         targets: What the user wants; None without a wish.
         verdicts: Whether it is reached.
     """
@@ -135,7 +136,7 @@ def predict(
         sent,
         hardware=tuple(told),
         batches=tuple(_batches(deployment, sequences, question.batch_size)),
-        alternative=compare_with_replicas(deployment, sequences) if plan.world_size > 1 else None,
+        alternative=compare_with_replicas(deployment, sequences) if plan.ep_size > 1 else None,
         targets=targets,
         verdicts=tuple(judge_targets(deployment, targets)) if targets else (),
     )

@@ -165,7 +165,8 @@ def test_predictions_stand_beside_what_was_measured():
     assert cells(text, 3)[4:] == [
         *("90.0", "100.0 (50.0 to 200.0)", "-10%", "25%", "0%", "50%", "0%", "25%"),
     ]
-    assert "Within 25% are 1 of 2 rows" in text
+    assert "Within 25% are 1 of 2 times." in text
+    assert "Within 5% are 3 of 3 figures." in text
     assert (
         "| 2 | 1 | 100.00 and 100.00 | +0.0% | 1.00 and 1.00 | +0.0% | 120.00 and 125.00 | -4.0% |"
         in text
