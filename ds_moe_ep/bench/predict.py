@@ -227,8 +227,8 @@ def _to_markdown(results: Sequence[Result]) -> str:
         )
         + f"\n\n{memory_within} figures. Weights and cache are counted in tensors; the "
         f"weights of ranks differ by {spread:.1%} of those of the fullest. The process is what "
-        "loading and generating add to its proportional set size at the peak, after a small model has run; "
-        "predicted of it are weights, the cache and the tensors of a pass.\n\n"
+        "loading and generating add to its proportional set size at the peak, after a small model "
+        "has run; predicted of it are weights, the cache and the tensors of a pass.\n\n"
         "What the predictions started from, a rank's, all ranks at once. Stretch is how many times "
         "as long work takes on ranks that wait for each other in each layer, as cores are not "
         "given to all of them evenly:\n\n"
