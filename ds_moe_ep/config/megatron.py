@@ -80,7 +80,7 @@ def megatron_args(
             Hugging Face for a value in `config`.
     """
     arguments = {
-        **_parallelism(plan, spec),
+        **_parallelism(plan, spec, options),
         **model_arguments(spec, config, transformer_impl=options.transformer_impl),
         "--moe-grouped-gemm": options.grouped_gemm,
     }
@@ -106,7 +106,7 @@ def _header(plan: ParallelPlan, arguments: Args) -> str:
     return text
 
 
-def _parallelism(plan: ParallelPlan, spec: ModelSpec) -> Args:
+def _parallelism(plan: ParallelPlan, spec: ModelSpec, options: MegatronOptions) -> Args:
     for size, value, field in (
         ("pp_size", plan.pp_size, "num_layers"),
         ("tp_size", plan.tp_size, "vocab_size"),
@@ -120,6 +120,12 @@ def _parallelism(plan: ParallelPlan, spec: ModelSpec) -> Args:
         raise ConfigError(
             f"tp_size={plan.tp_size}: OLMoE's norms of q and k span all heads, which Megatron "
             "would spread over ranks. Use --tp 1."
+        )
+    if plan.tp_size > 1 and options.transformer_impl == "local":
+        raise ConfigError(
+            f"tp_size={plan.tp_size} with --megatron-transformer-impl local: where tensors are "
+            "split, experts need sequence parallelism, which Megatron's own RMSNorm does not do. "
+            "Use transformer_engine, or --tp 1."
         )
     return {
         "--tensor-model-parallel-size": plan.tp_size,

@@ -9,7 +9,7 @@ import io
 import logging
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 from unittest import mock
@@ -30,12 +30,13 @@ class _RefusedError(Exception):
     """A stage has failed; the report says which."""
 
 
-def check_arguments(file: Path, world_size: int) -> CheckReport:
+def check_arguments(file: Path, world_size: int, ranks: Iterable[int] | None = None) -> CheckReport:
     """Asks Megatron about an argument file, for each rank.
 
     Args:
         file: The arguments, as `ds-moe-ep config` writes them.
         world_size: Number of ranks they are for.
+        ranks: Those to ask for; by default all.
 
     Raises:
         MegatronError: megatron-core is not there, or the file cannot be read.
@@ -46,7 +47,7 @@ def check_arguments(file: Path, world_size: int) -> CheckReport:
     report = CheckReport(world_size)
     with megatron_stand_ins("meta"), _quiet():
         try:
-            for rank in range(world_size):
+            for rank in range(world_size) if ranks is None else ranks:
                 _check_rank(words, rank, report)
         except _RefusedError:
             report.ranks.clear()
@@ -70,7 +71,7 @@ def _check_rank(words: Sequence[str], rank: int, report: CheckReport) -> None:
         as_command_line(words, rank, report.world_size) as said,
     ):
         args = stage("parse_args", lambda: _parse(said))
-        if rank == 0 and (problems := own_problems(args, report.world_size)):
+        if not report.ranks and (problems := own_problems(args, report.world_size)):
             report.problems[OWN_CHECKS] = " ".join(problems)
         stage("validate_args", lambda: arguments.validate_args(args))
     _leave_out_fused_kernels(args)
@@ -138,6 +139,7 @@ def _part(args: Namespace, rank: int) -> RankPart:
     args.no_persist_layer_norm = True
     args.gradient_accumulation_fusion = False
     args.masked_softmax_fusion = False
+    args.sequence_parallel = False
     if args.multi_latent_attention and args.spec is None:
         args.spec = ["ds_moe_ep.megatron.layer_specs", "mla_layers"]
     return rank_part(build_model(args, torch.device("meta")), rank)

@@ -192,12 +192,14 @@ def _no_triton() -> Iterator[None]:
     has_triton_package()  # the answer is kept
     stand_ins = {name: _Kernels(name) for name in ("triton", "triton.language")}
     stand_ins["triton"].language = stand_ins["triton.language"]  # type: ignore[attr-defined]
+    before = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
     sys.modules.update(stand_ins)
     try:
         yield
     finally:
         for name in stand_ins:
             del sys.modules[name]
+        sys.modules.update(before)
 
 
 class _Kernels(types.ModuleType):

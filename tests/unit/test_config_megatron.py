@@ -350,6 +350,13 @@ def test_splits_that_megatron_cannot_make_are_refused(config, sizes, message):
         text(config, ParallelPlan(ep_size=32, **sizes))
 
 
+def test_local_layers_cannot_split_tensors():
+    plan = ParallelPlan(ep_size=32, tp_size=2)
+    with pytest.raises(ConfigError, match="tp_size=2 with --megatron-transformer-impl local"):
+        text(MIXTRAL, plan, transformer_impl="local")
+    assert arguments(MIXTRAL, plan)["--sequence-parallel"] is True
+
+
 def test_groups_that_megatron_ranks_alike_are_accepted():
     config = DEEPSEEK_V2 | {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 6}
     assert arguments(config)["--moe-router-group-topk"] == "6"
