@@ -16,6 +16,7 @@ from ds_moe_ep.cli_megatron import add_megatron_command
 from ds_moe_ep.cli_predict import add_prediction_arguments, question_from
 from ds_moe_ep.cli_preflight import add_preflight_command
 from ds_moe_ep.cli_rehearse import add_rehearse_command
+from ds_moe_ep.cli_report import add_report_commands
 from ds_moe_ep.config.megatron_model import TRANSFORMER_IMPLS
 from ds_moe_ep.errors import DsMoeEpError, PlanError
 from ds_moe_ep.hostfile import Cluster, filter_cluster, local_cluster, read_hostfile
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add_preflight_command(commands)
     add_balance_command(commands)
     add_megatron_command(commands)
+    add_report_commands(commands)
 
     demo = commands.add_parser(
         "demo-model", help="write the bundled small model", allow_abbrev=False

@@ -41,6 +41,7 @@ _LAYER_OF_FOLDER = {
     "cli_predict": 6,
     "cli_preflight": 6,
     "cli_rehearse": 6,
+    "cli_report": 6,
     "cli_upcycle": 6,
     "plan_report": 6,
     "__main__": 6,
@@ -53,7 +54,7 @@ _LIBRARIES_OF_LAYER = {
     2: {"pydantic", "pydantic_core", "yaml"},
     3: {"torch", "deepspeed"},
     4: {"transformers", "accelerate", "safetensors", "tokenizers"},
-    5: {"megatron", "numpy", "psutil", "rich", "tqdm"},
+    5: {"matplotlib", "megatron", "numpy", "prometheus_client", "psutil", "rich", "tqdm"},
     6: set(),
 }
 
@@ -233,6 +234,7 @@ def test_code_is_ascii():
 def test_reading_prompts_and_planning_do_not_import_torch():
     light = ["ds_moe_ep.cli", "ds_moe_ep.plan", "ds_moe_ep.placement", "ds_moe_ep.model_spec"]
     light += ["ds_moe_ep.engine.prompts", "ds_moe_ep.engine.outputs", "ds_moe_ep.engine.schedule"]
+    light += ["ds_moe_ep.monitor.page", "ds_moe_ep.monitor.top"]
     program = f"import sys, {', '.join(light)}\nprint('torch' in sys.modules)"
     result = run_command([sys.executable, "-c", program])
     assert (result.stdout, result.stderr) == ("False\n", "")

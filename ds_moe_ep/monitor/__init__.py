@@ -1,0 +1,1 @@
+"""What a job measures of itself while it runs, and what people are shown of it."""

@@ -1,0 +1,185 @@
+"""A job as it is now, from what it writes while it runs: its ranks, or its hosts.
+
+How that is shown is decided in top.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from ds_moe_ep.config.recorded import RANKS_JSONL
+from ds_moe_ep.config.strict import parse, read_json_lines
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.monitor.metrics_folder import SampleFile, read_run
+from ds_moe_ep.monitor.metrics_format import (
+    BALANCE_JSONL,
+    RUN_JSON,
+    SAMPLES_JSONL,
+    BalanceWindow,
+    Sample,
+)
+from ds_moe_ep.monitor.units import printable
+
+__all__ = ["LiveRun", "Row", "follow"]
+
+# Tokens a second are those of the last seconds: shorter jumps about, longer lags behind.
+_RECENT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rank, a host or the whole job, now.
+
+    Attributes:
+        name: The rank's number and host, the host's name and number of ranks, or ``all``.
+        utilisation: Mean of its ranks.
+        memory_bytes: Of the rank that uses most.
+        tokens_per_s: New tokens in the last seconds, of all its ranks.
+        prompts_done: Of all its ranks.
+        prompts_queued: Of all its ranks.
+        batch_size: The largest of its ranks.
+        step: The furthest of its ranks.
+        at: Where the rank that is furthest behind is.
+    """
+
+    name: str
+    utilisation: float
+    memory_bytes: int
+    tokens_per_s: float
+    prompts_done: int
+    prompts_queued: int
+    batch_size: int
+    step: int
+    at: str
+
+
+class LiveRun:
+    """Follows a job.
+
+    Args:
+        folder: What was given to ``infer.py --metrics``.
+
+    Raises:
+        ConfigError: run.json is missing, damaged or of another version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.run = read_run(folder)
+        self._folder = folder
+        self._file = SampleFile(folder / SAMPLES_JSONL, self.run.world_size)
+        self._recent: dict[int, deque[Sample]] = {}
+        self._heard_at = time.monotonic()
+
+    def update(self) -> None:
+        """Reads what is new.
+
+        Raises:
+            ConfigError: A line is damaged, or of another job.
+        """
+        if not (self._folder / SAMPLES_JSONL).is_file():
+            return  # the first batch has not begun
+        for sample in self._file.new_samples():
+            recent = self._recent.setdefault(sample.rank, deque())
+            if recent and sample.t_s < recent[-1].t_s:
+                recent.clear()  # a new job in the same folder
+            recent.append(sample)
+            while len(recent) > 2 and recent[1].t_s < sample.t_s - _RECENT_S:
+                recent.popleft()
+            self._heard_at = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first batch began; 0 before that."""
+        return max((recent[-1].t_s for recent in self._recent.values()), default=0.0)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last sample came, or since this began to follow."""
+        return time.monotonic() - self._heard_at
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has written its closing figures."""
+        ranks, run = self._folder / RANKS_JSONL, self._folder / RUN_JSON
+        try:
+            return ranks.stat().st_mtime >= run.stat().st_mtime
+        except FileNotFoundError:
+            return False
+
+    def balancedness(self) -> float | None:
+        """Returns that of the last passes; None as long as the job has not written it.
+
+        Raises:
+            ConfigError: The file is damaged.
+        """
+        path = self._folder / BALANCE_JSONL
+        if not path.is_file():
+            return None
+        lines = read_json_lines(path)
+        if not lines:
+            return None
+        place, content = lines[-1]
+        return parse(BalanceWindow, content, place).overall
+
+    def total(self) -> Row:
+        """Returns the whole job."""
+        return self._row("all", sorted(self._recent))
+
+    def ranks(self) -> list[Row]:
+        """Returns a row for each rank that has left a sample."""
+        return [
+            self._row(f"{rank:>4} {printable(self.run.hosts[rank])}", [rank])
+            for rank in sorted(self._recent)
+        ]
+
+    def hosts(self) -> list[Row]:
+        """Returns a row for each host with such a rank."""
+        ranks_of: dict[str, list[int]] = {}
+        for rank in sorted(self._recent):
+            ranks_of.setdefault(self.run.hosts[rank], []).append(rank)
+        return [
+            self._row(f"{printable(host)} ({len(ranks)})", ranks)
+            for host, ranks in ranks_of.items()
+        ]
+
+    def _row(self, name: str, ranks: Sequence[int]) -> Row:
+        now = [self._recent[rank][-1] for rank in ranks]
+        if not now:
+            return Row(name, 0.0, 0, 0.0, 0, 0, 0, 0, "")
+        behind = max(now, key=lambda sample: (sample.prompts_queued, -sample.step))
+        return Row(
+            name,
+            mean(sample.utilisation for sample in now),
+            max(sample.memory_bytes for sample in now),
+            sum(_tokens_per_s(self._recent[rank]) for rank in ranks),
+            sum(sample.prompts_done for sample in now),
+            sum(sample.prompts_queued for sample in now),
+            max(sample.batch_size for sample in now),
+            max(sample.step for sample in now),
+            printable(behind.at),
+        )
+
+
+def _tokens_per_s(recent: deque[Sample]) -> float:
+    first, last = recent[0], recent[-1]
+    elapsed_s = last.t_s - first.t_s
+    return (last.new_tokens - first.new_tokens) / elapsed_s if elapsed_s else 0.0
+
+
+def follow(folder: Path) -> LiveRun:
+    """Returns a job to follow.
+
+    Raises:
+        ConfigError: There is none; with how to start one.
+    """
+    if not (folder / RUN_JSON).is_file():
+        raise ConfigError(
+            f"{folder} has no {RUN_JSON}: no job has begun there. Start it first, in another "
+            f"terminal: infer.py ... --metrics {folder}"
+        )
+    return LiveRun(folder)

@@ -1,0 +1,229 @@
+"""Verdicts on a run of round numbers, against values and reasons worked out by hand."""
+
+import copy
+
+import pytest
+
+from ds_moe_ep.monitor.findings import balance_of, hot_experts, kind_latencies, slow_rank
+from ds_moe_ep.monitor.metrics_folder import read_metrics
+from ds_moe_ep.monitor.verdicts import TARGETS, Targets, judge
+from tests.helpers.metrics import small_metrics, write_metrics_folder
+
+_MIB = 2**20
+
+
+def _metrics(tmp_path, change=lambda files: None):
+    files = copy.deepcopy(small_metrics())
+    change(files)
+    return read_metrics(write_metrics_folder(tmp_path, files))
+
+
+def _judged(tmp_path, change=lambda files: None, targets=TARGETS):
+    return {verdict.name: verdict for verdict in judge(_metrics(tmp_path, change), targets)}
+
+
+def _set_all(files, **values):
+    for rank in files["metrics.jsonl"]:
+        rank |= values
+
+
+def test_the_values_of_the_small_run(tmp_path):
+    found = {name: (each.state, each.value) for name, each in _judged(tmp_path).items()}
+    assert found == {
+        "GPU utilisation": ("missed", pytest.approx((0.5 + 0.6 + 0.7 + 0.8) / 4)),
+        "memory variance": ("missed", pytest.approx((110 - 100) / 102.5)),
+        "collective latency": ("missed", 0.002),
+        "balancedness": ("missed", pytest.approx(0.75)),
+        "latency of a decode pass": ("missed", pytest.approx(0.23)),
+        "sequences a second": ("open", pytest.approx(12 / 10)),
+        "memory efficiency": ("open", None),
+    }
+
+
+def test_the_reasons_of_the_small_run(tmp_path):
+    reasons = {name: each.reason for name, each in _judged(tmp_path).items()}
+    # (3 * 3 + 1) / 4 = 2.5 s of 10 s in collectives.
+    assert reasons["GPU utilisation"] == (
+        "from 50% to 80%; CPU run: CPU time of each process by wall time stands for GPU "
+        "utilisation; collectives, with waiting, take 25% of the run; the others wait for rank 3; "
+        "batches are small (2 prompts a rank)"
+    )
+    # 400 rows, the mean is 250.
+    assert reasons["memory variance"] == (
+        "peaks from 100 MiB (rank 0) to 110 MiB (rank 3); rank 3 has 1.60x the mean of expert rows"
+    )
+    assert reasons["collective latency"] == (
+        "all-gather is slowest; p95 4.00 ms, max 8.00 ms; waiting, not links: rank 3, which the "
+        "others wait for, takes 500 us; CPU run, without the links of GPUs"
+    )
+    assert reasons["balancedness"] == (
+        "worst passes 0.60 (1 to 10), worst layer 0.55 (layer 3); "
+        "skewed router: expert 7 of layer 3 takes 3.00x the mean"
+    )
+    # Of 3 * 7 + 7 = 28 s in decode passes 10 are in experts, 10 in dispatch and combine.
+    assert reasons["latency of a decode pass"] == (
+        "p95 250 ms, max 300 ms; CPU run; experts take 36% of a pass, dispatch and combine, with "
+        "waiting, 36%"
+    )
+    assert reasons["sequences a second"] == (
+        "12 prompts of 36.7 tokens, new ones included; 4 CPU ranks cannot show what 64 GPUs do"
+    )
+    assert "ranks share the memory of their host" in reasons["memory efficiency"]
+
+
+def test_the_slow_rank_is_the_one_that_waits_least(tmp_path):
+    slow = slow_rank(_metrics(tmp_path))
+    assert slow is not None
+    assert (slow.rank, slow.host, slow.wait_s, slow.wait_share) == (3, "node-b", 2.0, 0.2)
+    assert slow.why == "its experts take 2.00 s longer, with 2.00x the others' expert rows"
+
+
+@pytest.mark.parametrize(
+    ("part", "rows", "says"),
+    [
+        ("experts", 200, "no more expert rows than the others, so the device itself is slower"),
+        ("attention", 400, "its attention takes 3.00 s longer, with no more tokens of its own"),
+        (None, 400, "no part of its passes takes longer than the others', so it starts them later"),
+    ],
+)
+def test_what_makes_a_rank_slow(tmp_path, part, rows, says):
+    def change(files):
+        slow = files["metrics.jsonl"][3]
+        slow["expert_rows"] = rows
+        decode = slow["parts_s"]["decode"]
+        decode["experts"] = 2.0
+        if part is not None:
+            decode[part] += 3.0
+
+    assert says in slow_rank(_metrics(tmp_path, change)).why
+
+
+def test_ranks_that_wait_alike_are_not_slow(tmp_path):
+    assert slow_rank(_metrics(tmp_path, lambda files: _set_all(files, comm_s=1.0))) is None
+
+
+def _is_good(files):
+    _set_all(files, utilisation=0.96, comm_s=1.0, expert_rows=250, peak_memory_bytes=90 * _MIB)
+    files["run.json"] |= {"device": "NVIDIA H200", "available_memory_bytes": 100 * _MIB}
+    for rank in files["metrics.jsonl"]:
+        rank["collectives"]["gather"]["p50_s"] = 0.0009
+        rank["pass_s"]["decode"] = {"p50": 0.008, "p95": 0.009, "max": 0.1}
+    for window in files["balance.jsonl"]:
+        window |= {"overall": 1.0, "layers": [1.0, 1.0]}
+
+
+def test_a_run_that_meets_every_target(tmp_path):
+    found = _judged(tmp_path, _is_good, Targets(num_gpus=4, sequences_per_s=1.2))
+    assert {verdict.state for verdict in found.values()} == {"met"}
+    assert found["memory efficiency"].value == pytest.approx(0.9)
+    assert found["memory efficiency"].measured == "90.0%"
+    assert "CPU" not in " ".join(verdict.reason for verdict in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("GPU utilisation", lambda files: _set_all(files, utilisation=0.949)),
+        # A target of "less than" is missed by what equals it: (max - min) / mean is 5% here.
+        (
+            "memory variance",
+            lambda files: [
+                rank.update(peak_memory_bytes=size)
+                for rank, size in zip(files["metrics.jsonl"], (975, 1000, 1000, 1025), strict=True)
+            ],
+        ),
+        (
+            "collective latency",
+            lambda files: files["metrics.jsonl"][2]["collectives"]["gather"].update(p50_s=0.001),
+        ),
+        ("balancedness", lambda files: files["balance.jsonl"][0].update(overall=0.97)),
+        (
+            "latency of a decode pass",
+            lambda files: files["metrics.jsonl"][1]["pass_s"]["decode"].update(p50=0.00801),
+        ),
+        ("sequences a second", lambda files: files["metrics.jsonl"][0].update(run_s=10.1)),
+        ("memory efficiency", lambda files: _set_all(files, peak_memory_bytes=87 * _MIB)),
+    ],
+)
+def test_each_target_is_missed_by_a_little(tmp_path, name, change):
+    def nearly_good(files):
+        _is_good(files)
+        change(files)
+
+    found = _judged(tmp_path, nearly_good, Targets(num_gpus=4, sequences_per_s=1.2))
+    assert found[name].state == "missed"
+
+
+def test_links_are_slow_where_even_the_rank_that_waits_least_is(tmp_path):
+    def change(files):
+        files["metrics.jsonl"][3]["collectives"]["gather"]["p50_s"] = 0.0015
+
+    reason = _judged(tmp_path, change)["collective latency"].reason
+    assert "slow links: even rank 3, which waits least, takes 1.50 ms for 2.00 KiB" in reason
+
+
+def test_uneven_passes_of_an_even_run_are_chance(tmp_path):
+    def change(files):
+        _set_all(files, expert_rows=250)
+        files["experts.jsonl"][1]["tokens_per_expert"] = [40] * 8
+
+    # 640 tokens in 2 layers on 4 ranks in 40 passes.
+    reason = _judged(tmp_path, change)["balancedness"].reason
+    assert "chance: 2.00 rows a rank, layer and pass are few; over the whole run" in reason
+    assert "router" not in reason
+
+
+def test_without_skew_or_chance_the_busiest_rank_is_named(tmp_path):
+    def change(files):
+        files["experts.jsonl"][1]["tokens_per_expert"] = [40] * 8
+
+    assert "rank 3 computes 1.60x the mean of rows" in (
+        _judged(tmp_path, change)["balancedness"].reason
+    )
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    def change(files):
+        files["run.json"] |= {"task": "score", "device": "NVIDIA H200"}
+        files["balance.jsonl"] = []
+        _set_all(files, collectives={}, pass_s={"prefill": None, "decode": None}, num_prompts=0)
+
+    found = _judged(tmp_path, change)
+    open_ones = {name: each.reason for name, each in found.items() if each.state == "open"}
+    assert open_ones == {
+        "collective latency": "no collective took place",
+        "balancedness": "no pass was recorded",
+        "latency of a decode pass": "no decode pass: prompts are scored",
+        "sequences a second": "no prompt was served",
+        "memory efficiency": "peak of 102 MiB a rank; what a rank could have had was not recorded",
+    }
+    assert not any(found[name].measured for name in open_ones)
+
+
+def test_one_rank_is_not_compared_with_others(tmp_path):
+    def change(files):
+        files["run.json"]["hosts"] = ["node-a"]
+        files["run.json"]["plan"] |= {"ep_size": 1, "world_size": 1, "dense_dp_size": 1}
+        files["metrics.jsonl"] = files["metrics.jsonl"][:1]
+        files["samples.jsonl"] = [each for each in files["samples.jsonl"] if each["rank"] == 0]
+
+    found = _judged(tmp_path, change)
+    assert found["memory variance"].state == found["balancedness"].state == "open"
+    assert "1 CPU rank cannot show" in found["sequences a second"].reason
+    assert "wait" not in found["GPU utilisation"].reason
+
+
+def test_findings_of_the_small_run(tmp_path):
+    metrics = _metrics(tmp_path)
+    assert [str(hot) for hot in hot_experts(metrics)] == [
+        "expert 7 of layer 3 takes 3.00x the mean",
+        "expert 0 of layer 1 takes 1.00x the mean",
+    ]
+    balance = balance_of(metrics)
+    assert balance is not None
+    assert (balance.worst_layer, balance.of_worst_layer) == (3, pytest.approx(0.55))
+    assert balance.of_whole_run == pytest.approx(250 / 400)
+    (latency,) = kind_latencies(metrics)
+    assert (latency.count, latency.sent_bytes) == (320, 320 * 2048)
+    assert (latency.p50_s, latency.max_s) == (0.002, 0.008)
+    assert (latency.least_p50_s, latency.least_rank) == (0.0005, 3)
