@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 
-__all__ = ["count_local_gpus", "free_port"]
+__all__ = ["count_local_gpus", "free_port", "threads_of_rank"]
 
 
 def count_local_gpus() -> int:
@@ -30,6 +30,27 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def threads_of_rank(num_ranks: int) -> int | None:
+    """Return how many threads each of the ranks on this machine should compute with.
+
+    Left alone, torch takes all cores on each rank, and ranks wait for threads that wait for cores.
+
+    Args:
+        num_ranks: ranks of the job on this machine.
+
+    Returns:
+        An equal share of the cores this process may use, 1 at least; None if `OMP_NUM_THREADS`
+        says how many.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    if hasattr(os, "sched_getaffinity"):
+        num_cores = len(os.sched_getaffinity(0))
+    else:
+        num_cores = os.cpu_count() or 1
+    return max(1, num_cores // num_ranks)
 
 
 def _count_device_files() -> int:

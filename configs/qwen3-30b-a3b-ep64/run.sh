@@ -21,8 +21,8 @@ for word in "$PWD" "$here" "$infer" "$model" "$@"; do
       ;;
   esac
 done
-# Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script with 130.
-# Job control gives the job a process group of its own, so signals have to be handed on to it.
+# Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script with
+# 130. Job control gives the job a process group of its own, so signals have to be handed on.
 set -m
 deepspeed --hostfile "$here/hostfile" --launcher pdsh \
   "$infer" --model "$model" --config "$here" "$@" < /dev/null &

@@ -58,6 +58,11 @@ class BringUp:
         job: The job.
         work: What was settled before loading.
         left: Prompts to serve, by index.
+
+    Attributes:
+        predicted_bytes: What a rank is to use at most, once the phases are done: what it used
+            before loading, its weights, and its largest batch; None if the system does not say.
+        available_bytes: What a rank may use; None if the system does not say.
     """
 
     def __init__(self, options: JobOptions, job: Job, work: Work, left: Sequence[int]) -> None:
@@ -69,6 +74,8 @@ class BringUp:
         self._host_checks: list[Check] = []
         self._hosts_s = 0.0
         self._before_bytes: int | None = None
+        self.predicted_bytes: int | None = None
+        self.available_bytes: int | None = None
 
     def check_before_loading(self) -> None:
         """Does what of phases 1 and 4 can be done before weights are loaded.
@@ -195,11 +202,19 @@ class BringUp:
         self, memory: Sequence[RankMemory], batch_size: int, of_rank: Sequence[Sequence[Batch]]
     ) -> list[Check]:
         largest = max((len(b.indices) for batches in of_rank for b in batches), default=0)
+        self._predict(memory[self._job.info.rank], largest)
         return [
             judge_weights(memory, is_exact=self._work.spec.params_are_exact),
             judge_spread(memory),
             judge_batch(memory, self._needs(), batch_size, largest),
         ]
+
+    def _predict(self, own: RankMemory, largest_batch: int) -> None:
+        if self._before_bytes is not None:
+            batch_bytes = largest_batch * self._needs().num_bytes
+            self.predicted_bytes = self._before_bytes + self._weight_bytes() + batch_bytes
+        if own.free_bytes is not None:
+            self.available_bytes = (used_bytes(self._job.device) or 0) + own.free_bytes
 
     def _weight_bytes(self) -> int:
         work, placement = self._work, self._work.placement

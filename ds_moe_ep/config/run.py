@@ -3,7 +3,7 @@
 It checks what is written against what this package runs; writing the files is bundle.py's work.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,16 @@ from ds_moe_ep.config.strict import Strict, parse, read_json
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.plan import ParallelPlan
 
-__all__ = ["UNSUPPORTED_SETTINGS", "InferenceSettings", "RunConfig", "load_run_config"]
+__all__ = [
+    "MONITOR_SECTIONS",
+    "UNSUPPORTED_SETTINGS",
+    "InferenceSettings",
+    "RunConfig",
+    "load_run_config",
+]
+
+MONITOR_SECTIONS = frozenset({"comet", "csv_monitor", "tensorboard", "wandb"})
+"""What DeepSpeed's monitor reads of a DeepSpeed JSON (0.19.8, deepspeed/monitor/config.py)."""
 
 # What DeepSpeedInferenceConfig (0.19.8) takes but this package gives no meaning: kernels for other
 # models, tensor parallelism, DeepSpeed's own checkpoint loading, deprecated spellings.
@@ -74,12 +83,14 @@ class RunConfig:
         plan: the plan of the folder; None for a bare DeepSpeed JSON, which knows no number of GPUs.
         num_experts: routed experts of a layer of the model it was made for, or None.
         inference: the configuration for `deepspeed.init_inference`, under DeepSpeed's full names.
+        monitor: the sections for DeepSpeed's monitor that are enabled, by name.
     """
 
     source: Path
     plan: ParallelPlan | None
     num_experts: int | None
     inference: dict[str, Any]
+    monitor: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ep_size(self) -> int | None:
@@ -115,6 +126,7 @@ def _load_json(path: Path) -> RunConfig:
             f"{path}: {', '.join(unsupported)}: DeepSpeed has this setting, but expert-parallel "
             f"inference does not support it. Remove it."
         )
+    monitor = _take_monitor(content, path)
     settings = parse(InferenceSettings, content, path)
     counts = set(settings.moe.moe_experts)
     if len(counts) > 1:
@@ -123,7 +135,22 @@ def _load_json(path: Path) -> RunConfig:
             f"same number of experts. Give one number, like [64]."
         )
     inference = settings.model_dump(exclude_unset=True)
-    return RunConfig(path, None, counts.pop() if counts else None, inference)
+    return RunConfig(path, None, counts.pop() if counts else None, inference, monitor)
+
+
+def _take_monitor(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Takes the sections for DeepSpeed's monitor out: `deepspeed.init_inference` refuses them."""
+    enabled = {}
+    for name in MONITOR_SECTIONS & content.keys():
+        section = content.pop(name)
+        if not isinstance(section, dict) or not isinstance(section.get("enabled", False), bool):
+            raise ConfigError(
+                f"{path}: {name}={section!r}: DeepSpeed's monitor takes a section like "
+                f'{{"enabled": true, ...}} here.'
+            )
+        if section.get("enabled"):
+            enabled[name] = section
+    return dict(sorted(enabled.items()))
 
 
 def _load_folder(folder: Path) -> RunConfig:
@@ -149,4 +176,4 @@ def _load_folder(folder: Path) -> RunConfig:
                 f"{folder}: the files of this folder disagree: {name}={written}, but {PLAN_JSON} "
                 f"plans {plan} for {name}={planned}. {again}"
             )
-    return RunConfig(folder, plan, run.num_experts, run.inference)
+    return RunConfig(folder, plan, run.num_experts, run.inference, run.monitor)

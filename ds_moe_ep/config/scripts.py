@@ -29,8 +29,8 @@ if [ ! -f "$infer" ]; then
   echo "run.sh: no $infer in $PWD. Start it from the folder that holds it, or set INFER." >&2
   exit 2
 fi
-@CHECK@# Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script with 130.
-# Job control gives the job a process group of its own, so signals have to be handed on to it.
+@CHECK@# Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script with
+# 130. Job control gives the job a process group of its own, so signals have to be handed on.
 set -m
 deepspeed --hostfile "$here/hostfile" @LAUNCHER@ \
   "$infer" --model "$model" --config "$here" "$@" < /dev/null &

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ds_moe_ep.dist.durations import Durations
+from ds_moe_ep.dist.moments import Moment, has_passed, now, seconds_between, wait_until
 
 __all__ = ["Collective", "CommStats", "KindStats"]
-
-_Moment = float | torch.cuda.Event
 
 
 @dataclass
@@ -43,8 +41,8 @@ class Collective:
     kind: str
     sent_bytes: int
     took_place: bool = True
-    _since: _Moment | None = None
-    _spans: list[tuple[_Moment, _Moment]] = field(default_factory=list)
+    _since: Moment | None = None
+    _spans: list[tuple[Moment, Moment]] = field(default_factory=list)
 
 
 class CommStats:
@@ -59,7 +57,7 @@ class CommStats:
     def by_kind(self) -> dict[str, KindStats]:
         """The costs by kind; waits for a GPU to finish what it was given."""
         while self._unfinished:
-            self._unfinished[0]._spans[-1][1].synchronize()  # type: ignore[union-attr]
+            wait_until(self._unfinished[0]._spans[-1][1])
             self._read_clocks()
         return dict(self._kinds)
 
@@ -121,33 +119,19 @@ class CommStats:
 
     @staticmethod
     def _end_span(collective: Collective, device: torch.device) -> None:
-        now = _now(device)
-        if collective._since is not None and now is not None:
-            collective._spans.append((collective._since, now))
+        moment = _now(device)
+        if collective._since is not None and moment is not None:
+            collective._spans.append((collective._since, moment))
 
     def _read_clocks(self) -> None:
         """Counts the times of those that have ended."""
-        while self._unfinished:
-            ended = self._unfinished[0]._spans[-1][1]
-            if isinstance(ended, torch.cuda.Event) and not ended.query():
-                return
+        while self._unfinished and has_passed(self._unfinished[0]._spans[-1][1]):
             collective = self._unfinished.popleft()
-            seconds = sum(_seconds(begin, end) for begin, end in collective._spans)
+            seconds = sum(seconds_between(begin, end) for begin, end in collective._spans)
             self._kinds[collective.kind].durations.add(seconds)
 
 
-def _seconds(begin: _Moment, end: _Moment) -> float:
-    if isinstance(begin, torch.cuda.Event):
-        return begin.elapsed_time(end) / 1e3
-    assert isinstance(end, float)
-    return end - begin
-
-
-def _now(device: torch.device) -> _Moment | None:
-    if device.type != "cuda":
-        return time.perf_counter()
-    if torch.cuda.is_current_stream_capturing():
+def _now(device: torch.device) -> Moment | None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    return now(device)

@@ -72,10 +72,13 @@ class RollCall:
 
     Every rank that finds the job broken answers. The store lives in rank 0 and may be gone too, so
     no question waits for it for long.
+
+    Attributes:
+        store: That store.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        self._store = store
+        self.store = store
         self._rank = rank
         self._world_size = world_size
 
@@ -87,8 +90,8 @@ class RollCall:
         """
 
         def tell() -> bool:
-            self._store.set(f"failed/{self._rank}", b"")
-            return self._store.add("num_failed", 1) == 1
+            self.store.set(f"failed/{self._rank}", b"")
+            return self.store.add("num_failed", 1) == 1
 
         return _within(_ANSWER_S, tell)
 
@@ -103,7 +106,7 @@ class RollCall:
 
     def _not_answered(self) -> list[int]:
         keys = [f"failed/{rank}" for rank in range(self._world_size)]
-        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        return [rank for rank, key in enumerate(keys) if not self.store.check([key])]
 
 
 def _within(timeout_s: float, ask: Callable[[], T]) -> T | None:

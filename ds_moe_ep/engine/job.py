@@ -30,11 +30,13 @@ from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, write_results
 from ds_moe_ep.engine.prepare import Work, prepare
 from ds_moe_ep.engine.schedule import Batch
-from ds_moe_ep.engine.summary import RankSummary, format_summary, write_metrics
+from ds_moe_ep.engine.summary import RankSummary, format_summary
 from ds_moe_ep.engine.supervisor import Progress
 from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch, score_batch
 from ds_moe_ep.errors import ResourceError, some
+from ds_moe_ep.local_machine import threads_of_rank
+from ds_moe_ep.monitor.job_monitor import JobMonitor, watch
 
 __all__ = ["run_job"]
 
@@ -62,6 +64,9 @@ def run_job(options: JobOptions, progress: Progress) -> int:
             job = init_distributed(
                 info, timeout_s=options.timeout_s, start_timeout_s=options.start_timeout_s
             )
+        num_threads = threads_of_rank(job.nodes.count(job.nodes[info.rank]))
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
         _run_joined(options, job, progress)
     except Exception as error:
         return fail(error, info, job, progress, options.journal_folder)
@@ -93,9 +98,11 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
             journal.start(settings, resume=options.resume)
 
     job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
-    results, summary = _run(options, job, work, engine, batches, journal, progress)
-    progress.enter("writing the results")
-    _finish(options, job, work, engine, earlier | results, summary, journal)
+    num_prompts = sum(len(batch.indices) for batch in batches)
+    with watch(options, job, work, engine, bring_up, progress, num_prompts) as monitor:
+        results, summary = _run(options, job, work, engine, batches, journal, progress, monitor)
+        progress.enter("writing the results")
+        _finish(options, job, work, earlier | results, summary, journal, monitor)
 
 
 def _left_to_do(
@@ -124,12 +131,21 @@ def _run(
     batches: Sequence[Batch],
     journal: Journal,
     progress: Progress,
+    monitor: JobMonitor | None,
 ) -> tuple[dict[int, Result], RankSummary]:
     """Serves this rank's batches and takes part in those of the others."""
     serve = _server(options, job, work, engine)
     results: dict[int, Result] = {}
+
+    def start_step(step: int) -> None:
+        progress.start_step(step)
+        if monitor is not None:
+            monitor.start_step(step)
+
     job.wait_for_all(options.timeout_s, "starting the first batch")
     start = time.perf_counter()
+    if monitor is not None:
+        monitor.start()
     with progress_bar(len(work.prompts)) as show:
         sync = ForwardSync(
             engine.deepspeed_engine.module,
@@ -140,12 +156,14 @@ def _run(
             device=job.device,
             shared=_shared_by_all(job, engine),
             on_progress=show,
-            on_step=progress.start_step,
+            on_step=start_step,
         )
         for number, batch in enumerate(batches, start=1):
             prompts = [work.prompts[index] for index in batch.indices]
             ids = some([repr(each.prompt.id)[:_SHOWN_CHARS] for each in prompts])
             progress.enter(f"batch {number} of {len(batches)} (prompts {ids})")
+            if monitor is not None:
+                monitor.start_batch(len(prompts))
             done = dict(zip(batch.indices, serve(prompts), strict=True))
             if options.batch_mode == "replicated" and job.info.rank != 0:
                 continue  # rank 0 has the same
@@ -153,6 +171,8 @@ def _run(
             results |= done
             sync.finish(len(done))
         progress.enter("helping the others to their end")
+        if monitor is not None:
+            monitor.end_batches()
         sync.join_others()
     run_s = time.perf_counter() - start
     return results, _summarise(job, work, engine, results, sync.num_steps, run_s)
@@ -214,23 +234,24 @@ def _finish(
     options: JobOptions,
     job: Job,
     work: Work,
-    engine: Engine,
     results: dict[int, Result],
     summary: RankSummary,
     journal: Journal,
+    monitor: JobMonitor | None,
 ) -> None:
     """Brings the results of all ranks into one file, tells how it went, and clears up."""
-    gathered = job.gather((results, summary))
+    record = monitor.finish(summary) if monitor is not None else None
+    gathered = job.gather((results, summary, record))
 
     def write() -> None:
         if job.info.rank != 0:
             return
-        by_index = {index: result for own, _ in gathered for index, result in own.items()}
-        ranks = [summary for _, summary in gathered]
+        by_index = {index: result for own, _, _ in gathered for index, result in own.items()}
+        ranks = [summary for _, summary, _ in gathered]
         try:
             write_results(options.output, [by_index[i] for i in range(len(work.prompts))])
-            if options.metrics is not None:
-                write_metrics(options.metrics, ranks)
+            if monitor is not None:
+                monitor.write([record for _, _, record in gathered if record is not None])
         except OSError as error:
             raise ResourceError(
                 f"{options.output}: cannot be written: {error}. The results are in "

@@ -50,6 +50,7 @@ class JobOptions:
     resume: bool = False
     preflight: bool = False
     metrics: Path | None = None
+    metrics_port: int | None = None
     placement: Path | None = None
     timeout_s: float = 120.0
     start_timeout_s: float = 1800.0
@@ -108,7 +109,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--metrics",
         type=Path,
         metavar="DIR",
-        help="folder for metrics.jsonl, a line a rank, and bringup.jsonl, a line a phase",
+        help="folder to record the run in, for `ds-moe-ep report` and `ds-moe-ep top`",
     )
     add(
         "--placement",
@@ -198,6 +199,12 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
         choices=("sharded", "replicated"),
         default="sharded",
         help="each rank its own prompts (default: throughput), or all ranks all prompts (latency)",
+    )
+    add(
+        "--metrics-port",
+        type=positive(int),
+        metavar="PORT",
+        help="serve the figures of all ranks to Prometheus, on the host of rank 0",
     )
     add_timeouts(group)
 

@@ -7,7 +7,7 @@ collective.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Work:
         prompts: All prompts of the job, in input order.
         context_length: Tokens a prompt and its completion may have together.
         placement: Experts in slots; None if they are contiguous.
+        monitor_config: The sections of the DeepSpeed JSON for DeepSpeed's monitor, by name.
     """
 
     plan: ParallelPlan
@@ -61,6 +62,7 @@ class Work:
     prompts: list[EncodedPrompt]
     context_length: int
     placement: SlotPlacement | None = None
+    monitor_config: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare(options: JobOptions, job: Job) -> Work:
@@ -97,7 +99,17 @@ def prepare(options: JobOptions, job: Job) -> Work:
         generates=options.task == "generate",
     )
     dtype = getattr(torch, settings["dtype"])
-    return Work(plan, spec, settings, dtype, tokenizer, encoded, context_length, placement)
+    return Work(
+        plan,
+        spec,
+        settings,
+        dtype,
+        tokenizer,
+        encoded,
+        context_length,
+        placement,
+        config.monitor if config else {},
+    )
 
 
 def _plan(

@@ -5,14 +5,11 @@ Judging the figures against targets is a matter of the monitor, not of this modu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from ds_moe_ep.engine.outputs import write_lines
-
-__all__ = ["RankSummary", "format_summary", "write_metrics"]
+__all__ = ["RankSummary", "format_summary"]
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,6 @@ def format_summary(ranks: Sequence[RankSummary], *, task: str, output: Path) -> 
         "output": str(output),
     }
     return "\n".join(f"{name:>14}  {value}" for name, value in lines.items())
-
-
-def write_metrics(folder: Path, ranks: Sequence[RankSummary]) -> Path:
-    """Writes a JSON line a rank to ``metrics.jsonl`` in `folder`, made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
-    write_lines(path, (json.dumps(asdict(rank)) + "\n" for rank in ranks))
-    return path
 
 
 def _balance(ranks: Sequence[RankSummary]) -> str:

@@ -7,7 +7,7 @@ The model's own router stays outside of it; how rows travel is the dispatcher's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.cost_model import LinkPrices
 from ds_moe_ep.moe.dispatch import Dispatcher, make_dispatcher, make_links
-from ds_moe_ep.moe.experts import expert_parameters, run_local_experts
+from ds_moe_ep.moe.experts import Compute, expert_parameters, run_local_experts
 from ds_moe_ep.moe.shared_expert import EarlySharedExpert
 from ds_moe_ep.moe.slots import ExpertSlots
 from ds_moe_ep.moe.state_dict import name_experts_as_deepspeed_does
@@ -55,6 +55,7 @@ class DispatchedExperts(nn.Module):
         self.prices: LinkPrices | None = None
         self.shared_expert: EarlySharedExpert | None = None  # of the same block, if it has one
         self.stats = CommStats()
+        self.on_part: Callable[[str], object] | None = None  # told as "experts", "combine" begin
         self.dispatcher: Dispatcher | None = None
         self.tokens_per_expert = torch.zeros(experts.num_experts, dtype=torch.int64)
         self._group_ranks, self._ep_rank = [0], 0
@@ -105,7 +106,9 @@ class DispatchedExperts(nn.Module):
             # Where all ranks have the same tokens, all must choose the same copies.
             first = 0 if self.dispatcher_name == "allreduce" else self._ep_rank
             topk_ids_TK = self.slots.choose(topk_ids_TK, first)
-        compute = partial(run_local_experts, self.experts)
+        compute: Compute = partial(run_local_experts, self.experts)
+        if self.on_part is not None:
+            compute = partial(_compute_and_tell, compute, self.on_part)
         meanwhile = None
         if self.shared_expert is not None:
             meanwhile = self.shared_expert.while_rows_travel(x_TH)
@@ -125,6 +128,19 @@ class DispatchedExperts(nn.Module):
                 f"{announced}: the ranks would exchange rows of different sizes. A model whose "
                 "layers see other tokens than its input cannot be run with announced passes."
             )
+
+
+def _compute_and_tell(
+    compute: Compute,
+    on_part: Callable[[str], object],
+    x_RH: Tensor,
+    local_ids_RK: Tensor,
+    weights_RK: Tensor,
+) -> tuple[Tensor, Tensor]:
+    on_part("experts")
+    result = compute(x_RH, local_ids_RK, weights_RK)
+    on_part("combine")
+    return result
 
 
 class ExpertParallelMoE(MoE):

@@ -1,0 +1,41 @@
+"""Moments of a device: of a CPU by the clock, of a GPU by events, recorded without a sync."""
+
+from __future__ import annotations
+
+import time
+from typing import TypeAlias, Union
+
+import torch
+
+__all__ = ["Moment", "has_passed", "now", "seconds_between", "wait_until"]
+
+Moment: TypeAlias = Union[float, "torch.cuda.Event"]
+"""Seconds of `time.perf_counter`, or an event of a GPU's stream."""
+
+
+def now(device: torch.device) -> Moment:
+    """Returns this moment, on a GPU that at which its stream gets here."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def has_passed(moment: Moment) -> bool:
+    """Tells whether the device has come to a moment."""
+    return isinstance(moment, float) or bool(moment.query())
+
+
+def wait_until(moment: Moment) -> None:
+    """Waits until the device has come to a moment."""
+    if not isinstance(moment, float):
+        moment.synchronize()
+
+
+def seconds_between(begin: Moment, end: Moment) -> float:
+    """Returns the seconds between two moments of one device that have both passed."""
+    if isinstance(begin, float) and isinstance(end, float):
+        return end - begin
+    assert not isinstance(begin, float)
+    return float(begin.elapsed_time(end)) / 1e3

@@ -1,0 +1,68 @@
+"""Hands figures to DeepSpeed's own monitor: TensorBoard, CSV, W&B or Comet, as the user has set up.
+
+Which of them is used stands in the DeepSpeed JSON of the run, in DeepSpeed's own sections.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
+from pydantic import ValidationError
+
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.monitor.figures import figures
+from ds_moe_ep.monitor.metrics_format import Sample
+
+__all__ = ["DeepSpeedEvents"]
+
+# As often as people look; each of the monitors opens a file or a connection for it.
+_EVERY_S = 5.0
+
+
+class DeepSpeedEvents:
+    """DeepSpeed's monitor, on rank 0, with this package's figures.
+
+    Args:
+        sections: Of the DeepSpeed JSON: ``tensorboard``, ``csv_monitor``, ``wandb``, ``comet``.
+
+    Raises:
+        ConfigError: A section is not what DeepSpeed takes, or its library is not installed.
+    """
+
+    def __init__(self, sections: Mapping[str, Any]) -> None:
+        named = ", ".join(sections)
+        try:
+            self._monitor = MonitorMaster(get_monitor_config(dict(sections)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(
+                f"{where}: {first['msg']}. DeepSpeed's monitor does not take it."
+            ) from None
+        except ImportError as error:
+            raise ConfigError(
+                f"{named}: {error}. Install what that section needs, or set its enabled to false."
+            ) from None
+        self._samples: Sequence[Sample] = ()
+        self._next_s = 0.0
+
+    def update(self, samples: Sequence[Sample]) -> None:
+        """Takes the last sample of each rank, and writes the figures if it is time."""
+        self._samples = samples
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + _EVERY_S
+            self._write()
+
+    def close(self) -> None:
+        """Writes the last figures."""
+        if self._samples:
+            self._write()
+
+    def _write(self) -> None:
+        step = max(sample.step for sample in self._samples)
+        now = figures(self._samples)
+        self._monitor.write_events([(f"ds_moe_ep/{name}", v, step) for name, v in now.items()])

@@ -1,0 +1,117 @@
+"""Looks at every rank once a second while a job runs: utilisation, memory, progress.
+
+Each rank leaves its sample in the store of the rendezvous, and rank 0 takes all of them: so nobody
+needs a shared folder, and no collective is involved. What is done with samples is said by those who
+listen.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from ds_moe_ep import host_memory
+from ds_moe_ep.monitor.metrics_format import Sample
+
+__all__ = ["Sampler", "Usage"]
+
+_EVERY_S = 1.0
+_PATIENCE_S = 5.0  # at the end of a job, for a thread that may wait for a store that has gone
+
+
+class Usage:
+    """How busy this rank is, and what memory it uses.
+
+    Args:
+        device: Its device. Of a GPU the driver is asked (nvidia-ml-py).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._since = time.perf_counter(), time.process_time()
+
+    def utilisation(self) -> float:
+        """Returns the share of the time since the last call, or of the driver's last period."""
+        if self._device.type == "cuda":
+            return torch.cuda.utilization(self._device) / 100
+        now = time.perf_counter(), time.process_time()
+        elapsed_s, busy_s = now[0] - self._since[0], now[1] - self._since[1]
+        self._since = now
+        return busy_s / max(elapsed_s, 1e-9) / torch.get_num_threads()
+
+    def memory_bytes(self) -> int:
+        """Returns what is used of the GPU, or by this process with its share of shared pages."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.device_memory_used(self._device))
+        return host_memory.proportional_bytes() or 0
+
+
+class Sampler:
+    """The thread that looks, on each rank.
+
+    Args:
+        rank: Global rank.
+        world_size: How many there are.
+        look: Takes a sample of this rank.
+        store: Of the rendezvous; None for a job of one rank.
+        listeners: Told on rank 0, at each look, of the last sample of every rank.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        look: Callable[[], Sample],
+        store: dist.Store | None,
+        listeners: Sequence[Callable[[Sequence[Sample]], None]] = (),
+    ) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._look, self._listeners = look, listeners
+        # A connection of its own: a question on it never holds up the job's.
+        self._store = store.clone() if store is not None and world_size > 1 else None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+        self.samples: list[Sample] = []
+        self._publish(self._look())
+
+    def start(self) -> None:
+        """Starts looking; every rank must have made its sampler before rank 0 calls this."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Takes a last sample and ends the thread."""
+        self._done.set()
+        self._thread.join(_PATIENCE_S)
+
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._done.wait(_EVERY_S)
+            try:
+                sample = self._look()
+                self.samples.append(sample)
+                self._publish(sample)
+                if self._rank == 0:
+                    everyone = self._collect(sample)
+                    for listen in self._listeners:
+                        listen(everyone)
+            except (dist.DistError, RuntimeError, OSError):
+                return  # the store has gone, or a disk is full: the job itself says so
+
+    def _publish(self, sample: Sample) -> None:
+        if self._store is not None:
+            self._store.set(_key(self._rank), sample.model_dump_json())
+
+    def _collect(self, own: Sample) -> list[Sample]:
+        if self._store is None:
+            return [own]
+        texts = self._store.multi_get([_key(rank) for rank in range(self._world_size)])
+        return [Sample.model_validate_json(text) for text in texts]
+
+
+def _key(rank: int) -> str:
+    return f"sample/{rank}"
