@@ -44,12 +44,11 @@ def place(folder, num_ranks, slots):
 def test_greedy_tokens_equal_hugging_face(job):
     model, args, folder = job
     placement, output = place(folder, 2, 5), folder / "out.jsonl"
-    result = launch_infer(
-        [*args, "--output", output, "--placement", placement], num_ranks=2, is_forked=True
-    )
+    way = ["--output", output, "--placement", placement, "--ep-size", "2"]  # two groups of two
+    result = launch_infer([*args, *way], num_ranks=4, is_forked=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "ep_rank 0 of 2 holds 5 of 8 experts in each, by placement" in result.stdout
-    assert "as placed: 2 slots of a layer hold copies" in result.stdout
+    assert "4 ranks hold 5 of 8 experts in each of" in result.stdout
     found = [json.loads(line)["token_ids"] for line in output.read_text().splitlines()]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for ids, tokens in zip(PROMPTS.values(), found, strict=True):

@@ -331,12 +331,29 @@ def test_the_command_tells_and_writes(recorded, capsys):
     assert f"infer.py --placement {out}" in told
 
 
+def test_without_spare_slots_the_command_says_what_one_would_give(recorded, capsys):
+    _, moved, _ = _said(capsys, recorded)
+    _, copied, _ = _said(capsys, recorded, "--slots-per-rank", 3)
+    assert "for which a pass waits, is 0% less" in moved
+    # Whatever moves: 80, 20, 20, 20 of 140 in each layer, so 35 / 80, and 70 / 100 together.
+    assert "placed  balancedness 0.700 overall, 0.438 layer by layer" in moved
+    would = moved.split("--slots-per-rank 3, it would be ")[1].split()[0]
+    assert f"{would} layer by layer (least" in copied.split("placed  ")[1]
+
+
+def test_one_rank_has_nobody_to_share_with(recorded, capsys):
+    code, told, _ = _said(capsys, recorded, "--num-ranks", 1)
+    assert code == 0
+    assert "contiguous  balancedness 1.000 overall" in told
+    assert "There is one rank" in told
+
+
 def test_one_expert_a_rank_cannot_be_balanced(recorded, capsys):
     code, told, _ = _said(capsys, recorded, "--num-ranks", 8)
     assert code == 0
     assert "contiguous  balancedness 0.438 overall, 0.250 layer by layer" in told
     assert "so nothing can be balanced" in told
-    assert "Use --slots-per-rank 2" in told
+    assert "With copies of the hottest, --slots-per-rank 2, it would be 0." in told
     out = recorded / "placement.json"
     code, _, refused = _said(capsys, recorded, "--num-ranks", 8, "--out", out)
     assert code == 2
