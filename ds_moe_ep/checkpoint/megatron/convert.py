@@ -33,7 +33,12 @@ from ds_moe_ep.checkpoint.megatron.names import (
 )
 from ds_moe_ep.checkpoint.megatron.record import RECORD_JSON, Record, read_record
 from ds_moe_ep.checkpoint.megatron.stored import TorchDist, open_torch_dist
-from ds_moe_ep.checkpoint.megatron.torch_dist import Chunk, chunks_of, torch_dist_files
+from ds_moe_ep.checkpoint.megatron.torch_dist import (
+    MAX_CHUNK_BYTES,
+    Chunk,
+    chunks_of,
+    torch_dist_files,
+)
 from ds_moe_ep.checkpoint.source import Source, open_source
 from ds_moe_ep.checkpoint.writer import ShowProgress, silently, write_folder
 from ds_moe_ep.errors import CheckpointError, some
@@ -44,6 +49,7 @@ __all__ = ["from_megatron", "to_megatron", "verify_megatron"]
 _CONFIG_JSON = "config.json"
 _RELEASE = "release"  # as Megatron calls a checkpoint that belongs to no step of a training
 _OF_THE_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")  # and not of the optimizer
 _Tensors = Mapping[str, tuple[StoredTensor, ...]]
 
 
@@ -54,6 +60,7 @@ def to_megatron(
     *,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
     show_progress: ShowProgress = silently,
 ) -> Conversion:
     """Writes a checkpoint that Megatron loads at any expert-parallel size.
@@ -64,6 +71,7 @@ def to_megatron(
         target_spec: Which layers it is for, Megatron's own or those of Transformer Engine.
         allow_pickle: Whether weights may be pickled ones; even then no code in them is run.
         trust_remote_code: Whether the model's own code may be run, and is copied.
+        max_chunk_bytes: Largest part of a tensor that each of the writing threads holds in memory.
         show_progress: Opens the progress bar.
 
     Raises:
@@ -78,7 +86,7 @@ def to_megatron(
     layout = next(x for x in possible_layouts(spec) if x.target_spec == target_spec)
     tensors = megatron_tensors(spec, config, layout)
     left_out = _left_out(opened.files, tensors)
-    chunks = _chunks_by_file(opened.files.tensors, tensors)
+    chunks = _chunks_by_file(opened.files.tensors, tensors, max_chunk_bytes)
     weights, small = torch_dist_files(chunks, extra_states(tensors, layout))
     others, not_copied = beside_the_weights(source, opened.files, with_code=trust_remote_code)
     section = _section(opened.files, left_out)
@@ -182,7 +190,9 @@ def _left_out(files: CheckpointFiles, tensors: Sequence[MegatronTensor]) -> list
     return sorted(files.tensors.keys() - wanted)
 
 
-def _chunks_by_file(stored: _Tensors, tensors: Sequence[MegatronTensor]) -> list[Sequence[Chunk]]:
+def _chunks_by_file(
+    stored: _Tensors, tensors: Sequence[MegatronTensor], max_chunk_bytes: int
+) -> list[Sequence[Chunk]]:
     """Spreads tensors over files: one for each layer, and one for what is in none."""
     files: dict[str, list[Chunk]] = defaultdict(list)
     for tensor in tensors:
@@ -192,7 +202,7 @@ def _chunks_by_file(stored: _Tensors, tensors: Sequence[MegatronTensor]) -> list
         # A layer's tensors are made of tensors of that layer only.
         prefix, number, *_ = tensor.parts[0].tensor.removeprefix("model.").split(".")
         name = number if prefix == "layers" else ""
-        files[name] += chunks_of(tensor.key, tensor.index, tensor.leading, pieces)
+        files[name] += chunks_of(tensor.key, tensor.index, tensor.leading, pieces, max_chunk_bytes)
     return list(files.values())
 
 
@@ -226,7 +236,7 @@ def _tensors_of(
         tensors = megatron_tensors(spec, config, layout)
         lacking = sorted({tensor.key for tensor in tensors} - stored.shapes.keys())
         if not lacking:
-            _check_shapes(stored, tensors)
+            _check_rows(stored, tensors)
             return tensors
         fewest = lacking if fewest is None else min(fewest, lacking, key=len)
     lacking = cast(list[str], fewest)
@@ -236,8 +246,14 @@ def _tensors_of(
     )
 
 
-def _check_shapes(stored: TorchDist, tensors: Sequence[MegatronTensor]) -> None:
-    """Refuses tensors with other rows than the config says; of a vocabulary there may be more."""
+def _check_rows(stored: TorchDist, tensors: Sequence[MegatronTensor]) -> None:
+    """Refuses weights that the model has not, or with other rows than the config says."""
+    left_over = stored.shapes.keys() - {tensor.key for tensor in tensors}
+    if left_over := {key for key in left_over if key.startswith(_OF_THE_MODEL)}:
+        raise CheckpointError(
+            f"{stored.folder} has {len(left_over)} tensors that the model of config.json has not: "
+            f"{some(sorted(left_over))}. The weights are not those of this config."
+        )
     for tensor in tensors:
         shape, num_leading = stored.shapes[tensor.key], len(tensor.leading)
         num_rows = shape[num_leading] if len(shape) > num_leading else 0

@@ -92,17 +92,14 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     (f"{_TORCH}.metadata", "ChunkStorageMetadata"): _Chunk,
     (f"{_TORCH}.metadata", "MetadataIndex"): _Index,
     (f"{_TORCH}.filesystem", "_StorageInfo"): _Storage,
-    (f"{_TORCH}.metadata", "BytesStorageMetadata"): _Record,
-    (f"{_TORCH}.metadata", "TensorProperties"): _Record,
-    (f"{_TORCH}.metadata", "StorageMeta"): _Record,
-    (f"{_TORCH}.metadata", "_MEM_FORMAT_ENCODING"): _Record,
     ("torch", "Size"): _shape,
     ("torch.serialization", "_get_layout"): _Record,
     ("collections", "OrderedDict"): dict,
     ("pathlib", "PosixPath"): _Record,
-    ("pathlib", "Path"): _Record,
     ("pathlib._local", "PosixPath"): _Record,
 }
+# What else is in these, such as the plans by which Megatron has saved, is of no use here.
+_OF_NO_USE = (f"{_TORCH}.", "megatron.core.dist_checkpointing.")
 _NAMES_OF_TYPES = ("float", "bfloat", "int", "uint", "bool", "complex")
 
 
@@ -110,6 +107,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if known := _KNOWN.get((module, name)):
             return known
+        if module.startswith(_OF_NO_USE):
+            return _Record
         if module == "torch" and name.startswith(_NAMES_OF_TYPES):
             return name  # of a dtype; each tensor in the files tells its own
         raise CheckpointError(f"it asks for {module}.{name}, which can run code")

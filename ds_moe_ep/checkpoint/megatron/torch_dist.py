@@ -34,12 +34,13 @@ from ds_moe_ep.checkpoint.reader import DTYPES, TensorReader
 from ds_moe_ep.checkpoint.torch_save import saved, saved_bytes, torch_save
 from ds_moe_ep.errors import CheckpointError
 
-__all__ = ["METADATA_JSON", "Chunk", "chunks_of", "torch_dist_files"]
+__all__ = ["MAX_CHUNK_BYTES", "METADATA_JSON", "Chunk", "chunks_of", "torch_dist_files"]
 
 METADATA_JSON = "metadata.json"
 _COMMON = "common.pt"
 
-_MAX_CHUNK_BYTES = 128 << 20  # of which one is in memory for each thread that writes
+MAX_CHUNK_BYTES = 128 << 20
+"""How large a part of a tensor may be; each thread that writes holds one in memory."""
 
 # 3.0: q, k and v lie as they do since Megatron-LM 2.1, so that none are moved when it is loaded.
 _COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
@@ -80,7 +81,7 @@ def chunks_of(
     index: tuple[int, ...],
     leading: tuple[int, ...],
     pieces: Sequence[StoredTensor],
-    max_bytes: int = _MAX_CHUNK_BYTES,
+    max_bytes: int = MAX_CHUNK_BYTES,
 ) -> Iterator[Chunk]:
     """Yields the parts in which a tensor is written, as large as may be but at least a row.
 
