@@ -7,6 +7,7 @@ The rates of products and of reading weights; what a pass costs that has next to
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +17,13 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 
 from ds_moe_ep.adapter import adapt, moe_layers, prepare_for_inference
 from ds_moe_ep.bench.floors import wait
 from ds_moe_ep.bench.generate_sides import complete
-from ds_moe_ep.bench.models import SHAPES
+from ds_moe_ep.bench.models import SHAPES, Shape
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.host_memory import available_bytes
@@ -33,9 +35,9 @@ __all__ = ["HardwareNow"]
 
 # Each thing is repeated for so long, while all other ranks do the same.
 _WINDOW_S = 0.3
-_SIZE = 512  # rows and columns of the matrices
-_ROW_COLUMNS = 256  # of a small message
-_READ_BYTES = 64 << 20  # more than a core's cache keeps
+_MANY_ROWS = 256
+# More than the caches keep: of a rank, and of all ranks that share them.
+_READ_BYTES, _ALL_READ_BYTES = 4 << 20, 128 << 20
 _FEW, _MANY, _NEW = 2, 6, 8  # layers of the small models, and steps after a first pass
 
 
@@ -45,18 +47,21 @@ class HardwareNow:
     Args:
         job: The job.
         timeout_s: How long a rank waits for another.
+        shape: The model, for the sizes of the matrices and how many experts a rank has. Its
+            number of layers, the tokens and the passes to be predicted play no part.
     """
 
-    def __init__(self, job: Job, timeout_s: float) -> None:
+    def __init__(self, job: Job, timeout_s: float, shape: Shape) -> None:
         torch.manual_seed(0)
         self._job = job
         self._timeout_s = timeout_s
-        device = job.device
-        self._rows = torch.randn((_SIZE, _SIZE), device=device)
-        num_matrices = _READ_BYTES // (_SIZE * _SIZE * 4)
-        self._matrices = torch.randn((num_matrices, _SIZE, _SIZE), device=device)
-        self._models = {layers: _alone(layers, job) for layers in (_FEW, _MANY)}
-        self._prompt = torch.full((1, 4), 3, device=device)
+        height, width = 2 * shape.moe_intermediate_size, shape.hidden_size
+        self._rows = torch.randn((_MANY_ROWS, width), device=job.device)
+        read_bytes = max(_READ_BYTES, _ALL_READ_BYTES // job.info.world_size)
+        num_matrices = max(1, read_bytes // (height * width * 4))
+        self._matrices = torch.randn((num_matrices, height, width), device=job.device)
+        self._models = {layers: _alone(shape, layers, job) for layers in (_FEW, _MANY)}
+        self._prompt = torch.full((1, 4), 3, device=job.device)
         self._samples: list[Device] = []
 
     def warm_up(self) -> None:
@@ -70,15 +75,9 @@ class HardwareNow:
             comm: Collectives of all ranks.
             prices: What they cost, measured just now.
         """
-        read, row = 0, self._rows[:1]
-
-        def read_next() -> Tensor:
-            nonlocal read
-            read += 1
-            return torch.nn.functional.linear(row, self._matrices[read % len(self._matrices)])
-
-        product_s = self._seconds(lambda: self._rows @ self._rows)
-        read_s = self._seconds(read_next)
+        matrices = itertools.cycle(self._matrices)
+        product_s = self._seconds(self._multiply)
+        read_s = self._seconds(lambda: functional.linear(self._rows[:1], next(matrices)))
         first_s, step_s = {}, {}
         for layers, model in self._models.items():
             first_s[layers] = self._seconds(partial(complete, model, self._prompt, 1))
@@ -87,19 +86,19 @@ class HardwareNow:
         layer_s = max(0.0, (step_s[_MANY] - step_s[_FEW]) / (_MANY - _FEW))
         around_s = max(0.0, step_s[_FEW] - _FEW * layer_s)
         launches = Launches(layer_s, around_s, max(0.0, first_s[_FEW] - _FEW * layer_s - around_s))
-        flops = 2 * _SIZE**3 / product_s
+        flops = 2 * _MANY_ROWS * self._matrices[0].numel() / product_s
         self._samples.append(
             Device(
                 name="measured",
                 flops_16bit=flops,
                 flops_32bit=flops,
-                bytes_per_s=4 * _SIZE * _SIZE / read_s,
+                bytes_per_s=self._matrices[0].nbytes / read_s,
                 launches=launches,
                 memory_bytes=None,
                 reserved_bytes=0,
                 overlaps=self._job.device.type == "cuda",
                 source="measured in the same run, all ranks at once",
-                stretch=self._stretch(comm, prices, product_s),
+                wait_s=self._wait(comm, prices, product_s),
             )
         )
 
@@ -121,28 +120,32 @@ class HardwareNow:
             ),
             memory_bytes=_memory_bytes(self._job),
             is_shared=_is_shared(self._job),
-            stretch=middle(lambda sample: sample.stretch),
+            wait_s=middle(lambda sample: sample.wait_s),
         )
 
-    def _stretch(self, comm: Communicator, prices: GroupPrices, product_s: float) -> float:
-        """Returns how much longer products take between the messages of layers than without."""
+    def _wait(self, comm: Communicator, prices: GroupPrices, product_s: float) -> float:
+        """Returns what a message costs more after work than it does among ranks that are idle."""
         if comm.size == 1:
-            return 1.0
-        one_each, row_TC = [1] * comm.size, self._rows[:1, :_ROW_COLUMNS].contiguous()
+            return 0.0
+        one_each, row_TC = [1] * comm.size, self._rows[:1]
         rows_RC = row_TC.repeat(comm.size, 1)
         num_layers = max(2, round(_WINDOW_S / (2 * product_s)))
         num_layers = max(self._job.all_gather(num_layers))
         self._job.wait_for_all(self._timeout_s, "measuring the hardware")
         start = time.perf_counter()
         for _ in range(num_layers):
-            self._rows @ self._rows
+            self._multiply()
             comm.gather_rows((row_TC,), one_each)
-            self._rows @ self._rows
+            self._multiply()
             comm.reduce_rows(rows_RC, one_each)
         wait(self._job.device)
         layer_s = (time.perf_counter() - start) / num_layers
-        work_s = layer_s - prices.gather.latency_s - prices.reduce.latency_s
-        return max(1.0, max(self._job.all_gather(work_s / (2 * product_s))))
+        known_s = 2 * product_s + prices.gather.latency_s + prices.reduce.latency_s
+        return max(0.0, max(self._job.all_gather(layer_s - known_s)) / 2)
+
+    def _multiply(self) -> Tensor:
+        """Multiplies many rows by a matrix that stays in the cache."""
+        return functional.linear(self._rows, self._matrices[0])
 
     def _seconds(self, run: Callable[[], object]) -> float:
         """Returns the seconds of a call while all ranks make such calls, of the mean rank."""
@@ -157,10 +160,15 @@ class HardwareNow:
         return len(rates) / sum(rates)
 
 
-def _alone(num_layers: int, job: Job) -> PreTrainedModel:
-    """Builds a small model that this rank runs by itself, in the layers that a job has."""
-    shape = replace(SHAPES["tiny"], num_layers=num_layers)
-    model = Qwen3MoeForCausalLM(shape.config()).to(job.device).eval()
+def _alone(shape: Shape, num_layers: int, job: Job) -> PreTrainedModel:
+    """Builds a small model that this rank runs by itself, with as many experts as in the job.
+
+    All else is tiny, so that it is told what to do, and has next to nothing to do.
+    """
+    num_experts = max(1, shape.num_experts // job.info.world_size)
+    top_k = min(num_experts, shape.top_k)
+    small = replace(SHAPES["tiny"], num_layers=num_layers, num_experts=num_experts, top_k=top_k)
+    model = Qwen3MoeForCausalLM(small.config()).to(job.device).eval()
     adapt(model, ParallelPlan(1), ep_rank=0, dispatcher="allgather")
     layers = moe_layers(model)
     for layer in layers:

@@ -54,7 +54,7 @@ def _prepare(args: argparse.Namespace, work: Path) -> None:
 @torch.no_grad()
 def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     folder, most = work / args.model, max(args.batch)
-    hardware = HardwareNow(job, args.timeout)
+    hardware = HardwareNow(job, args.timeout, SHAPES[args.model])
     hardware.warm_up()
     model, side, grown_bytes = _load(args, job, folder)
     held_bytes, cache_bytes = job.all_gather(_held_bytes(model)), _cache_bytes(model, job, args)
@@ -229,13 +229,12 @@ def _to_markdown(results: Sequence[Result]) -> str:
         f"weights of ranks differ by {spread:.1%} of those of the fullest. The process is what "
         "loading and generating add to its proportional set size at the peak, after a small model "
         "has run; predicted of it are weights, the cache and the tensors of a pass.\n\n"
-        "What the predictions started from, a rank's, all ranks at once. Stretch is how many times "
-        "as long work takes on ranks that wait for each other in each layer, as cores are not "
-        "given to all of them evenly:\n\n"
+        "What the predictions started from, a rank's, all ranks at once. Wait is what a message "
+        "costs more after work than among idle ranks, as not all are given a core at once:\n\n"
         + markdown_table(
-            ["ranks", "hosts", "products, GFLOP/s", "reading weights, GB/s", "stretch"]
+            ["ranks", "hosts", "products, GFLOP/s", "reading weights, GB/s"]
             + ["a layer's operations, ms", "around the layers, ms", "a first pass more, ms"]
-            + ["gather, ms", "reduce, ms", "bytes, MB/s"],
+            + ["gather, ms", "reduce, ms", "wait, ms", "bytes, MB/s"],
             hardware,
         )
     )
@@ -268,9 +267,9 @@ def _hardware_cells(result: Result) -> list[str]:
     return [
         f"{device['flops_32bit'] / 1e9:.1f}",
         f"{device['bytes_per_s'] / 1e9:.2f}",
-        f"{device['stretch']:.2f}",
         *(f"{launches[name] * _MS:.2f}" for name in ("layer_s", "step_s", "start_s")),
         *(f"{flat[kind]['latency_s'] * _MS:.2f}" for kind in ("gather", "reduce")),
+        f"{device['wait_s'] * _MS:.2f}",
         f"{1 / slope / _MB:,.0f}" if slope else "-",
     ]
 

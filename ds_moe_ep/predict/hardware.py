@@ -71,8 +71,8 @@ class Device:
             GPU does; a CPU core does one thing after the other.
         source: Where the figures come from.
         is_shared: Whether ranks share it, so that an idle rank leaves its time to the others.
-        stretch: How many times as long work takes on ranks that wait for each other in every layer:
-            more than 1 where they share cores, which are not given to all of them evenly.
+        wait_s: Seconds that a rank waits at a message for another that has not been given a core,
+            after work and on average; 0 where each rank has a device of its own.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Device:
     overlaps: bool
     source: str
     is_shared: bool = False
-    stretch: float = 1.0
+    wait_s: float = 0.0
 
     def flops(self, element_bytes: int) -> float:
         """Returns operations a second with numbers of so many bytes."""

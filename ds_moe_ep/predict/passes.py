@@ -7,7 +7,7 @@ in memory, and how many passes there are, is no affair of this module.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ds_moe_ep.memory_needs import kv_bytes_per_token
 from ds_moe_ep.model_spec import ModelSpec
@@ -30,6 +30,8 @@ __all__ = [
 _WIDTHS_MOVED = 2 * 10
 # Of a row at an expert: gathered and summed (each read and written), and read by the up projection.
 _HIDDEN_MOVED, _EXPERT_WIDTHS_MOVED = 5, 6
+# Of a layer, one after the other.
+_MESSAGES = {"allgather": 2, "alltoall": 3, "allgather-2level": 4, "alltoall-2level": 6}
 _READING, _PRODUCTS = "memory bandwidth", "matrix products"
 _LATENCY, _SENDING, _LAUNCHING = "network latency", "network bandwidth", "launching operations"
 
@@ -194,10 +196,9 @@ def predict_pass(deployment: Deployment, each: Pass) -> PassTimes:
     """Predicts what a pass takes in which every rank brings as much."""
     spec, device = deployment.spec, deployment.device
     parts = [_dense(deployment, each), _attention(deployment, each)]
-    dispatcher, stretch = "", 1.0 if deployment.plan.ep_size == 1 else device.stretch
+    dispatcher = ""
     if spec.is_moe:
         parts.append(_experts(deployment, each))
-    parts = [replace(part, seconds=part.seconds * stretch) for part in parts]
     if spec.is_moe and deployment.plan.ep_size > 1:
         part, dispatcher = _communication(deployment, each)
         parts.append(part)
@@ -205,7 +206,7 @@ def predict_pass(deployment: Deployment, each: Pass) -> PassTimes:
     launching_s = spec.num_layers * launches.layer_s + launches.step_s
     if each.is_first:
         launching_s += launches.start_s
-    launching = Part("launching", launching_s * stretch, _LAUNCHING)
+    launching = Part("launching", launching_s, _LAUNCHING)
     return PassTimes(tuple(parts), launching, device.overlaps, dispatcher)
 
 
@@ -282,8 +283,9 @@ def _communication(deployment: Deployment, each: Pass) -> tuple[Part, str]:
     shape, num_layers, ep_size = _layer_shape(spec), len(spec.moe_layers), deployment.plan.ep_size
     predicted = predict_s(links, shape, (each.tokens,) * ep_size)
     dispatcher = min(predicted, key=predicted.__getitem__)
-    seconds = num_layers * predicted[dispatcher]
-    latency_s = num_layers * predict_s(links, shape, (0,) * ep_size)[dispatcher]
+    waits_s = num_layers * _MESSAGES[dispatcher] * deployment.device.wait_s
+    seconds = num_layers * predicted[dispatcher] + waits_s
+    latency_s = num_layers * predict_s(links, shape, (0,) * ep_size)[dispatcher] + waits_s
     bound = _LATENCY if 2 * latency_s > seconds else _SENDING
     kind = "alltoall" if dispatcher.startswith("alltoall") else "allgather"
     num_bytes = each.tokens * bytes_sent_per_token(spec, deployment.plan)[kind]

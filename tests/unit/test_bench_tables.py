@@ -142,7 +142,7 @@ def test_placed_experts_are_compared_with_contiguous_ones():
 def test_predictions_stand_beside_what_was_measured():
     price = {"latency_s": 0.001, "s_per_byte": 1e-9}
     launches = {"layer_s": 0.002, "step_s": 0.003, "start_s": 0.004}
-    device = {"flops_32bit": 65e9, "bytes_per_s": 6.5e9, "stretch": 1.25, "launches": launches}
+    device = {"flops_32bit": 65e9, "bytes_per_s": 6.5e9, "wait_s": 0.0005, "launches": launches}
     memory = {"held_bytes_spread": 0.0}
     for name, predicted, measured in (("held", 100e6, 100e6), ("cache", 1e6, 1e6)):
         memory |= {f"{name}_bytes": measured, f"predicted_{name}_bytes": predicted}
@@ -172,5 +172,5 @@ def test_predictions_stand_beside_what_was_measured():
         in text
     )
     assert cells(text, -1) == [
-        *("2", "1", "65.0", "6.50", "1.25", "2.00", "3.00", "4.00", "1.00", "1.00", "1,000"),
+        *("2", "1", "65.0", "6.50", "2.00", "3.00", "4.00", "1.00", "1.00", "0.50", "1,000"),
     ]

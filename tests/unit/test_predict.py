@@ -40,6 +40,8 @@ ON_8X8 = Cluster(tuple(Host(f"worker-{i}", tuple(range(8))) for i in range(8)), 
 EP64 = ParallelPlan(64)
 H200 = DEVICES["h200"]
 FREE = Price(0.0, 0.0)
+SLOW = Price(40e-6, 1 / 45e9)
+FLAT_LINKS = LinkPrices(GroupPrices(64, 40e-6, exchange=SLOW, gather=SLOW, reduce=SLOW))
 FREE_LINKS = LinkPrices(GroupPrices(64, 0.0, exchange=FREE, gather=FREE, reduce=FREE))
 
 
@@ -135,15 +137,17 @@ def test_a_device_that_does_one_thing_at_a_time_adds_up():
     assert sum(times.shares().values()) == pytest.approx(1.0)
 
 
-def test_work_is_stretched_on_ranks_that_wait_for_each_other_and_messages_are_not():
-    plain = device(overlaps=False, launches=Launches(layer_s=10.0))
-    stretched = replace(plain, stretch=1.5)
-    one, other = (predict_pass(olmoe(device=each), Pass(4)) for each in (plain, stretched))
-    for part in one.parts:
-        factor = 1.0 if part.name == "communication" else 1.5
-        assert parts(other)[part.name].seconds == pytest.approx(factor * part.seconds)
-    assert other.launching.seconds == pytest.approx(1.5 * one.launching.seconds)
-    alone = [Deployment(OLMOE, ParallelPlan(1), each) for each in (plain, stretched)]
+def test_ranks_that_share_cores_wait_at_every_message():
+    plain = device(overlaps=False)
+    sharing = replace(plain, wait_s=1.0)
+    for prompts, num_messages in ((1, 2), (4096, 3)):  # allgather, and alltoall with its counts
+        one, other = (
+            predict_pass(olmoe(device=each, with_links=FLAT_LINKS), Pass(prompts))
+            for each in (plain, sharing)
+        )
+        assert other.seconds - one.seconds == pytest.approx(16 * num_messages, rel=1e-6)
+        assert parts(other)["communication"].bound == "network latency"
+    alone = [Deployment(OLMOE, ParallelPlan(1), each) for each in (plain, sharing)]
     assert len({predict_pass(each, Pass(4)).seconds for each in alone}) == 1
 
 
