@@ -97,7 +97,7 @@ class HardwareNow:
                 memory_bytes=None,
                 reserved_bytes=0,
                 overlaps=self._job.device.type == "cuda",
-                source="measured in the same run, all ranks at once",
+                source="by launch/bench.py predict, all ranks at once",
                 wait_s=self._wait(comm, prices, product_s),
             )
         )

@@ -59,7 +59,7 @@ def _memory(memory: Memory) -> list[str]:
     ]
     if memory.room_bytes is not None:
         room = _size(max(0, memory.room_bytes))
-        lines.append(f"largest batch  {memory.largest_batch:,} prompts, in {room} of room")
+        lines.append(f"largest batch  {_prompts(memory.largest_batch or 0)}, in {room} of room")
     return lines
 
 
@@ -89,7 +89,7 @@ def _times(prediction: Prediction) -> list[str]:
     for row in cells:
         aligned = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join(aligned))
-    for times in (prediction.batches[0], prediction.batches[-1]):
+    for times in dict.fromkeys((prediction.batches[0], prediction.batches[-1])):
         kind, shown = ("step", times.step) if generates else ("pass", times.prefill)
         shares = ", ".join(
             f"{name} {share:.0%}" for name, share in shown.shares().items() if share >= 0.005
