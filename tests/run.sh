@@ -17,17 +17,22 @@ stage() {
     printf '== %s: %d s\n' "$*" $((SECONDS - start))
 }
 
-# What the tests of a cluster on one machine need. Without it they say so and are skipped; a machine
-# run by systemd would start an ssh server for everybody, which is not for a test to decide.
+# What the tests of a cluster on one machine need, and the browser that looks at reports. Without
+# them tests say so and are skipped; a machine run by systemd would start an ssh server for everybody,
+# which is not for a test to decide.
 install_host_packages() {
-    local packages=(pdsh openssh-server iproute2 faketime)
-    if [ "$(id -u)" != 0 ] || [ -d /run/systemd/system ] || ! command -v apt-get > /dev/null ||
-        dpkg -s "${packages[@]}" > /dev/null 2>&1; then
+    if [ "$(id -u)" != 0 ] || [ -d /run/systemd/system ] || ! command -v apt-get > /dev/null; then
         return
     fi
     export DEBIAN_FRONTEND=noninteractive
-    timeout 300 apt-get update -qq && timeout 300 apt-get install -y -qq "${packages[@]}" ||
-        printf '== not installed: %s\n' "${packages[*]}"
+    install_missing pdsh openssh-server iproute2 faketime
+    install_missing chromium # by itself: not every distribution has it
+}
+
+install_missing() {
+    dpkg -s "$@" > /dev/null 2>&1 && return
+    timeout 300 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends "$@" ||
+        printf '== not installed: %s\n' "$*"
 }
 
 stage install_host_packages

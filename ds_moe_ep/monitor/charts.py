@@ -100,7 +100,7 @@ def memory_bars(metrics: Metrics) -> str:
 
 def _bars(figure: Figure, values: Sequence[float]) -> Axes:
     axes = figure.subplots()
-    width = 0.5 if len(values) < 4 else 0.72
+    width = 0.4 if len(values) <= 8 else 0.72
     axes.bar(range(len(values)), values, width=width, color=COLOURS["main"])
     axes.set_xlim(-0.6, len(values) - 0.4)
     axes.set_xlabel("rank")

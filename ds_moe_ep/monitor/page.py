@@ -123,18 +123,17 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[object]], num_words: i
         )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return _scrolling(f"<thead><tr>{cells('th', titles)}</tr></thead><tbody>{body}</tbody>")
+    # Whoever has no mouse scrolls with the keys, once the box has the focus.
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{cells("th", titles)}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> str:
     """Returns a table of names and texts."""
     rows = (f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in facts)
-    return _scrolling(f"<tbody>{''.join(rows)}</tbody>", "words")
-
-
-def _scrolling(content: str, kind: str = "figures") -> str:
-    # Whoever has no mouse scrolls with the keys, once the box has the focus.
-    return f'<div class="scroll" tabindex="0"><table class="{kind}">{content}</table></div>'
+    return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>'
 
 
 def _targets(verdicts: Sequence[Verdict]) -> str:
@@ -260,12 +259,11 @@ def _ranks(metrics: Metrics) -> str:
             size(rank.peak_memory_bytes),
             span(rank.comm_s),
             size(rank.comm_bytes),
-            span(rank.load_s),
         )
         for rank in metrics.ranks
     ]
     titles = "rank,host,prompts,prompt tokens,new tokens,expert rows,utilisation,peak memory"
-    titles += ",collectives,sent,loading"
+    titles += ",collectives,sent"
     return _section("Ranks", "", _table(titles.split(","), rows, num_words=2))
 
 
@@ -273,6 +271,7 @@ def _run(metrics: Metrics) -> str:
     run, plan = metrics.run, metrics.run.plan
     ranks_of_plan = f"{plan.ep_size} * {plan.tp_size} * {plan.pp_size} * {plan.dp_size}"
     dense = f"{plan.dense_dp_size} * {plan.tp_size} * {plan.pp_size}"
+    chosen = metrics.ranks[0].dispatcher
     layers = f"{len(run.moe_layers)} with {run.num_experts} experts, {run.top_k} for each token"
     rows = [
         ("model", f"{run.model} ({run.model_type})"),
@@ -281,7 +280,7 @@ def _run(metrics: Metrics) -> str:
         ("dense: DP * TP * PP", f"{dense} = {plan.world_size} ranks"),
         ("task", run.task),
         ("device", run.device),
-        ("dispatcher", run.dispatcher),
+        ("dispatcher", chosen if run.dispatcher in chosen else f"{run.dispatcher}: {chosen}"),
         *run.versions.items(),
     ]
     return _section(

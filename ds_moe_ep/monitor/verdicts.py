@@ -116,7 +116,8 @@ def _utilisation(metrics: Metrics, targets: Targets) -> Verdict:
     shares = [rank.utilisation for rank in metrics.ranks]
     value = mean(shares)
     is_met = value >= targets.utilisation
-    reasons = [f"from {min(shares):.0%} to {max(shares):.0%}"] if len(shares) > 1 else []
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    reasons = [f"from {low} to {high}"] if low != high else []
     if metrics.run.on_cpu:
         reasons.append("CPU run: CPU time of each process by wall time stands for GPU utilisation")
     if not is_met:
@@ -268,12 +269,13 @@ def _where_time_goes(metrics: Metrics, phase: str) -> list[str]:
     parts = pass_parts(metrics, phase)
     whole = sum(parts.values())
     if whole:
-        sent = (parts["dispatch"] + parts["combine"]) / whole
-        own = {part: s for part, s in parts.items() if part not in ("dispatch", "combine")}
-        most = max(own, key=own.__getitem__)
+        sent = "dispatch and combine, waiting included,"
+        shares = {part: parts[part] / whole for part in ("attention", "router", "experts", "other")}
+        shares[sent] = (parts["dispatch"] + parts["combine"]) / whole
+        most, second = sorted(shares, key=lambda part: -shares[part])[:2]
+        verb = "take" if most in (sent, "experts") else "takes"
         reasons.append(
-            f"{most} take{'' if most == 'experts' else 's'} {own[most] / whole:.0%} of a pass, "
-            f"dispatch and combine, with waiting, {sent:.0%}"
+            f"{most} {verb} {shares[most]:.0%} of a pass, {second.rstrip(',')} {shares[second]:.0%}"
         )
     return reasons
 

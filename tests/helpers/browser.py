@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ __all__ = ["CHROMIUM_MISSING", "Browser", "find_chromium", "open_browser"]
 CHROMIUM_MISSING = "needs Chromium: sudo apt-get install -y chromium"
 
 _ANSWER_BYTES = 1 << 16
+_PATIENCE_S = 60.0
 
 
 def find_chromium() -> str | None:
@@ -90,6 +92,7 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._unread:
+            assert select.select([self._from], [], [], _PATIENCE_S)[0], "the browser says nothing"
             new = os.read(self._from, _ANSWER_BYTES)
             assert new, "the browser has ended"
             self._unread += new

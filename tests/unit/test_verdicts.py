@@ -62,8 +62,8 @@ def test_the_reasons_of_the_small_run(tmp_path):
     )
     # Of 3 * 7 + 7 = 28 s in decode passes 10 are in experts, 10 in dispatch and combine.
     assert reasons["latency of a decode pass"] == (
-        "p95 250 ms, max 300 ms; CPU run; experts take 36% of a pass, dispatch and combine, with "
-        "waiting, 36%"
+        "p95 250 ms, max 300 ms; CPU run; experts take 36% of a pass, dispatch and combine, "
+        "waiting included 36%"
     )
     assert reasons["sequences a second"] == (
         "12 prompts of 36.7 tokens, new ones included; 4 CPU ranks cannot show what 64 GPUs do"
