@@ -56,8 +56,8 @@ class PlanReport:
                 operations), step_shares, step_bound, step_dispatcher, prefill_s, prefill_shares,
                 prefill_bound, tokens_per_s, sequences_per_s}; alternative: weight_bytes,
                 fits_one_gpu, replicas and expert_parallel (their best batch, or null),
-                expert_parallel_wins_from_batch_per_gpu, expert_parallel_wins_from_params; targets,
-                as read; verdicts, a list of {target, is_met, predicted, batch, met_up_to_tokens,
+                expert_parallel_quicker_with_batches_per_gpu, expert_parallel_wins_from_params;
+                targets, as read; verdicts, a list of {target, is_met, predicted, batch, met_up_to_tokens,
                 limit}.
             remarks: sentences for people.
         """

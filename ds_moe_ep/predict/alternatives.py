@@ -30,8 +30,8 @@ class Alternative:
         fits: Whether a copy and one prompt fit on a device; None if its memory is not known.
         replicas: Their best batch; None if they do not fit.
         spread: The best batch of the plan itself; None if it does not fit.
-        wins_from_batch: The smallest batch a device, of powers of two, with which a step of the
-            plan is quicker than that of a copy; None if there is none.
+        quicker_batches: Batches a device, of powers of two and the largest that fits, with which a
+            step of the plan is quicker than that of a copy.
         wins_from_params: Parameters from which on the plan serves more sequences a second, if the
             experts of this model were made wider; None if that was not found.
     """
@@ -40,7 +40,7 @@ class Alternative:
     fits: bool | None
     replicas: SequenceTimes | None
     spread: SequenceTimes | None
-    wins_from_batch: int | None
+    quicker_batches: tuple[int, ...]
     wins_from_params: int | None
 
 
@@ -54,19 +54,19 @@ def compare_with_replicas(deployment: Deployment, sequences: Sequences) -> Alter
         fits,
         best_batch(copies, sequences),
         best_batch(deployment, sequences),
-        _batch_that_wins(deployment, copies, sequences),
+        _quicker_batches(deployment, copies, sequences),
         _params_that_win(deployment, sequences),
     )
 
 
-def _batch_that_wins(
+def _quicker_batches(
     deployment: Deployment, copies: Deployment, sequences: Sequences
-) -> int | None:
-    for times in whole_batches(deployment, sequences):
-        alone = SequenceTimes(copies, sequences, times.batch)
-        if times.slowest.seconds < alone.slowest.seconds:
-            return times.batch
-    return None
+) -> tuple[int, ...]:
+    return tuple(
+        times.batch
+        for times in whole_batches(deployment, sequences)
+        if times.slowest.seconds < SequenceTimes(copies, sequences, times.batch).slowest.seconds
+    )
 
 
 def _params_that_win(deployment: Deployment, sequences: Sequences) -> int | None:

@@ -122,12 +122,9 @@ def _alternative(alternative: Alternative) -> list[str]:
     lines = _wrap(
         f"{weights}: {fits}; {_best(alternative.replicas)}, this plan {_spread(alternative)}"
     )
-    if alternative.wins_from_batch is None:
-        lines += _wrap("a step of this plan is not quicker with any batch that fits")
-    else:
-        lines += _wrap(
-            f"a step of this plan is quicker from {_prompts(alternative.wins_from_batch)} a GPU on"
-        )
+    quicker = alternative.quicker_batches
+    with_batches = f"with {', '.join(map(str, quicker))}" if quicker else "with no number of"
+    lines += _wrap(f"a step of this plan is quicker {with_batches} prompts a GPU")
     if alternative.wins_from_params is not None:
         lines += _wrap(
             "this plan serves more sequences a second where experts are so wide that the model "

@@ -269,6 +269,6 @@ def _alternative_to_json(alternative: Alternative) -> dict[str, Any]:
         "fits_one_gpu": alternative.fits,
         "replicas": best(alternative.replicas),
         "expert_parallel": best(alternative.spread),
-        "expert_parallel_wins_from_batch_per_gpu": alternative.wins_from_batch,
+        "expert_parallel_quicker_with_batches_per_gpu": list(alternative.quicker_batches),
         "expert_parallel_wins_from_params": alternative.wins_from_params,
     }

@@ -311,6 +311,12 @@ def test_copies_beat_expert_parallelism_where_the_model_fits_and_not_where_it_do
     assert small.weight_bytes == OLMOE.num_params * 2
     assert small.replicas.sequences_per_s > small.spread.sequences_per_s
     assert small.wins_from_params > OLMOE.num_params
+    for batch in (32, 128):
+        spread, alone = (
+            SequenceTimes(each, sequences, batch).step.seconds
+            for each in (olmoe(), as_replicas(olmoe()))
+        )
+        assert (batch in small.quicker_batches) is (spread < alone)
     large = compare_with_replicas(Deployment(DEEPSEEK_V3, EP64, H200, links()), sequences)
     assert large.fits is False
     assert large.replicas is None
@@ -324,7 +330,7 @@ def test_expert_parallelism_wins_at_once_where_messages_are_free():
         flops_16bit=H200.flops_16bit, bytes_per_s=H200.bytes_per_s, memory_bytes=141 * 10**9
     )
     model = olmoe(device=told_for_nothing, with_links=FREE_LINKS)
-    assert compare_with_replicas(model, Sequences(64, 64)).wins_from_batch == 1
+    assert compare_with_replicas(model, Sequences(64, 64)).quicker_batches[:4] == (1, 2, 4, 8)
 
 
 def test_the_published_figures_are_positive_and_say_where_they_come_from():
