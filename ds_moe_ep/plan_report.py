@@ -57,8 +57,8 @@ class PlanReport:
                 prefill_bound, tokens_per_s, sequences_per_s}; alternative: weight_bytes,
                 fits_one_gpu, replicas and expert_parallel (their best batch, or null),
                 expert_parallel_quicker_with_batches_per_gpu, expert_parallel_wins_from_params;
-                targets, as read; verdicts, a list of {target, is_met, predicted, batch, met_up_to_tokens,
-                limit}.
+                targets, as read; verdicts, a list of {target, is_met, predicted, batch,
+                met_up_to_tokens, limit}.
             remarks: sentences for people.
         """
         fullest = self._fullest
