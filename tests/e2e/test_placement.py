@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_moe_ep.cli import main
 from tests.helpers import launch_infer
-from tests.helpers.families import NUM_EXPERTS, VOCAB_SIZE
+from tests.helpers.families import VOCAB_SIZE
 
 pytestmark = pytest.mark.slow
 
@@ -21,31 +21,35 @@ PROMPTS = {
 }
 
 
+RANKS = 4  # two expert groups of two
+
+
 @pytest.fixture(scope="module")
 def job(tiny_model, write_prompts, tmp_path_factory):
-    """A model, the arguments of a job with it, and a folder with what a run recorded."""
+    """A model, the arguments of a job with it, and the folder in which a run recorded its loads."""
     model, folder = tiny_model("deepseek_v3"), tmp_path_factory.mktemp("placement")
-    layers = json.loads((model / "config.json").read_text())
-    numbers = range(layers["first_k_dense_replace"], layers["num_hidden_layers"])
-    tokens = [900, *[10] * (NUM_EXPERTS - 1)]
-    lines = [json.dumps({"layer": n, "tokens_per_expert": tokens}) for n in numbers]
-    (folder / "experts.jsonl").write_text("\n".join(lines) + "\n")
     args = ["--model", model, "--input", write_prompts(folder / "in.jsonl", PROMPTS)]
-    return model, [*args, "--max-new-tokens", str(NEW_TOKENS), "--batch-size", "2"], folder
+    args += ["--max-new-tokens", str(NEW_TOKENS), "--batch-size", "2", "--ep-size", "2"]
+    result = run(*args, "--output", folder / "recorded.jsonl", "--metrics", folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return model, args, folder
 
 
-def place(folder, num_ranks, slots):
-    path = folder / f"placement-{num_ranks}.json"
-    command = ["balance", folder, "--num-ranks", num_ranks, "--slots-per-rank", slots]
-    assert main([str(part) for part in [*command, "--out", path]]) == 0
+def run(*args):
+    return launch_infer(args, num_ranks=RANKS, is_forked=True)
+
+
+def place(folder, *args):
+    path = folder / f"placement{''.join(args)}.json"
+    command = ["balance", str(folder), *args, "--out", str(path)]
+    assert main(command) == 0
     return path
 
 
 def test_greedy_tokens_equal_hugging_face(job):
     model, args, folder = job
-    placement, output = place(folder, 2, 5), folder / "out.jsonl"
-    way = ["--output", output, "--placement", placement, "--ep-size", "2"]  # two groups of two
-    result = launch_infer([*args, *way], num_ranks=4, is_forked=True)
+    placement, output = place(folder, "--ep-size", "2", "--slots-per-rank", "5"), folder / "out"
+    result = run(*args, "--output", output, "--placement", placement)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "ep_rank 0 of 2 holds 5 of 8 experts in each, by placement" in result.stdout
     assert "4 ranks hold 5 of 8 experts in each of" in result.stdout
@@ -64,12 +68,8 @@ def test_greedy_tokens_equal_hugging_face(job):
 
 def test_a_placement_for_other_ranks_is_refused(job):
     _, args, folder = job
-    placement = place(folder, 4, 3)
-    result = launch_infer(
-        [*args, "--output", folder / "no.jsonl", "--placement", placement],
-        num_ranks=2,
-        is_forked=True,
-    )
+    placement = place(folder, "--slots-per-rank", "3")  # for all four ranks
+    result = run(*args, "--output", folder / "no.jsonl", "--placement", placement)
     assert result.returncode == 2
     said = result.stdout + result.stderr
     assert said.count("PlanError: ") == 1
