@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_moe_ep.balance import balancedness
 from ds_moe_ep.config.recorded import EXPERTS_JSONL, RANKS_JSONL
 from ds_moe_ep.engine.outputs import write_lines
 from ds_moe_ep.errors import ResourceError
-from ds_moe_ep.monitor.loads import balancedness
 from ds_moe_ep.monitor.metrics_format import BALANCE_JSONL, RUN_JSON, SAMPLES_JSONL, Run, Sample
 from ds_moe_ep.monitor.rank_record import RankRecord
 

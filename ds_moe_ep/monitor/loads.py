@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["ExpertLoads", "LiveRows", "Windows", "balancedness"]
+__all__ = ["ExpertLoads", "LiveRows", "Windows"]
 
 # Windows are merged in pairs when there are this many, so that a job of any length has enough.
 _MOST_WINDOWS = 256
@@ -107,8 +107,3 @@ class Windows:
             pairs = zip(self.rows[::2], self.rows[1::2], strict=True)
             self.rows = [[a + b for a, b in zip(*pair, strict=True)] for pair in pairs]
             self.num_steps *= 2
-
-
-def balancedness(rows: Sequence[int]) -> float:
-    """Returns mean / max over ranks of the rows that each computed; 1 is perfect, also of none."""
-    return sum(rows) / len(rows) / max(rows) if max(rows) else 1.0

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ds_moe_ep.adapter import adapt, moe_layers, prepare_for_inference
-from ds_moe_ep.monitor.loads import LiveRows, Windows, balancedness
+from ds_moe_ep.balance import balancedness
+from ds_moe_ep.monitor.loads import LiveRows, Windows
 from ds_moe_ep.monitor.metrics_format import PARTS
 from ds_moe_ep.monitor.pass_clock import PassClock
 from ds_moe_ep.monitor.recorder import Recorder
