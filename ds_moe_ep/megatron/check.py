@@ -44,6 +44,8 @@ def check_arguments(file: Path, world_size: int, ranks: Iterable[int] | None = N
     words = read_arguments(file)
     if world_size < 1:
         raise MegatronError(f"--world {world_size}: at least 1 is needed.")
+    if "--yaml-cfg" in words:
+        raise MegatronError(f"--args {file}: --yaml-cfg is not followed. Give the arguments here.")
     report = CheckReport(world_size)
     with megatron_stand_ins("meta"), _quiet():
         try:
@@ -88,7 +90,7 @@ def _ask(report: CheckReport, stage: str, rank: int, ask: Callable[[], T]) -> T:
     """Returns what a stage returns, or writes down what it raised."""
     try:
         return ask()
-    except Exception as error:  # of any kind: mostly assertions, ValueErrors and RuntimeErrors
+    except (Exception, SystemExit) as error:  # of any kind: mostly assertions and RuntimeErrors
         where = f"[rank {rank}] " if rank else ""
         kind = "" if isinstance(error, MegatronError) else f"{type(error).__name__}: "
         report.problems[stage] = f"{where}{kind}{' '.join(str(error).split())}"
@@ -166,7 +168,11 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

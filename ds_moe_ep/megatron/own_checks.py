@@ -23,6 +23,9 @@ def _sizes(args: Namespace, world_size: int) -> Iterator[str]:
     tp_size, pp_size = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp_size, ep_size = args.context_parallel_size, args.expert_model_parallel_size
     etp_size = args.expert_tensor_parallel_size or tp_size
+    if min(tp_size, pp_size, cp_size, ep_size, etp_size) < 1:
+        yield "Every parallel size is at least 1."
+        return
     dense = tp_size * pp_size * cp_size
     if world_size % dense:
         yield (

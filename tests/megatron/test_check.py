@@ -194,6 +194,12 @@ def test_the_plan_that_started_this_project(write, tmp_path, capsys):
             "48 does not divide --num-experts 64: use one of [1, 2, 4, 8, 16, 32, 64].",
             {"validate_args"},
         ),
+        (
+            OLMOE,
+            {"--expert-model-parallel-size": 0},
+            "Every parallel size is at least 1.",
+            {"initialize_model_parallel"},
+        ),
     ],
 )
 def test_what_megatron_overlooks_or_sees_late(config, changes, own, megatrons, write):
@@ -224,6 +230,7 @@ def test_a_refusal_ends_with_2_and_says_which_stage(write, capsys):
         (None, 64, "megatron.args: cannot be read"),
         ("# nothing\n", 64, "there is no argument in it"),
         ("--num-layers 2\n", 0, "--world 0: at least 1 is needed."),
+        ("--yaml-cfg model.yaml\n", 64, "--yaml-cfg is not followed. Give the arguments here."),
     ],
 )
 def test_a_file_or_number_that_makes_no_sense(tmp_path, text, world_size, message):
