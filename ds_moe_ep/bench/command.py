@@ -20,7 +20,18 @@ from pathlib import Path
 
 import torch
 
-from ds_moe_ep.bench import balance, collectives, e2e, layer, load, overlap, predict, replay, scale
+from ds_moe_ep.bench import (
+    balance,
+    collectives,
+    e2e,
+    layer,
+    load,
+    monitor,
+    overlap,
+    predict,
+    replay,
+    scale,
+)
 from ds_moe_ep.bench.report import Report
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import init_distributed, read_rank_info
@@ -36,7 +47,9 @@ __all__ = ["main"]
 
 _TABLES = {
     module.TABLE.name: module.TABLE
-    for module in (load, layer, overlap, scale, collectives, e2e, replay, predict, balance)
+    for module in (
+        *(load, layer, overlap, scale, collectives, e2e, monitor, replay, predict, balance),
+    )
 }
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 

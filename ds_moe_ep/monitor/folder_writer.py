@@ -58,7 +58,19 @@ class FolderWriter:
         Args:
             ranks: All ranks, in order.
             moe_layers: Numbers of the MoE layers in the model.
+
+        Raises:
+            ResourceError: It cannot be written.
         """
+        try:
+            self._finish(ranks, moe_layers)
+        except OSError as error:
+            raise ResourceError(
+                f"{self._path}: cannot be written ({error.strerror}). The results of the job are "
+                "whole; only its metrics are not."
+            ) from error
+
+    def _finish(self, ranks: Sequence[RankRecord], moe_layers: Sequence[int]) -> None:
         self._write(RANKS_JSONL, (rank.to_dict() for rank in ranks))
         tokens = [
             [sum(counts) for counts in zip(*of_ranks, strict=True)]

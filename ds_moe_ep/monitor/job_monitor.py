@@ -115,7 +115,7 @@ class JobMonitor:
         """Writes, on rank 0, what all ranks have recorded.
 
         Raises:
-            OSError: It cannot be written.
+            ResourceError: It cannot be written.
         """
         if self._folder is not None:
             self._folder.finish(ranks, self._work.spec.moe_layers)
