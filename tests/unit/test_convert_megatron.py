@@ -24,21 +24,13 @@ from ds_moe_ep.checkpoint.megatron.convert import from_megatron, to_megatron, ve
 from ds_moe_ep.cli import main
 from ds_moe_ep.errors import CheckpointError, ConfigError
 from tests.helpers.families import NUM_EXPERTS, build_tiny, save_tiny
+from tests.helpers.families.megatron import MEGATRON_CASES
 
-CASES = {
-    "olmoe": ("olmoe", {}),
-    "mixtral": ("mixtral", {"sliding_window": None}),
-    "qwen2_moe": ("qwen2_moe", {}),
-    "qwen3_moe": ("qwen3_moe", {}),
-    "deepseek_v2": ("deepseek_v2", {}),
-    "deepseek_v2-lite": ("deepseek_v2", {"topk_method": "greedy", "q_lora_rank": None}),
-    "deepseek_v3": ("deepseek_v3", {"num_experts_per_tok": 4}),
-}
 NUM_LAYERS = 3
 
 
 def save_case(case, folder, dtype=torch.float32):
-    family, changes = CASES[case]
+    family, changes = MEGATRON_CASES[case]
     model = build_tiny(family, **changes).to(dtype)
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
@@ -75,7 +67,7 @@ def same_files(one, other):
     assert filecmp.cmpfiles(one, other, names, shallow=False)[1:] == ([], [])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MEGATRON_CASES)
 def test_there_and_back_the_files_are_the_same(case, tmp_path):
     save_case(case, tmp_path / "source")
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
