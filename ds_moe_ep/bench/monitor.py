@@ -113,10 +113,10 @@ def _to_markdown(results: Sequence[Result]) -> str:
     return (
         f"{markdown_table(titles, rows)}\n\n"
         f"{first['new_tokens']} tokens are generated after prompts of {first['prompt_tokens']}, "
-        "with and without what `infer.py --metrics` does: hooks on every pass, a thread that takes a "
-        "sample a second and one at the end, and the store that brings samples to rank 0. Seconds "
-        "are the median (least to most) of "
-        f"{first['seconds'][_PLAIN]['num_rounds']} rounds, the slowest rank's."
+        "with and without what `infer.py --metrics` does: hooks on all passes, a sample each "
+        "second and one at the end, and the store that brings samples to rank 0. Seconds are the "
+        f"median (least to most) of {first['seconds'][_PLAIN]['num_rounds']} rounds, the slowest "
+        "rank's."
     )
 
 
