@@ -147,7 +147,13 @@ def _qwen3_moe(spec: ModelSpec, config: HfConfig) -> Args:
 
 def _deepseek_v2(spec: ModelSpec, config: HfConfig) -> Args:
     routing = {"--moe-router-pre-softmax": True, **_routed_scaling(config)}
-    if config.get("topk_method", "greedy") != "greedy":
+    method = config.get("topk_method", "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise ConfigError(
+            f"topk_method={method!r} in config.json: Hugging Face's class knows greedy and "
+            "group_limited_greedy only."
+        )
+    if method == "group_limited_greedy":
         # Hugging Face ranks groups by their best expert, Megatron by the sum of their best
         # top_k / topk_group experts: the same only if that is one.
         routing |= _groups(spec, config, experts_per_group=1)

@@ -324,6 +324,7 @@ def test_a_plan_that_splits_tensors_and_layers():
             DEEPSEEK_V2 | {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3},
             "topk_group=3 with num_experts_per_tok=6: Megatron would rank the groups by their bes",
         ),
+        (DEEPSEEK_V2 | {"topk_method": "noaux_tc"}, "topk_method='noaux_tc' in config.json: Hugg"),
         (DEEPSEEK_V3 | {"topk_group": 2}, "would rank the groups by their best 4 experts"),
         (DEEPSEEK_V3 | {"norm_topk_prob": False}, "norm_topk_prob=False"),
         (DEEPSEEK_V3 | {"rope_interleave": False}, "rope_interleave=False"),
