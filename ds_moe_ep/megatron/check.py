@@ -15,7 +15,7 @@ from typing import TypeVar
 from unittest import mock
 
 from ds_moe_ep.errors import MegatronError
-from ds_moe_ep.megatron.arguments import as_command_line, read_arguments
+from ds_moe_ep.megatron.arguments import as_command_line, read_arguments, reason_of
 from ds_moe_ep.megatron.check_report import OWN_CHECKS, STAGES, CheckReport, GroupSizes
 from ds_moe_ep.megatron.own_checks import own_problems
 from ds_moe_ep.megatron.ownership import RankPart, rank_part
@@ -92,8 +92,9 @@ def _ask(report: CheckReport, stage: str, rank: int, ask: Callable[[], T]) -> T:
         return ask()
     except (Exception, SystemExit) as error:  # of any kind: mostly assertions and RuntimeErrors
         where = f"[rank {rank}] " if rank else ""
-        kind = "" if isinstance(error, MegatronError) else f"{type(error).__name__}: "
-        report.problems[stage] = f"{where}{kind}{' '.join(str(error).split())}"
+        kind, reason = type(error).__name__, reason_of(error)
+        is_plain = isinstance(error, MegatronError) or reason == kind
+        report.problems[stage] = where + (reason if is_plain else f"{kind}: {reason}")
         report.not_reached = STAGES[STAGES.index(stage) + 1 :]
         raise _RefusedError from error
 
