@@ -143,8 +143,10 @@ def _part(args: Namespace, rank: int) -> RankPart:
     args.gradient_accumulation_fusion = False
     args.masked_softmax_fusion = False
     args.sequence_parallel = False
-    if args.multi_latent_attention and args.spec is None:
-        args.spec = ["ds_moe_ep.megatron.layer_specs", "mla_layers"]
+    if args.multi_latent_attention:
+        # Tables of stretched positions take long to make, and have no parameters.
+        args.rope_type = "rope"
+        args.spec = args.spec or ["ds_moe_ep.megatron.layer_specs", "mla_layers"]
     return rank_part(build_model(args, torch.device("meta")), rank)
 
 
