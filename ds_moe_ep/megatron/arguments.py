@@ -9,14 +9,16 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
 from ds_moe_ep.errors import MegatronError
+from ds_moe_ep.megatron.own_checks import own_problems
 
-__all__ = ["as_command_line", "parse_arguments", "read_arguments"]
+__all__ = ["as_command_line", "parse_arguments", "read_arguments", "reason_of"]
 
 
 def read_arguments(path: Path) -> list[str]:
@@ -56,21 +58,35 @@ def parse_arguments(words: Sequence[str], *, rank: int, world_size: int) -> Name
         What Megatron has made of them.
 
     Raises:
-        MegatronError: It refuses them; with its own words.
+        MegatronError: It refuses them, with its own words, or leaves out a check that they fail.
     """
     from megatron.training import arguments
 
     with as_command_line(words, rank, world_size) as said:
         try:
             parsed = arguments.parse_args()
+            if problems := own_problems(parsed, world_size):
+                raise MegatronError(" ".join(problems))
             arguments.validate_args(parsed)
+        except MegatronError:
+            raise
         except SystemExit as error:  # argparse's way to refuse; its last line says why
             reason = said.getvalue().strip().rpartition("\n")[2].rpartition("error: ")[2]
             raise MegatronError(f"Megatron does not know these arguments: {reason}.") from error
         except Exception as error:  # of any kind: mostly assertions
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise MegatronError(f"Megatron refuses these arguments: {reason}") from error
+            raise MegatronError(f"Megatron refuses these arguments: {reason_of(error)}") from error
     return parsed
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns on one line what an error of Megatron's or torch's says, without any traceback."""
+    failures = getattr(error, "failures", None)  # of ranks, in torch's distributed checkpoint
+    if failures:
+        error = min(failures.items())[1][0]
+    if text := " ".join(str(error).split()):
+        return text
+    frames = traceback.extract_tb(error.__traceback__)  # of an assertion without words
+    return frames[-1].line or type(error).__name__ if frames else type(error).__name__
 
 
 @contextlib.contextmanager

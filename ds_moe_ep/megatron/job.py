@@ -130,7 +130,10 @@ def _parse(options: MegatronJobOptions, job: Job) -> Namespace:
         words += ["--expert-model-parallel-size", str(options.ep_size)]
     if options.dispatcher is not None:
         words += ["--moe-token-dispatcher-type", options.dispatcher]
-    args = parse_arguments(words, rank=job.info.rank, world_size=job.info.world_size)
+    try:
+        args = parse_arguments(words, rank=job.info.rank, world_size=job.info.world_size)
+    except MegatronError as error:
+        raise MegatronError(f"{options.args}: {error}") from error
     _check_arguments(args, options, job)
     return args
 
@@ -144,11 +147,6 @@ def _check_arguments(args: Namespace, options: MegatronJobOptions, job: Job) -> 
                 f"{flag} {getattr(args, size)} in {options.args}: prompts are scored with experts "
                 "spread over ranks and all else on each. Write the file with --tp 1 --pp 1."
             )
-    if args.expert_model_parallel_size > job.info.world_size:
-        raise MegatronError(
-            f"{options.args} spreads experts over {args.expert_model_parallel_size} ranks, this "
-            f"job has {job.info.world_size}. Start as many, or give --ep-size."
-        )
     if args.padded_vocab_size is None:
         raise MegatronError(
             f"{options.args} has no --padded-vocab-size, the rows of the embedding."
