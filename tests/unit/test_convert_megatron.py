@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face
 from ds_moe_ep.checkpoint.megatron import torch_dist
 from ds_moe_ep.checkpoint.megatron.convert import from_megatron, to_megatron, verify_megatron
+from ds_moe_ep.checkpoint.megatron.stored import open_torch_dist
 from ds_moe_ep.cli import main
 from ds_moe_ep.errors import CheckpointError, ConfigError
 from tests.helpers.families import NUM_EXPERTS, build_tiny, save_tiny
@@ -459,6 +461,21 @@ def test_columns_of_tensor_parallel_ranks_are_refused(tmp_path, converted):
 
     rewrite_metadata(tmp_path / "megatron" / "release", cut)
     refused_back(tmp_path, r"output_layer.weight \[96, 32\] was saved in columns, .* \[96, 16\]")
+
+
+def test_any_damage_to_the_metadata_is_refused_or_harmless(tmp_path, converted):
+    path = tmp_path / "megatron" / "release" / ".metadata"
+    whole, pick, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(pick.choice([1, 1, 2, 8])):
+            damaged[pick.randrange(len(damaged))] = pick.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            open_torch_dist(tmp_path / "megatron")
+        except CheckpointError:
+            refused += 1
+    assert 100 < refused < 200
 
 
 class Malicious:
