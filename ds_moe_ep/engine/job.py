@@ -25,6 +25,7 @@ from ds_moe_ep.engine.console import (
 )
 from ds_moe_ep.engine.failure import fail
 from ds_moe_ep.engine.journal import Journal, fingerprint
+from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import Engine, load_engine
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, write_results
@@ -33,7 +34,13 @@ from ds_moe_ep.engine.schedule import Batch
 from ds_moe_ep.engine.summary import RankSummary, format_summary
 from ds_moe_ep.engine.supervisor import Progress
 from ds_moe_ep.engine.sync import ForwardSync
-from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch, score_batch
+from ds_moe_ep.engine.tasks import (
+    EncodedPrompt,
+    GenerateSettings,
+    end_ids,
+    generate_batch,
+    score_batch,
+)
 from ds_moe_ep.errors import ResourceError, some
 from ds_moe_ep.local_machine import threads_of_rank
 from ds_moe_ep.monitor.job_monitor import JobMonitor, watch
@@ -99,8 +106,11 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
 
     job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
     num_prompts = sum(len(batch.indices) for batch in batches)
-    with watch(options, job, work, engine, bring_up, progress, num_prompts) as monitor:
-        results, summary = _run(options, job, work, engine, batches, journal, progress, monitor)
+    live_rows = LiveRows(end_ids(engine.deepspeed_engine.module.generation_config), job.device)
+    with watch(options, job, work, engine, bring_up, progress, live_rows, num_prompts) as monitor:
+        results, summary = _run(
+            options, job, work, engine, batches, journal, progress, live_rows, monitor
+        )
         progress.enter("writing the results")
         _finish(options, job, work, earlier | results, summary, journal, monitor)
 
@@ -131,6 +141,7 @@ def _run(
     batches: Sequence[Batch],
     journal: Journal,
     progress: Progress,
+    live_rows: LiveRows,
     monitor: JobMonitor | None,
 ) -> tuple[dict[int, Result], RankSummary]:
     """Serves this rank's batches and takes part in those of the others."""
@@ -157,11 +168,13 @@ def _run(
             shared=_shared_by_all(job, engine),
             on_progress=show,
             on_step=start_step,
+            live_rows=live_rows,
         )
         for number, batch in enumerate(batches, start=1):
             prompts = [work.prompts[index] for index in batch.indices]
             ids = some([repr(each.prompt.id)[:_SHOWN_CHARS] for each in prompts])
             progress.enter(f"batch {number} of {len(batches)} (prompts {ids})")
+            live_rows.start_batch()
             if monitor is not None:
                 monitor.start_batch(len(prompts))
             done = dict(zip(batch.indices, serve(prompts), strict=True))

@@ -23,7 +23,7 @@ class RankSummary:
         num_prompts: Prompts this rank served.
         prompt_tokens: Their tokens.
         new_tokens: Tokens it generated.
-        expert_rows: Rows its experts computed, those of padding included.
+        expert_rows: Rows its experts computed; none are of padding.
         load_s: Seconds from start of loading to a usable model.
         run_s: Seconds from the first batch until all ranks were done.
         comm_s: Seconds of those in collectives, waiting for slower ranks included.

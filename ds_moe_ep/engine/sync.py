@@ -20,6 +20,7 @@ from torch import nn
 
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.shared_memory import SharedMemory
+from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
 __all__ = ["ForwardSync"]
@@ -42,6 +43,7 @@ class ForwardSync:
         on_progress: Called on rank 0 at each pass with the number of prompts that all ranks have
             finished so far.
         on_step: Called at the start of each pass with its number, from 1 on.
+        live_rows: Knows which rows of a pass need experts; without, all do.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ForwardSync:
         shared: SharedMemory | None = None,
         on_progress: Callable[[int], None] | None = None,
         on_step: Callable[[int], None] | None = None,
+        live_rows: LiveRows | None = None,
     ) -> None:
         self._layers = layers
         self._comm = Communicator(group, shared=shared)
@@ -65,10 +68,11 @@ class ForwardSync:
         self._no_weights_0K = torch.zeros((0, top_k), dtype=torch.float32, device=device)
         self._on_progress = on_progress if self._comm.rank == 0 else None
         self._on_step = on_step
+        self._live_rows = live_rows
         self.num_finished = 0
         self.num_steps = 0
         model.register_forward_pre_hook(
-            lambda module, args, kwargs: self._start_own_pass(_count_tokens(args, kwargs)),
+            lambda module, args, kwargs: self._start_own_pass(args, kwargs),
             with_kwargs=True,
         )
 
@@ -79,6 +83,7 @@ class ForwardSync:
     @torch.no_grad()
     def join_others(self) -> None:
         """Takes part in the others' passes with zero rows until every rank has called this."""
+        self._tell_live(None)
         while self._announce(0):
             self._count_step()
             for layer in self._layers:
@@ -87,9 +92,18 @@ class ForwardSync:
                 )
                 layer(no_rows_0H, self._no_ids_0K, self._no_weights_0K)
 
-    def _start_own_pass(self, num_tokens: int) -> None:
+    def _start_own_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._count_step()
-        self._announce(num_tokens)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if self._live_rows is not None and ids is not None:
+            mask = kwargs.get("attention_mask")
+            is_flat = isinstance(mask, torch.Tensor) and mask.dim() == 2
+            self._tell_live(self._live_rows.of_pass(ids, mask if is_flat else None))
+        self._announce(_count_tokens(args, kwargs))
+
+    def _tell_live(self, live_T: torch.Tensor | None) -> None:
+        for layer in self._layers:
+            layer.deepspeed_moe.live_T = live_T
 
     def _count_step(self) -> None:
         self.num_steps += 1

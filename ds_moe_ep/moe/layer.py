@@ -22,7 +22,7 @@ from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.cost_model import LinkPrices
 from ds_moe_ep.moe.dispatch import Dispatcher, make_dispatcher, make_links
-from ds_moe_ep.moe.experts import Compute, expert_parameters, run_local_experts
+from ds_moe_ep.moe.experts import NOT_HERE, Compute, expert_parameters, run_local_experts
 from ds_moe_ep.moe.shared_expert import EarlySharedExpert
 from ds_moe_ep.moe.slots import ExpertSlots
 from ds_moe_ep.moe.state_dict import name_experts_as_deepspeed_does
@@ -57,6 +57,7 @@ class DispatchedExperts(nn.Module):
         self.stats = CommStats()
         self.on_part: Callable[[str], object] | None = None  # told as "experts", "combine" begin
         self.dispatcher: Dispatcher | None = None
+        self.live_T: Tensor | None = None  # bool: which tokens need experts; None if all do
         self.tokens_per_expert = torch.zeros(experts.num_experts, dtype=torch.int64)
         self._group_ranks, self._ep_rank = [0], 0
         self._num_tokens_W: list[int] | None = None
@@ -106,6 +107,8 @@ class DispatchedExperts(nn.Module):
             # Where all ranks have the same tokens, all must choose the same copies.
             first = 0 if self.dispatcher_name == "allreduce" else self._ep_rank
             topk_ids_TK = self.slots.choose(topk_ids_TK, first)
+        if self.live_T is not None:
+            topk_ids_TK = topk_ids_TK.masked_fill(~self.live_T[:, None], NOT_HERE)
         compute: Compute = partial(run_local_experts, self.experts)
         if self.on_part is not None:
             compute = partial(_compute_and_tell, compute, self.on_part)

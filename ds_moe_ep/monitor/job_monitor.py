@@ -20,12 +20,12 @@ import torch.distributed as dist
 
 from ds_moe_ep.bringup.phases import BringUp
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import Engine
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.prepare import Work
 from ds_moe_ep.engine.summary import RankSummary
 from ds_moe_ep.engine.supervisor import Progress
-from ds_moe_ep.engine.tasks import end_ids
 from ds_moe_ep.monitor.deepspeed_events import DeepSpeedEvents
 from ds_moe_ep.monitor.folder_writer import FolderWriter
 from ds_moe_ep.monitor.metrics_format import Run, Sample
@@ -49,6 +49,7 @@ class JobMonitor:
         engine: The loaded model.
         bring_up: What was predicted of the memory.
         progress: Where this rank is.
+        live_rows: Counts the tokens that passes give.
         num_prompts: Prompts that this rank is to serve.
     """
 
@@ -60,6 +61,7 @@ class JobMonitor:
         engine: Engine,
         bring_up: BringUp,
         progress: Progress,
+        live_rows: LiveRows,
         num_prompts: int,
     ) -> None:
         self._job, self._work, self._engine = job, work, engine
@@ -67,15 +69,14 @@ class JobMonitor:
         self._num_prompts, self._num_begun, self._batch_size = num_prompts, 0, 0
         self._begun_s = time.perf_counter()
         self._usage = Usage(job.device)
-        model = engine.deepspeed_engine.module
+        counts_tokens = options.batch_mode == "sharded" or job.info.rank == 0
         self._recorder = Recorder(
-            model,
+            engine.deepspeed_engine.module,
             engine.layers,
-            end_ids=sorted(end_ids(model.generation_config)),
             device=job.device,
-            generates=options.task == "generate",
-            counts_tokens=options.batch_mode == "sharded" or job.info.rank == 0,
+            counts_tokens=counts_tokens,
         )
+        self._live_rows = live_rows if counts_tokens and options.task == "generate" else None
         self._folder: FolderWriter | None = None
         self._listeners: list[Callable[[Sequence[Sample]], None]] = []
         self._open: list[Exporter | DeepSpeedEvents] = []
@@ -112,11 +113,12 @@ class JobMonitor:
         return RankRecord.of(summary, self._recorder, self._sampler.samples, stats)
 
     def write(self, ranks: Sequence[RankRecord]) -> None:
-        """Writes, on rank 0, what all ranks have recorded.
+        """Writes, on rank 0, what all ranks have recorded; all have finished before.
 
         Raises:
             ResourceError: It cannot be written.
         """
+        self._sampler.tell()
         if self._folder is not None:
             self._folder.finish(ranks, self._work.spec.moe_layers)
 
@@ -145,7 +147,7 @@ class JobMonitor:
             utilisation=self._usage.utilisation(),
             memory_bytes=self._usage.memory_bytes(),
             step=self._progress.step,
-            new_tokens=self._recorder.new_tokens,
+            new_tokens=0 if self._live_rows is None else self._live_rows.num_completing,
             prompts_done=num_done,
             prompts_queued=self._num_prompts - self._num_begun,
             batch_size=self._batch_size,
@@ -161,6 +163,7 @@ def watch(
     engine: Engine,
     bring_up: BringUp,
     progress: Progress,
+    live_rows: LiveRows,
     num_prompts: int,
 ) -> Iterator[JobMonitor | None]:
     """Yields what watches the job; None where nobody asked for metrics.
@@ -172,7 +175,7 @@ def watch(
         yield None
         return
     monitor = job.all_or_none(
-        lambda: JobMonitor(options, job, work, engine, bring_up, progress, num_prompts),
+        lambda: JobMonitor(options, job, work, engine, bring_up, progress, live_rows, num_prompts),
         what="opening the metrics",
         timeout_s=options.timeout_s,
     )

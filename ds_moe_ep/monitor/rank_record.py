@@ -53,9 +53,10 @@ class RankRecord:
     ) -> RankRecord:
         """Returns what a recorder that is closed, the samples and the MoE layers have."""
         times = recorder.clock.times
+        looks = samples[1:]  # the first is of no time at all
         return cls(
             summary=summary,
-            utilisation=sum(each.utilisation for each in samples) / max(1, len(samples)),
+            utilisation=sum(each.utilisation for each in looks) / max(1, len(looks)),
             num_passes={kind: each.count for kind, each in times.items()},
             parts_s={kind: each.estimated_parts_s() for kind, each in times.items()},
             pass_s={kind: each.durations.quantiles() for kind, each in times.items()},

@@ -4,8 +4,6 @@ It puts hooks on the model and takes them off again; what is made of the figures
 business.
 """
 
-# Shapes: T tokens here, K top_k, B prompts, S tokens of each, L tokens of each so far
-
 from __future__ import annotations
 
 import time
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.dist.durations import Durations
 from ds_moe_ep.moe.layer import ExpertParallelMoE
-from ds_moe_ep.monitor.loads import ExpertLoads, LiveRows, Windows
+from ds_moe_ep.monitor.loads import ExpertLoads, Windows
 from ds_moe_ep.monitor.pass_clock import PassClock
 
 __all__ = ["Recorder"]
@@ -37,9 +35,7 @@ class Recorder:
     Args:
         model: The adapted model.
         layers: Its MoE layers in the order of a forward pass.
-        end_ids: Tokens that end a completion.
         device: Device of the model.
-        generates: Whether each pass gives every prompt a token.
         counts_tokens: Whether the tokens of this rank are its own: of a replicated batch only one
             rank counts them.
     """
@@ -49,9 +45,7 @@ class Recorder:
         model: nn.Module,
         layers: Sequence[ExpertParallelMoE],
         *,
-        end_ids: Sequence[int],
         device: torch.device,
-        generates: bool = True,
         counts_tokens: bool = True,
     ) -> None:
         self.clock = PassClock(device)
@@ -59,9 +53,7 @@ class Recorder:
         self.first_token_s = Durations()
         self.loads = ExpertLoads(len(layers), max(each.num_experts for each in layers), device)
         self._layers = layers
-        self._live = LiveRows(end_ids, device)
-        self._live_T: Tensor | None = None
-        self._generates, self._counts_tokens = generates, counts_tokens
+        self._counts_tokens = counts_tokens
         self._batch_begun_s: float | None = None
         self._hooks = [
             model.register_forward_pre_hook(self._start_pass, with_kwargs=True),
@@ -74,12 +66,6 @@ class Recorder:
             if part := _part_of(name, model):
                 self._hooks.append(module.register_forward_pre_hook(partial(self._enter, part)))
                 self._hooks.append(module.register_forward_hook(self._leave))
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens that this rank has generated so far; a device-to-host sync on a GPU."""
-        is_counted = self._generates and self._counts_tokens
-        return int(self._live.num_completing) if is_counted else 0
 
     def start_batch(self) -> None:
         """Says that the next pass is the first of a batch."""
@@ -100,14 +86,7 @@ class Recorder:
             layer.deepspeed_moe.on_part = None
 
     def _start_pass(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        is_first = self._batch_begun_s is not None
-        self.clock.start("prefill" if is_first else "decode")
-        ids_BS = kwargs.get("input_ids", args[0] if args else None)
-        self._live_T = None
-        if ids_BS is not None:
-            mask_BL = kwargs.get("attention_mask")
-            mask_BL = mask_BL if isinstance(mask_BL, Tensor) else None
-            self._live_T = self._live.of_pass(ids_BS, mask_BL, is_first=is_first)
+        self.clock.start("decode" if self._batch_begun_s is None else "prefill")
 
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         self.clock.stop()
@@ -118,10 +97,8 @@ class Recorder:
             self._batch_begun_s = None
 
     def _count(self, number: int, module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
-        topk_ids_TK = args[1]
-        if self._counts_tokens and self._live_T is not None:
-            if len(self._live_T) == len(topk_ids_TK):  # else a pass of zero rows
-                self.loads.count(number, topk_ids_TK, self._live_T)
+        if self._counts_tokens:
+            self.loads.count(number, args[1], self._layers[number].deepspeed_moe.live_T)
 
     def _enter(self, part: str, module: nn.Module, args: Any) -> None:
         self.clock.enter(part)

@@ -76,7 +76,7 @@ class Sampler:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
         self.samples: list[Sample] = []
-        self._publish(self._look())
+        self.sample()
 
     def start(self) -> None:
         """Starts looking; every rank must have made its sampler before rank 0 calls this."""
@@ -87,30 +87,32 @@ class Sampler:
         self._done.set()
         self._thread.join(_PATIENCE_S)
 
-    def _run(self) -> None:
-        is_last = False
-        while not is_last:
-            is_last = self._done.wait(_EVERY_S)
-            try:
-                sample = self._look()
-                self.samples.append(sample)
-                self._publish(sample)
-                if self._rank == 0:
-                    everyone = self._collect(sample)
-                    for listen in self._listeners:
-                        listen(everyone)
-            except (dist.DistError, RuntimeError, OSError):
-                return  # the store has gone, or a disk is full: the job itself says so
-
-    def _publish(self, sample: Sample) -> None:
+    def sample(self) -> None:
+        """Takes a sample of this rank now, and leaves it in the store."""
+        own = self._look()
+        self.samples.append(own)
         if self._store is not None:
-            self._store.set(_key(self._rank), sample.model_dump_json())
+            self._store.set(_key(self._rank), own.model_dump_json())
 
-    def _collect(self, own: Sample) -> list[Sample]:
+    def tell(self) -> None:
+        """Tells the listeners of the last sample of every rank."""
         if self._store is None:
-            return [own]
-        texts = self._store.multi_get([_key(rank) for rank in range(self._world_size)])
-        return [Sample.model_validate_json(text) for text in texts]
+            everyone = self.samples[-1:]
+        else:
+            texts = self._store.multi_get([_key(rank) for rank in range(self._world_size)])
+            everyone = [Sample.model_validate_json(text) for text in texts]
+        for listen in self._listeners:
+            listen(everyone)
+
+    def _run(self) -> None:
+        try:
+            while not self._done.wait(_EVERY_S):
+                self.sample()
+                if self._listeners:
+                    self.tell()
+            self.sample()
+        except (dist.DistError, RuntimeError, OSError):
+            return  # the store has gone, or a disk is full: the job itself says so
 
 
 def _key(rank: int) -> str:

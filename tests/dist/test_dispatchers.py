@@ -18,7 +18,7 @@ from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.cost_model import LinkPrices
 from ds_moe_ep.moe.dispatch import DISPATCHERS, TWO_LEVEL, Links, make_dispatcher, make_links
-from ds_moe_ep.moe.experts import run_local_experts
+from ds_moe_ep.moe.experts import NOT_HERE, run_local_experts
 from ds_moe_ep.moe.probe import measure_links
 from ds_moe_ep.moe.reference import reference_moe
 from tests.helpers import run_ranks
@@ -208,6 +208,22 @@ def many_tokens(at: Ranks) -> None:
     torch.testing.assert_close(out_TH, x_TH, **FP32)
 
 
+def rows_that_need_no_expert(at: Ranks) -> None:
+    """Padding: its rows come back as zeros, and no expert has computed them."""
+    x_TH, ids_TK, weights_TK = at.tokens(13)
+    is_live_T = torch.arange(13) % 3 != at.rank * (not at.is_replicated) % 3
+    experts = ScaleExperts(at.rank * at.num_local, at.num_local)
+    out_TH, rows_e = at.dispatch(
+        experts, x_TH, ids_TK.masked_fill(~is_live_T[:, None], NOT_HERE), weights_TK
+    )
+    chosen_E = torch.bincount(ids_TK[is_live_T].flatten(), minlength=at.num_experts)
+    chosen_E = at.sum_over_tokens(chosen_E)
+    scale_T1 = ((ids_TK + 1) * weights_TK).sum(dim=1, keepdim=True) * is_live_T[:, None]
+    first = at.rank * at.num_local
+    assert rows_e.tolist() == chosen_E[first : first + at.num_local].tolist()
+    torch.testing.assert_close(out_TH, x_TH * scale_T1, **FP32)
+
+
 def rows_are_counted_first(at: Ranks) -> None:
     """What alltoall does with batches that are too large to be sent to all ranks."""
     dispatcher = getattr(at.dispatcher, "candidates", {}).get("alltoall", at.dispatcher)
@@ -259,6 +275,7 @@ CASES = {
         all_tokens_on_one_expert,
         bfloat16,
         many_tokens,
+        rows_that_need_no_expert,
         rows_are_counted_first,
         backward,
         # Not for a replicated batch:
