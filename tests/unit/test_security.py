@@ -16,12 +16,16 @@ from ds_moe_ep.config.bundle import write_bundle
 from ds_moe_ep.demo import write_demo_model
 from ds_moe_ep.engine.journal import Journal
 from ds_moe_ep.engine.outputs import GenerateResult, write_results
-from ds_moe_ep.engine.summary import RankSummary, write_metrics
+from ds_moe_ep.engine.summary import RankSummary
 from ds_moe_ep.hostfile import local_cluster
 from ds_moe_ep.model_spec import read_model_spec
+from ds_moe_ep.monitor.folder_writer import FolderWriter
+from ds_moe_ep.monitor.metrics_format import Run
+from ds_moe_ep.monitor.rank_record import RankRecord
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import save_tiny
 from tests.helpers.launch import REPO
+from tests.helpers.metrics import small_metrics
 
 # What runs what it is given.
 _RUNS = {
@@ -83,8 +87,16 @@ def _write_everything(model: Path, folder: Path) -> None:
     write_jsonl(folder / "metrics" / "bringup.jsonl", [PhaseReport(1, ())])
     write_results(folder / "out.jsonl", [result])
     summary = RankSummary(0, "host", "allgather", 1, 1, 1, 1, 0.1, 0.1, 0.1, 1, 1, 1)
-    write_metrics(folder / "metrics", [summary])
+    _write_metrics(folder / "metrics", summary)
     Report("table", "Heading", "command", "text", [{"world_size": 1}]).write(folder / "bench")
+
+
+def _write_metrics(folder: Path, summary: RankSummary) -> None:
+    run = Run.model_validate(small_metrics()["run.json"])
+    writer = FolderWriter(folder, run)
+    times = {"prefill": None, "decode": None}
+    record = RankRecord(summary, 0.5, {}, {}, times, None, {}, [[1, 2]], [[3]], 8)
+    writer.finish([record], [0])
 
 
 def test_files_have_ordinary_modes(tmp_path, umask):
