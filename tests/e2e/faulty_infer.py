@@ -2,10 +2,11 @@
 
 It happens on that rank in the phase whose name begins so (`Progress.enter`), for step 0 as it
 begins. WHAT is a signal that the worker sends itself, or a name below. The file FAULT_MARK is made
-then, which tells when.
+then, which tells when. FAULT_IN names another module of the folder launch.
 """
 
 import contextlib
+import importlib
 import mmap
 import os
 import shutil
@@ -14,7 +15,6 @@ import sys
 from pathlib import Path
 
 from ds_moe_ep.engine.supervisor import Progress
-from launch import infer
 
 _RANK, _PHASE, _STEP, _WHAT = os.environ["FAULT"].split(",")
 
@@ -69,4 +69,5 @@ if os.environ["RANK"] == _RANK:
     start_step, Progress.start_step = Progress.start_step, _start_step
 
 if __name__ == "__main__":
-    sys.exit(infer.main())
+    command = os.environ.get("FAULT_IN", "infer")
+    sys.exit(importlib.import_module(f"launch.{command}").main())

@@ -165,6 +165,23 @@ def test_refusals_of_files(job, tmp_path):
     assert not Path("ran").exists()
 
 
+def test_a_killed_rank_ends_the_others(job, tmp_path):
+    fault = {"FAULT": "1,pass 1,0,SIGKILL", "FAULT_MARK": str(tmp_path / "mark")}
+    result = launch_infer(
+        files(job, tmp_path / "out.jsonl"),
+        num_ranks=2,
+        env=fault | {"FAULT_IN": "megatron_infer"},
+        script=REPO / "tests" / "e2e" / "faulty_infer.py",
+        timeout_s=100,
+        is_forked=True,
+    )
+    assert (tmp_path / "mark").exists()
+    assert result.returncode == 1
+    assert "was ended by SIGKILL at pass 1 of 1" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_without_megatron_it_says_how_to_have_it(job, tmp_path):
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron" / "__init__.py").touch()  # hides the one that is installed
