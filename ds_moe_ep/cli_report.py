@@ -29,7 +29,7 @@ def add_report_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
         "top",
         help="watch a job while it runs",
         description="Follow a job that runs with infer.py --metrics DIR: utilisation, memory, "
-        "tokens/s, queue and balance, by rank or by host. Without a terminal: as it is now, once.",
+        "tokens/s and queue, by rank or by host. Without a terminal: as it is now, once.",
         allow_abbrev=False,
     )
     top.add_argument("metrics", type=Path, metavar="DIR", help="what is given to infer.py")

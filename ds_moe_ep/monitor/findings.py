@@ -220,7 +220,7 @@ def _why_slow(slow: RankMetrics, others: Sequence[RankMetrics]) -> str:
     told = f"{named.get(part, f'its {part} takes')} {span(more_s[part])} longer"
     if more_of[cause] > 1 + _LEAST_EXCESS:
         return f"{told}, with {times(more_of[cause])} the others' {cause}"
-    return f"{told}, with no more {cause} than the others, so the device itself is slower"
+    return f"{told}, with no more {cause} than the others: its device is slower, or shared"
 
 
 def _seconds(rank: RankMetrics, part: str) -> float:

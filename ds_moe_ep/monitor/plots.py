@@ -2,9 +2,9 @@
 
 What is drawn is worked out in charts.py; no file is written and no window opened.
 
-SVG by matplotlib, not an inlined plotly: a report of 64 ranks is some hundred KB instead of 5 MB,
-has no script that could fail or be blocked, and prints. Colours become variables of the page's
-style sheet, so the same picture serves light and dark mode.
+SVG by matplotlib, not an inlined plotly: a report of 64 ranks is 0.2 MB, has no script that could
+fail or be blocked, and prints. Colours become variables of the page's style sheet, so the same
+picture serves light and dark mode.
 """
 
 from __future__ import annotations

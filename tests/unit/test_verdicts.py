@@ -81,7 +81,7 @@ def test_the_slow_rank_is_the_one_that_waits_least(tmp_path):
 @pytest.mark.parametrize(
     ("part", "rows", "says"),
     [
-        ("experts", 200, "no more expert rows than the others, so the device itself is slower"),
+        ("experts", 200, "no more expert rows than the others: its device is slower, or shared"),
         ("attention", 400, "its attention takes 3.00 s longer, with no more tokens of its own"),
         (None, 400, "no part of its passes takes longer than the others', so it starts them later"),
     ],
