@@ -189,8 +189,8 @@ def _balance(metrics: Metrics) -> str:
     rows = [(each.layer, each.expert, f"{each.tokens:,}", times(each.factor)) for each in hot]
     return _section(
         "Balance",
-        "Rows that experts computed on each rank, padding included, and tokens of each expert, "
-        "without padding: blue is less than the mean of its layer, orange more.",
+        "Rows that experts computed on each rank, and tokens of each expert: blue is less than the "
+        "mean of its layer, orange more.",
         charts.rank_load_bars(metrics),
         charts.expert_heat_map(metrics),
         "<details><summary>The hottest expert of the most skewed layers</summary>",

@@ -220,7 +220,8 @@ def _balancedness(metrics: Metrics) -> Verdict:
     window = balance.worst_window
     reasons = [
         f"worst passes {window.overall:.2f} ({window.first_step} to {window.last_step}), "
-        f"worst layer {balance.of_worst_layer:.2f} (layer {balance.worst_layer})"
+        f"worst layer {balance.of_worst_layer:.2f} (layer {balance.worst_layer}), rows of the "
+        f"whole run {balance.of_whole_run:.2f}"
     ]
     is_met = balance.average >= _PERFECT
     if not is_met:

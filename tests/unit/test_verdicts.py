@@ -57,7 +57,7 @@ def test_the_reasons_of_the_small_run(tmp_path):
         "others wait for, takes 500 us; CPU run, without the links of GPUs"
     )
     assert reasons["balancedness"] == (
-        "worst passes 0.60 (1 to 10), worst layer 0.55 (layer 3); "
+        "worst passes 0.60 (1 to 10), worst layer 0.55 (layer 3), rows of the whole run 0.62; "
         "skewed router: expert 7 of layer 3 takes 3.00x the mean"
     )
     # Of 3 * 7 + 7 = 28 s in decode passes 10 are in experts, 10 in dispatch and combine.
