@@ -46,9 +46,10 @@ from ds_moe_ep.rehearsal.shared_start import shared_start
 __all__ = ["main"]
 
 _TABLES = {
-    module.TABLE.name: module.TABLE
-    for module in (
-        *(load, layer, overlap, scale, collectives, e2e, monitor, replay, predict, balance),
+    table.name: table
+    for table in (
+        *(load.TABLE, layer.TABLE, overlap.TABLE, scale.TABLE, collectives.TABLE, e2e.TABLE),
+        *(e2e.UNEVEN, monitor.TABLE, replay.TABLE, predict.TABLE, balance.TABLE),
     )
 }
 _DOCS = Path(__file__).resolve().parents[2] / "docs"

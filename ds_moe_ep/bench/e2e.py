@@ -1,4 +1,7 @@
-"""`bench e2e`: prefill and decode of a whole model, against transformers alone and in EP."""
+"""`bench e2e` and `bench uneven`: a whole model, against transformers alone and in EP.
+
+The one has prompts of one length, the other of many, as users have.
+"""
 
 # Shapes: B prompts, S tokens of a prompt
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep import heap
-from ds_moe_ep.bench.generate_sides import GenerateSide, one_process, ours, transformers_ep
+from ds_moe_ep.bench.generate_sides import PAD, GenerateSide, one_process, ours, transformers_ep
 from ds_moe_ep.bench.memory import PeakMemory
 from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import markdown_table, with_range
@@ -22,7 +25,7 @@ from ds_moe_ep.bench.timing import time_in_turn
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.errors import DistributedError
 
-__all__ = ["TABLE"]
+__all__ = ["TABLE", "UNEVEN"]
 
 _OURS = "ours"
 _PEERS = ("transformers EP", "one process, grouped_mm", "one process, eager")
@@ -32,9 +35,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
     parser.add_argument("--model", choices=SHAPES, default="105M")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="prompts in all")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=32, help="of the longest prompt")
+    parser.add_argument("--least-tokens", type=int, help="of the shortest (default: the same)")
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--dispatcher", default="auto")
+
+
+def _add_uneven_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_arguments(parser)
+    parser.set_defaults(world=[2, 4], batch=[32], prompt_tokens=128, least_tokens=8)
 
 
 def _prepare(args: argparse.Namespace, work: Path) -> None:
@@ -78,9 +87,15 @@ def _build(
 
 
 def _prompts(args: argparse.Namespace, batch: int) -> Tensor:
+    """Returns prompts whose lengths, on a scale of doublings, are spread from least to most."""
     generator = torch.Generator().manual_seed(batch)
-    vocabulary = SHAPES[args.model].vocab_size
-    return torch.randint(3, vocabulary, (batch, args.prompt_tokens), generator=generator)
+    vocabulary, most = SHAPES[args.model].vocab_size, args.prompt_tokens
+    prompts_BS = torch.randint(3, vocabulary, (batch, most), generator=generator)
+    least = args.least_tokens or most
+    spread_B = torch.linspace(0, 1, batch)[torch.randperm(batch, generator=generator)]
+    lengths_B = (least * (most / least) ** spread_B).round().long()
+    is_padding_BS = torch.arange(most) < (most - lengths_B)[:, None]
+    return prompts_BS.masked_fill(is_padding_BS, PAD)
 
 
 def _measure_batch(
@@ -102,6 +117,7 @@ def _measure_batch(
         "world_size": job.info.world_size,
         "batch": batch,
         "prompt_tokens": args.prompt_tokens,
+        "all_prompt_tokens": int((prompts_BS != PAD).sum()),
         "new_tokens": args.new_tokens,
         "prefill_s": seconds(1),
         "all_s": seconds(1 + args.new_tokens),
@@ -128,7 +144,7 @@ def _to_markdown(results: Sequence[Result]) -> str:
     titles += [f"ours / {peer}" for peer in _PEERS]
     rows = []
     for result in results:
-        prompt_tokens = result["batch"] * result["prompt_tokens"]
+        prompt_tokens = result["all_prompt_tokens"]
         new_tokens = result["batch"] * result["new_tokens"]
         for phase, rates in (
             ("prefill", {n: prompt_tokens / s["median"] for n, s in result["prefill_s"].items()}),
@@ -153,7 +169,7 @@ def _to_markdown(results: Sequence[Result]) -> str:
         f"{markdown_table(['ranks', 'prompts', *names], first)}\n\n"
         "Peak memory of all ranks together (of the rank with most), MB:\n\n"
         f"{markdown_table(['ranks', *names], memory)}\n\n"
-        f"Greedy generation in float32 with {sizes['prompt_tokens']} tokens a prompt and "
+        f"Greedy generation in float32 with {_lengths(sizes)} tokens a prompt and "
         f"{sizes['new_tokens']} new ones; all sides give the same tokens (checked before each "
         "row). Ranks have one thread each and share the prompts; one process has a thread a core "
         "and all prompts, while the ranks wait. Prefill is the time to the first token, decode "
@@ -162,6 +178,11 @@ def _to_markdown(results: Sequence[Result]) -> str:
         "Memory is what loading the model and generating for most prompts add to a process, by "
         "its proportional set size: weights, caches, temporary tensors; not Python and libraries."
     )
+
+
+def _lengths(result: Result) -> str:
+    most, mean = result["prompt_tokens"], result["all_prompt_tokens"] / result["batch"]
+    return f"{most}" if mean == most else f"up to {most} and {mean:.0f} on the mean"
 
 
 def _in_all_and_most(peak_bytes: Sequence[int]) -> str:
@@ -176,6 +197,15 @@ TABLE = Table(
     name="e2e",
     heading="Generation, end to end",
     add_arguments=_add_arguments,
+    prepare=_prepare,
+    measure=_measure,
+    to_markdown=_to_markdown,
+)
+
+UNEVEN = Table(
+    name="uneven",
+    heading="Generation from prompts of many lengths",
+    add_arguments=_add_uneven_arguments,
     prepare=_prepare,
     measure=_measure,
     to_markdown=_to_markdown,

@@ -23,10 +23,14 @@ from transformers.distributed import DistributedConfig
 from ds_moe_ep.adapter import bind_expert_groups, moe_layers, prepare_for_inference
 from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.plan import ParallelPlan
 
-__all__ = ["GenerateSide", "complete", "load_ours", "one_process", "ours", "transformers_ep"]
+__all__ = ["PAD", "GenerateSide", "complete", "load_ours", "one_process", "ours", "transformers_ep"]
+
+PAD = 0
+"""What short prompts are padded with."""
 
 GenerateSide = Callable[[Tensor, int], "Tensor | None"]
 """Takes all prompts ``[B, S]`` and N; returns this rank's ``[B / ranks, S + N]`` tokens, or those
@@ -52,6 +56,7 @@ def load_ours(folder: Path, job: Job, dispatcher: str) -> tuple[PreTrainedModel,
     prepare_for_inference(model)
     layers = moe_layers(model)
     shared = layers[0].deepspeed_moe.shared
+    live_rows = LiveRows([], job.device)
     sync = ForwardSync(
         model,
         layers,
@@ -60,9 +65,11 @@ def load_ours(folder: Path, job: Job, dispatcher: str) -> tuple[PreTrainedModel,
         dtype=model.dtype,
         device=job.device,
         shared=shared if shared is not None and shared.size == info.world_size else None,
+        live_rows=live_rows,
     )
 
     def generate(prompts_BS: Tensor, num_new: int) -> Tensor:
+        live_rows.start_batch()
         completed = complete(model, _own(prompts_BS, job), num_new)
         sync.join_others()
         return completed
@@ -113,7 +120,7 @@ def complete(model: PreTrainedModel, prompts_BS: Tensor, num_new: int, **kwargs:
 
     Args:
         model: The model.
-        prompts_BS: Prompts of one length.
+        prompts_BS: Prompts, padded to one length on the left.
         num_new: New tokens.
         **kwargs: More for ``generate``.
 
@@ -122,11 +129,11 @@ def complete(model: PreTrainedModel, prompts_BS: Tensor, num_new: int, **kwargs:
     """
     completed = model.generate(
         prompts_BS,
-        attention_mask=torch.ones_like(prompts_BS),
+        attention_mask=(prompts_BS != PAD).long(),
         min_new_tokens=num_new,
         max_new_tokens=num_new,
         do_sample=False,
-        pad_token_id=0,
+        pad_token_id=PAD,
         **kwargs,
     )
     return cast(Tensor, completed)

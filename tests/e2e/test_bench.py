@@ -27,6 +27,14 @@ TINY = {
         *("--world", "2", "--model", "tiny", "--batch", "2"),
         *("--prompt-tokens", "4", "--new-tokens", "2"),
     ),
+    "uneven": (
+        *("--world", "2", "--model", "tiny", "--batch", "4", "--least-tokens", "1"),
+        *("--prompt-tokens", "6", "--new-tokens", "2"),
+    ),
+    "monitor": (
+        *("--world", "2", "--model", "tiny", "--batch", "2"),
+        *("--prompt-tokens", "4", "--new-tokens", "2"),
+    ),
     "replay": (
         *("--world", "4", "--rank", "3", "--tokens", "2"),
         *("--context", "5", "--prefill", "9"),
