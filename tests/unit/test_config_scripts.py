@@ -291,7 +291,8 @@ def test_run_sh_hands_signals_on_and_ends_with_130(sandbox, model, number, code)
         cwd=sandbox.root,
         env=env | {"CODE": code},
         stdin=subprocess.PIPE,  # stays open: the job must not wait for it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # Tests that run in the background, or under nohup, have some of them ignored.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as process:
         until_s = time.monotonic() + 30
         while not Path(f"{sandbox.record}.ready").exists():
