@@ -82,6 +82,8 @@ def _control(terminal):
     import fcntl
 
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)  # so that Ctrl-C there interrupts the command
+    # Tests that run in the background of a shell have it ignored, and so would the command.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture
