@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.shared_memory import SharedMemory
@@ -83,7 +83,6 @@ class ForwardSync:
     @torch.no_grad()
     def join_others(self) -> None:
         """Takes part in the others' passes with zero rows until every rank has called this."""
-        self._tell_live(None)
         while self._announce(0):
             self._count_step()
             for layer in self._layers:
@@ -94,29 +93,25 @@ class ForwardSync:
 
     def _start_own_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._count_step()
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids, live_T = kwargs.get("input_ids", args[0] if args else None), None
         if self._live_rows is not None and ids is not None:
             mask = kwargs.get("attention_mask")
-            is_flat = isinstance(mask, torch.Tensor) and mask.dim() == 2
-            self._tell_live(self._live_rows.of_pass(ids, mask if is_flat else None))
-        self._announce(_count_tokens(args, kwargs))
-
-    def _tell_live(self, live_T: torch.Tensor | None) -> None:
-        for layer in self._layers:
-            layer.deepspeed_moe.live_T = live_T
+            is_flat = isinstance(mask, Tensor) and mask.dim() == 2
+            live_T = self._live_rows.of_pass(ids, mask if is_flat else None)
+        self._announce(_count_tokens(args, kwargs), live_T)
 
     def _count_step(self) -> None:
         self.num_steps += 1
         if self._on_step:
             self._on_step(self.num_steps)
 
-    def _announce(self, num_tokens: int) -> bool:
+    def _announce(self, num_tokens: int, live_T: Tensor | None = None) -> bool:
         """Tells all ranks what this rank brings to a pass now; returns whether any brings some."""
         told = self._comm.gather_ints([num_tokens, self.num_finished], self._device)
         tokens_of_rank = [count for count, _ in told]
         known = None if _UNKNOWN in tokens_of_rank else tokens_of_rank
         for layer in self._layers:
-            layer.announce(known)
+            layer.announce(known, live_T)
         if self._on_progress:
             self._on_progress(sum(finished for _, finished in told))
         return any(tokens_of_rank)

@@ -57,7 +57,7 @@ class DispatchedExperts(nn.Module):
         self.stats = CommStats()
         self.on_part: Callable[[str], object] | None = None  # told as "experts", "combine" begin
         self.dispatcher: Dispatcher | None = None
-        self.live_T: Tensor | None = None  # bool: which tokens need experts; None if all do
+        self.live_T: Tensor | None = None
         self.tokens_per_expert = torch.zeros(experts.num_experts, dtype=torch.int64)
         self._group_ranks, self._ep_rank = [0], 0
         self._num_tokens_W: list[int] | None = None
@@ -75,12 +75,14 @@ class DispatchedExperts(nn.Module):
             name = "alltoall" if self.dispatcher_name == "auto" else self.dispatcher_name
             self.dispatcher = make_dispatcher(name, links, num_local_experts)
 
-    def announce(self, num_tokens: Sequence[int] | None) -> None:
+    def announce(self, num_tokens: Sequence[int] | None, live_T: Tensor | None = None) -> None:
         """Takes note of the tokens that each rank of the job brings to the next calls.
 
         Args:
             num_tokens: By global rank, the same on all ranks; None if it is not known.
+            live_T: bool, which tokens of this rank need experts; None if all do.
         """
+        self.live_T = live_T
         self._num_tokens_W = (
             None if num_tokens is None else [num_tokens[rank] for rank in self._group_ranks]
         )
@@ -186,9 +188,9 @@ class ExpertParallelMoE(MoE):
             param.allreduce = False
             param.group_name = self.expert_group_name
 
-    def announce(self, num_tokens: Sequence[int] | None) -> None:
+    def announce(self, num_tokens: Sequence[int] | None, live_T: Tensor | None = None) -> None:
         """See `DispatchedExperts.announce`."""
-        self.deepspeed_moe.announce(num_tokens)
+        self.deepspeed_moe.announce(num_tokens, live_T)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Computes what the replaced experts computed, together with the other ranks.

@@ -32,7 +32,7 @@ class _Layer(nn.Module):
         self.rank, self.group, self.calls, self.own_rows, self.all_rows = rank, group, 0, 0, 0
         self.announced, self.misinformed = None, 0
 
-    def announce(self, num_tokens: list[int] | None) -> None:
+    def announce(self, num_tokens: list[int] | None, live_T: Tensor | None = None) -> None:
         self.announced = num_tokens
 
     def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
