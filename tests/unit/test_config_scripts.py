@@ -276,7 +276,7 @@ sleep 60 &
 child=$!
 cat >> "$RECORD"
 touch "$RECORD.ready"
-while :; do wait "$child"; done
+wait "$child"
 """
 
 
@@ -294,13 +294,16 @@ def test_run_sh_hands_signals_on_and_ends_with_130(sandbox, model, number, code)
         # Tests that run in the background, or under nohup, have some of them ignored.
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as process:
-        until_s = time.monotonic() + 30
-        while not Path(f"{sandbox.record}.ready").exists():
-            assert process.poll() is None and time.monotonic() < until_s
-            time.sleep(0.02)
-        process.send_signal(number)
-        # A job that is done in spite of it is done.
-        assert process.wait(timeout=30) == (130 if code != "0" else 0)
+        try:
+            until_s = time.monotonic() + 30
+            while not Path(f"{sandbox.record}.ready").exists():
+                assert process.poll() is None and time.monotonic() < until_s
+                time.sleep(0.02)
+            process.send_signal(number)
+            # A job that is done in spite of it is done.
+            assert process.wait(timeout=30) == (130 if code != "0" else 0)
+        finally:
+            process.kill()
     assert sandbox.record.read_text() == f"got {code}\n"
 
 
