@@ -1,6 +1,6 @@
 """What routers chose: tokens per expert and layer, and how evenly ranks computed them."""
 
-# Shapes: T tokens here, K top_k, L MoE layers, E experts
+# Shapes: T tokens here, K top_k, L MoE layers, E experts, S slots (T * K)
 
 from __future__ import annotations
 
@@ -29,14 +29,20 @@ class ExpertLoads:
     def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
         self.tokens_LE = torch.zeros((num_layers, num_experts), dtype=torch.int64, device=device)
 
-    def count(self, layer: int, topk_ids_TK: Tensor, live_T: Tensor | None) -> None:
-        """Counts the choices of live tokens, of all with None, in a layer; no sync with a GPU."""
-        ids = topk_ids_TK.reshape(-1).long()
+    def count(self, topk_ids_LTK: Sequence[Tensor], live_T: Tensor | None) -> None:
+        """Counts a pass, all its layers at once; no device-to-host sync.
+
+        Args:
+            topk_ids_LTK: What the router of each MoE layer chose, ``[T, K]``.
+            live_T: Which tokens count; None if all do.
+        """
+        ids_LS = torch.stack([ids_TK.reshape(-1) for ids_TK in topk_ids_LTK]).long()
         if live_T is None:
-            counted = torch.ones_like(ids)
+            counted_LS = torch.ones_like(ids_LS)
         else:
-            counted = live_T.long()[:, None].expand(topk_ids_TK.shape).reshape(-1)
-        self.tokens_LE[layer].scatter_add_(0, ids, counted)
+            counted_TK = live_T.long()[:, None].expand(topk_ids_LTK[0].shape)
+            counted_LS = counted_TK.reshape(-1).expand(ids_LS.shape)
+        self.tokens_LE.scatter_add_(1, ids_LS, counted_LS)
 
 
 @dataclass

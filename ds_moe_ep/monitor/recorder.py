@@ -54,6 +54,7 @@ class Recorder:
         self.loads = ExpertLoads(len(layers), max(each.num_experts for each in layers), device)
         self._layers = layers
         self._counts_tokens = counts_tokens
+        self._topk_ids: dict[int, Tensor] = {}  # of the pass, by number of the layer
         self._batch_begun_s: float | None = None
         self._hooks = [
             model.register_forward_pre_hook(self._start_pass, with_kwargs=True),
@@ -89,6 +90,9 @@ class Recorder:
         self.clock.start("decode" if self._batch_begun_s is None else "prefill")
 
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._counts_tokens:
+            ids = [self._topk_ids[number] for number in range(len(self._layers))]
+            self.loads.count(ids, self._layers[0].deepspeed_moe.live_T)
         self.clock.stop()
         if self._batch_begun_s is not None:
             if output.logits.is_cuda:
@@ -97,8 +101,7 @@ class Recorder:
             self._batch_begun_s = None
 
     def _count(self, number: int, module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
-        if self._counts_tokens:
-            self.loads.count(number, args[1], self._layers[number].deepspeed_moe.live_T)
+        self._topk_ids[number] = args[1]
 
     def _enter(self, part: str, module: nn.Module, args: Any) -> None:
         self.clock.enter(part)
