@@ -18,7 +18,7 @@ from tests.helpers.launch import free_port
 pytestmark = pytest.mark.slow
 
 _PROMPTS = {f"p{i}": [3 + (7 * i + j) % (VOCAB_SIZE - 3) for j in range(1 + i)] for i in range(7)}
-_NEW_TOKENS = 5
+_NEW_TOKENS = 40
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def _scrape(port: int, texts: list[str], until: threading.Event) -> None:
                 texts.append(answer.read().decode())
         except OSError:
             pass
-        time.sleep(0.2)
+        time.sleep(0.01)
 
 
 def test_a_watched_job_writes_what_it_did(args, tmp_path):
