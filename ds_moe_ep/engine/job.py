@@ -6,7 +6,6 @@ phases that judge what there is, in ds_moe_ep/bringup) -> run -> gather -> write
 
 from __future__ import annotations
 
-import gc
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -16,17 +15,15 @@ import torch
 import torch.distributed as dist
 
 from ds_moe_ep.bringup.phases import BringUp
-from ds_moe_ep.dist.groups import Job, init_distributed, read_rank_info
+from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.engine.console import (
-    only_rank_0_prints,
     progress_bar,
-    quiet_libraries,
 )
-from ds_moe_ep.engine.failure import fail
 from ds_moe_ep.engine.journal import Journal, fingerprint
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import Engine, load_engine
+from ds_moe_ep.engine.meeting import run_together
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, write_results
 from ds_moe_ep.engine.prepare import Work, prepare
@@ -42,7 +39,6 @@ from ds_moe_ep.engine.tasks import (
     score_batch,
 )
 from ds_moe_ep.errors import ResourceError, some
-from ds_moe_ep.local_machine import threads_of_rank
 from ds_moe_ep.monitor.job_monitor import JobMonitor, watch
 
 __all__ = ["run_job"]
@@ -60,25 +56,9 @@ def run_job(options: JobOptions, progress: Progress) -> int:
     Returns:
         The exit code. On rank 0 the summary was printed, or by one rank why the job broke.
     """
-    info = read_rank_info()
-    quiet_libraries()
-    # The libraries are here to stay: looking through them for garbage took a third of loading.
-    gc.freeze()
-    job = None
-    try:
-        progress.enter("meeting the other ranks")
-        with only_rank_0_prints(info.rank):
-            job = init_distributed(
-                info, timeout_s=options.timeout_s, start_timeout_s=options.start_timeout_s
-            )
-        num_threads = threads_of_rank(job.nodes.count(job.nodes[info.rank]))
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
-        _run_joined(options, job, progress)
-    except Exception as error:
-        return fail(error, info, job, progress, options.journal_folder)
-    dist.destroy_process_group()
-    return 0
+    return run_together(
+        lambda job: _run_joined(options, job, progress), options, progress, options.journal_folder
+    )
 
 
 def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:

@@ -12,13 +12,11 @@ import warnings
 from argparse import Namespace
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from ds_moe_ep.checkpoint.megatron.stored import TorchDist, open_torch_dist
-from ds_moe_ep.dist.groups import Job, init_distributed, read_rank_info
-from ds_moe_ep.engine.console import only_rank_0_prints, progress_bar, quiet_libraries
+from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.console import progress_bar
 from ds_moe_ep.engine.encode import check_tokens, encode, read_tokenizer
-from ds_moe_ep.engine.failure import fail
+from ds_moe_ep.engine.meeting import run_together
 from ds_moe_ep.engine.outputs import ScoreResult, check_writable, write_results
 from ds_moe_ep.engine.prompts import read_prompts
 from ds_moe_ep.engine.supervisor import Progress
@@ -45,25 +43,16 @@ def run_megatron_job(options: MegatronJobOptions, progress: Progress) -> int:
     Returns:
         The exit code. On rank 0 a summary was printed, or by one rank why the job broke.
     """
-    info = read_rank_info()
-    quiet_libraries()
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
-    job = None
-    try:
-        progress.enter("meeting the other ranks")
-        with only_rank_0_prints(info.rank):
-            job = init_distributed(
-                info, timeout_s=options.timeout_s, start_timeout_s=options.start_timeout_s
-            )
+
+    def work(job: Job) -> None:
         progress.enter("importing Megatron")
         job.all_or_none(import_megatron, what="importing Megatron", timeout_s=options.timeout_s)
         with megatron_stand_ins("cpu" if job.device.type == "cpu" else None):
             _run_joined(options, job, progress)
-    except Exception as error:
-        return fail(error, info, job, progress, None)
-    dist.destroy_process_group()
-    return 0
+
+    return run_together(work, options, progress, None)
 
 
 @dataclass(frozen=True)
