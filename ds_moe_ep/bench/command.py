@@ -142,6 +142,8 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
             results = table.measure(args, table.start(args), work)
     command = shlex.join(["python", os.path.join("launch", script.name), *argv])
     name, heading = table.name, table.heading
+    if variant := table.variant(args):
+        name, heading = f"{name}-{variant[0]}", f"{heading}, {variant[1]}"
     if args.hostfile:
         name, heading = f"{name}-hosts", f"{heading}, on {read_hostfile(args.hostfile).describe()}"
     text = table.to_markdown(results)

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -119,29 +120,51 @@ def _to_markdown(results: Sequence[Result]) -> str:
     titles = ["ranks", "routing", "tokens a rank", *(f"{name}, ms" for name in names)]
     titles += [f"{rival} / {ours[0]}" for rival in rivals]
     titles += [f"{ours[0]} / best other"] if ours[1:] else []
-    rows = []
+    rows, of_best = [], []
     for result in results:
         seconds = result["seconds"]
         row = [result["world_size"], result["routing"], result["tokens_per_rank"]]
         row += [with_range(seconds[name], scale=_MS, digits=1) for name in names]
         own = seconds[ours[0]]["median"]
         best = [min(seconds[each]["median"] for each in rival) for rival in rivals.values()]
-        row += [f"{median / own:.1f}" for median in best]
-        row += (
-            [f"{own / min(seconds[each]['median'] for each in ours[1:]):.2f}"] if ours[1:] else []
-        )
+        row += [f"{seconds_s / own:.1f}" for seconds_s in best]
+        if ours[1:]:
+            of_best.append(own / min(seconds[each]["median"] for each in ours[1:]))
+            row.append(f"{of_best[-1]:.2f}")
         rows.append(row)
-    keeping = "DeepSpeed MoE and Tutel drop" if _TUTEL in names else "DeepSpeed MoE drops"
-    return (
-        f"{markdown_table(titles, rows)}\n\n"
+    return f"{markdown_table(titles, rows)}\n\n{_about(results, names, rivals, of_best)}"
+
+
+def _about(
+    results: Sequence[Result],
+    names: Sequence[str],
+    rivals: Container[str],
+    of_best: Sequence[float],
+) -> str:
+    text = (
         f"One MoE layer with its router: {SHAPES[results[0]['shape']].describe_layer()}, float32. "
         "All sides have the same weights and compute the same outputs as transformers' block "
         "(checked before each row). Milliseconds are the median (least to most) of "
         f"{results[0]['seconds'][names[0]]['num_rounds']} rounds, the slowest rank's. "
-        f"{keeping} no tokens. Ours is told the tokens of each rank, as infer.py announces them "
-        "once for all layers of a pass."
-        f"{_FLAT_AND_TWO_LEVEL if 'best flat' in rivals else ''}"
     )
+    if _TUTEL in names:
+        text += "DeepSpeed MoE and Tutel drop no tokens. "
+    elif "DeepSpeed MoE" in names:
+        text += "DeepSpeed MoE drops no tokens. "
+    text += (
+        "Ours is told the tokens of each rank, as infer.py announces them once for all layers of a "
+        "pass."
+    )
+    if of_best:
+        text += (
+            f" {names[0]} takes {median(of_best):.2f} times what the best other of ours does in "
+            f"the middle of {len(of_best)} rows, and {max(of_best):.2f} times at most."
+        )
+    return text + (_FLAT_AND_TWO_LEVEL if "best flat" in rivals else "")
+
+
+def _variant(args: argparse.Namespace) -> tuple[str, str] | None:
+    return None if args.peers else ("ours", "our dispatchers alone")
 
 
 TABLE = Table(
@@ -151,4 +174,5 @@ TABLE = Table(
     prepare=_prepare,
     measure=_measure,
     to_markdown=_to_markdown,
+    variant=_variant,
 )

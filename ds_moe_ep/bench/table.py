@@ -32,6 +32,8 @@ class Table:
         start: Makes this process the only one that measures, of a job that is not there; without
             it, ranks are launched.
         document: The file in docs/ that its section stands in.
+        variant: Tells, by what it was asked, the ending of the section's name and of its heading
+            where a section of its own is due; None where it is not.
     """
 
     name: str
@@ -42,3 +44,4 @@ class Table:
     prepare: Callable[[argparse.Namespace, Path], None] | None = None
     start: Callable[[argparse.Namespace], Job] | None = None
     document: str = "benchmarks.md"
+    variant: Callable[[argparse.Namespace], tuple[str, str] | None] = lambda args: None

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from ds_moe_ep.bench import balance, collectives, predict, replay, scale
+from ds_moe_ep.bench import balance, collectives, layer, predict, replay, scale
 from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.replay import prefill_flops
 from ds_moe_ep.bench.replayed_rank import even_ids
@@ -32,6 +32,39 @@ def test_a_row_counts_once_for_each_other_rank_and_back():
 
 def test_one_rank_needs_to_send_nothing():
     assert least_bytes(torch.tensor([[0, 7], [3, 4]]), [2], 8, row_bytes=10) == 0
+
+
+def layer_result(**ms):
+    seconds = {name: spread(each) for name, each in ms.items()}
+    return {
+        "world_size": 2,
+        "shape": "tiny",
+        "routing": "uniform",
+        "tokens_per_rank": 4,
+        "seconds": seconds,
+    }
+
+
+def test_a_layer_table_compares_auto_with_the_best_of_each_row():
+    results = [
+        layer_result(auto=4.0, alltoall=8.0, allgather=3.2),
+        layer_result(auto=4.0, alltoall=5.0, allgather=8.0),
+        layer_result(auto=4.0, alltoall=4.0, allgather=4.0),
+    ]
+    text = layer.TABLE.to_markdown(results)
+    assert cells(text, 0)[-1] == "auto / best other"
+    assert [cells(text, line)[-1] for line in (2, 3, 4)] == ["1.25", "0.80", "1.00"]
+    assert "1.00 times what the best other" in text
+    assert "1.25 times at most" in text
+    assert "DeepSpeed" not in text
+
+
+@pytest.mark.parametrize(
+    ("peers", "variant"), [([], ("ours", "our dispatchers alone")), (["DeepSpeed MoE"], None)]
+)
+def test_without_peers_a_layer_table_is_a_section_of_its_own(peers, variant):
+    assert layer.TABLE.variant(argparse.Namespace(peers=peers)) == variant
+    assert scale.TABLE.variant(argparse.Namespace(peers=peers)) is None
 
 
 def scale_result(fixed, world_size, total_tokens):
