@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -26,6 +27,9 @@ T = TypeVar("T")
 _SHOWN = 8
 _ANSWER_S = 4.0  # the store answers within milliseconds, or its rank has ended or was stopped
 _LOOK_S = 0.1
+_KNOCK_S = 0.5
+# Rank 0 says that it is there as soon as it listens; it may have to wait for a core to do so.
+_RANK_0_S = 20.0
 
 
 def join_process_group(
@@ -44,12 +48,12 @@ def join_process_group(
         What tells the ranks of each other if the job breaks.
 
     Raises:
-        DistributedError: Some ranks did not come; it names them.
+        DistributedError: Some ranks did not come; it names them. Or something else listens there.
     """
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store = _open_store(rank, world_size, start_timeout_s)
-        _wait_for_all(store, rank, world_size, start_timeout_s)
+        _wait_for_all(store, world_size, start_timeout_s)
         dist.init_process_group(
             backend,
             store=store,
@@ -57,7 +61,7 @@ def join_process_group(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-    except (dist.DistError, RuntimeError, _MissingRanksError) as error:
+    except (dist.DistError, RuntimeError, _NotMetError) as error:
         raise DistributedError(
             f"[rank {rank} {os.uname().nodename}] the {world_size} ranks did not meet at "
             f"{where}: {str(error).rstrip('.')}. Look for a rank that did not start, a port in "
@@ -128,25 +132,61 @@ def _within(timeout_s: float, ask: Callable[[], T]) -> T | None:
     return answers[0] if answers else None
 
 
-class _MissingRanksError(Exception):
-    """Some ranks did not come."""
+class _NotMetError(Exception):
+    """Some ranks did not come, or somebody else was there."""
 
 
 def _open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
     """Opens the store that torch's own rendezvous would, but one that can say who is missing."""
     # Under torch's elastic agent, which accelerate uses, the agent holds the store.
     agent_holds_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and not agent_holds_it,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"ds_moe_ep/{_command_digest()}/{attempt}", store)
+    is_master = rank == 0 and not agent_holds_it
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+    def connect() -> dist.Store:
+        store = dist.TCPStore(
+            host,
+            port,
+            world_size,
+            is_master=is_master,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = dist.PrefixStore(f"ds_moe_ep/{_command_digest()}/{attempt}", store)
+        own.set(_arrived(rank), b"")
+        if not agent_holds_it:
+            own.wait([_arrived(0)], timedelta(seconds=_RANK_0_S))
+        return own
+
+    if is_master:
+        return connect()
+    _wait_for_listener(host, port, timeout_s)
+    # Rank 0 can be nowhere else. A client of torch's waits for ever for what takes its connection
+    # and keeps silent.
+    store = _within(_RANK_0_S, connect)
+    if store is None:
+        raise _NotMetError("what listens there does not answer as rank 0 of this job does")
+    return store
+
+
+def _wait_for_listener(host: str, port: int, timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=_ANSWER_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline_s:
+                raise _NotMetError(
+                    f"nobody has listened there for {timeout_s:.0f} s ({error.strerror or error})"
+                ) from error
+        time.sleep(_KNOCK_S)
+
+
+def _arrived(rank: int) -> str:
+    return f"arrived/{rank}"
 
 
 def _command_digest() -> str:
@@ -155,14 +195,13 @@ def _command_digest() -> str:
     return hashlib.sha256("\0".join(words).encode(errors="surrogateescape")).hexdigest()
 
 
-def _wait_for_all(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
-    arrived = [f"arrived/{each}" for each in range(world_size)]
-    store.set(arrived[rank], b"")
+def _wait_for_all(store: dist.Store, world_size: int, timeout_s: float) -> None:
+    arrived = [_arrived(rank) for rank in range(world_size)]
     try:
         store.wait(arrived, timedelta(seconds=timeout_s))
     except dist.DistStoreError as error:
         missing = [each for each, key in enumerate(arrived) if not store.check([key])]
         shown = ", ".join(map(str, missing[:_SHOWN])) + (" ..." if len(missing) > _SHOWN else "")
-        raise _MissingRanksError(
+        raise _NotMetError(
             f"{len(missing)} of {world_size} ranks did not come within {timeout_s:.0f} s: {shown}"
         ) from error

@@ -1,0 +1,95 @@
+"""What a rank on another host finds where rank 0 should listen, and how long it takes to say so."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from ds_moe_ep.dist import rendezvous
+from ds_moe_ep.errors import DistributedError
+
+_STRANGER = "what listens there does not answer as rank 0 of this job does"
+
+
+@contextlib.contextmanager
+def _listener(answer: bytes | None) -> Iterator[int]:
+    """Something else on a port: it answers this and hangs up, or (None) takes calls in silence."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    caller, _ = listener.accept()
+                    with caller, contextlib.suppress(OSError):
+                        caller.sendall(answer or b"")
+
+        if answer is not None:
+            threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # ends the waiting of `accept`
+
+
+@contextlib.contextmanager
+def _store_of_another_job() -> Iterator[int]:
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    store.set("arrived/0", b"")
+    yield store.port
+
+
+def _refusal(port: int, monkeypatch, **patience: float) -> tuple[str, float]:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    start_s = time.monotonic()
+    with pytest.raises(DistributedError) as refused:
+        rendezvous.join_process_group(1, 2, backend="gloo", timeout_s=1, **patience)
+    return str(refused.value), time.monotonic() - start_s
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(lambda: _listener(None), id="silent"),
+        pytest.param(lambda: _listener(b""), id="hangs-up"),
+        pytest.param(lambda: _listener(b"HTTP/1.1 400 Bad Request\r\n\r\n"), id="http"),
+        pytest.param(_store_of_another_job, id="another-job"),
+    ],
+)
+def test_a_stranger_on_the_port_is_told_long_before_the_start_timeout(found, monkeypatch):
+    monkeypatch.setattr(rendezvous, "_RANK_0_S", 1.0)
+    with found() as port:
+        told, took_s = _refusal(port, monkeypatch, start_timeout_s=60)
+    assert f"the 2 ranks did not meet at 127.0.0.1:{port}: {_STRANGER}." in told
+    assert "a port in use (--master_port)" in told
+    assert took_s < 30
+
+
+def test_nobody_is_waited_for_as_long_as_ranks_may_take_to_start(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and nobody listens
+        port = free.getsockname()[1]
+        told, took_s = _refusal(port, monkeypatch, start_timeout_s=1.2)
+    assert f"{port}: nobody has listened there for 1 s (Connection refused)." in told
+    assert 1.2 < took_s < 30
+
+
+def test_rank_0_may_come_late(monkeypatch):
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    stores = []
+    late = threading.Timer(1.0, lambda: stores.append(rendezvous._open_store(0, 2, 60)))
+    late.start()
+    store = rendezvous._open_store(1, 2, 60)
+    late.join()
+    store.wait(["arrived/0", "arrived/1"], timedelta(seconds=30))
+    rendezvous._wait_for_all(stores[0], 2, 30)
