@@ -66,7 +66,7 @@ def run_rank(parse: Callable[[], Options], work: Callable[[Options, Progress], i
     return supervise(
         quietly,
         name=f"rank {rank} {os.uname().nodename}",
-        speaks=rank == 0,
+        is_rank_0=rank == 0,
         kept=options.journal_folder,
         start_patience_s=options.start_timeout_s + said_s,
         patience_s=options.timeout_s + said_s,

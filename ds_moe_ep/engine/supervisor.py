@@ -78,7 +78,7 @@ def supervise(
     work: Callable[[Progress], int],
     *,
     name: str,
-    speaks: bool,
+    is_rank_0: bool,
     kept: Path | None,
     start_patience_s: float = math.inf,
     patience_s: float = math.inf,
@@ -88,7 +88,8 @@ def supervise(
     Args:
         work: What the worker does; returns its exit code.
         name: Names the rank in messages: "rank 3 worker-1".
-        speaks: Whether this rank tells the user that the job was interrupted.
+        is_rank_0: Whether this rank tells the user that the job was interrupted. It also holds the
+            store of the ranks, which tells the others that there is a job.
         kept: Folder in which finished prompts are kept; None if they are not.
         start_patience_s: For how long a worker may stand where it is before its first pass.
         patience_s: And later. What other ranks wait for it, and what they take to say so.
@@ -114,13 +115,13 @@ def supervise(
         _follow_supervisor(lifeline, name, progress, launcher)
         _leave(work(progress))
     os.close(lifeline)
-    patience = _Patience(progress, start_patience_s, patience_s)
+    patience = _Patience(progress, start_patience_s, patience_s, is_rank_0)
     code, why = _watch(worker, stops, watched, launcher, patience)
     if code not in (0, INTERRUPTED):
         launcher.wake_stopped_ranks()
     if why and code != INTERRUPTED:
         _say(f"DistributedError: [{name}] was ended by {why} at {progress}.{what_is_kept(kept)}")
-    elif why and speaks:
+    elif why and is_rank_0:
         _say(f"interrupted ({why}) at {progress}.{what_is_kept(kept)}")
     return code
 
@@ -154,10 +155,10 @@ def _watch(
             return 1, signal.Signals(os.WTERMSIG(status)).name
         if number == signal.SIGCONT:
             os.kill(worker, signal.SIGCONT)
-        elif patience.is_over(worker):
+        elif (why := patience.is_over(worker)) is not None:
             os.kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
-            return 1, ""
+            return 1, why
 
 
 class _Patience:
@@ -169,21 +170,32 @@ class _Patience:
         progress: Where the worker is.
         start_limit_s: For how long it may stand there before its first pass.
         limit_s: And later.
+        is_rank_0: Whether the store that others ask for is its own.
     """
 
-    def __init__(self, progress: Progress, start_limit_s: float, limit_s: float) -> None:
+    def __init__(
+        self, progress: Progress, start_limit_s: float, limit_s: float, is_rank_0: bool
+    ) -> None:
         self._progress, self._limits_s = progress, (start_limit_s, limit_s)
+        self._is_rank_0 = is_rank_0
         self._place, self._stood_s = "", 0.0
 
-    def is_over(self, worker: int) -> bool:
-        """Is asked at each look; by those, since a clock goes on while both are stopped."""
+    def is_over(self, worker: int) -> str | None:
+        """Is asked at each look; by those, since a clock goes on while both are stopped.
+
+        Returns:
+            What the user is to hear of it, "" for nothing: the others have said it. None to go on.
+        """
         place = str(self._progress)
         self._stood_s = self._stood_s + _LOOK_S if place == self._place else 0.0
         self._place = place
         beyond_s = self._stood_s - self._limits_s[self._progress.step > 0]
         if beyond_s < 0 or beyond_s % _ASK_S >= _LOOK_S:
-            return False
-        return _state_and_parent(worker)[0] == "T" or not _store_answers()
+            return None
+        if self._is_rank_0:  # the system takes calls in the name of a process that is stopped
+            is_stopped = _state_and_parent(worker)[0] == "T"
+            return f"its supervisor, stopped for {self._stood_s:.0f} s," if is_stopped else None
+        return None if _store_answers() else ""
 
 
 def _store_answers() -> bool:

@@ -5,6 +5,7 @@ A script writes its worker's process id to stdout once it works, and gets signal
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,12 +31,18 @@ def work(progress):
     sys.stdin.readline()
     {work}
 
+name = "rank 0 worker-0" if {is_rank_0} else "rank 3 worker-1"
+kept = Path({kept!r})
 sys.exit(supervise(
-    work, name="rank 3 worker-1", speaks=True, kept=Path({kept!r}), patience_s={patience_s}
+    work, name=name, kept=kept, is_rank_0={is_rank_0}, patience_s={patience_s}
 ))
 """
 _WHERE = "batch 2 of 3, step 17."
 _WAIT_S = 60.0  # a bound for machines that are very busy; each of these takes a second or two
+
+
+def _rank(kept: Path, work: str, patience_s: float = 1e9, is_rank_0: bool = False) -> str:
+    return _RANK.format(kept=str(kept), work=work, patience_s=patience_s, is_rank_0=is_rank_0)
 
 
 class Rank:
@@ -48,8 +55,9 @@ class Rank:
         under: tuple[str, ...] = (),
         patience_s: float = 1e9,
         port: int = 0,
+        is_rank_0: bool = False,
     ):
-        script = _RANK.format(work=work, kept=str(kept), patience_s=patience_s)
+        script = _rank(kept, work, patience_s, is_rank_0)
         command = [sys.executable, "-c", script]
         for name in reversed(under):  # waits for what it started, not closely, as DeepSpeed's
             code = (
@@ -159,7 +167,7 @@ def test_a_supervisor_killed_under_deepspeed_ends_the_launcher_with_its_own_code
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_told_to_stop(start, number: signal.Signals):
     for to_both in (False, True):
-        rank = start()
+        rank = start(is_rank_0=True)
         if to_both:
             os.killpg(rank.process.pid, number)
         else:
@@ -173,7 +181,7 @@ def test_told_to_stop(start, number: signal.Signals):
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
-    rank = _RANK.format(work="time.sleep(1); return 0", kept=str(tmp_path), patience_s=1e9)
+    rank = _rank(tmp_path, "time.sleep(1); return 0")
     script = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{rank}"
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -192,7 +200,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
     "names", [("deepspeed.launcher.launch",), ("deepspeed", "deepspeed.launcher.launch")]
 )
 def test_no_rank_outlives_deepspeed(start, names: tuple[str, ...]):
-    rank = start(under=names)
+    rank = start(under=names, is_rank_0=True)
     rank.process.kill()  # the outermost
     assert rank.is_gone()
     assert f"interrupted (its launcher has gone) at {_WHERE}" in rank.end()[1]
@@ -216,11 +224,7 @@ def test_both_are_stopped_and_go_on_together(start):
 
 def test_a_rank_that_fails_wakes_the_stopped_ones_for_the_launcher(tmp_path):
     """Under a launcher with two ranks, of which one is stopped: its SIGTERM must arrive."""
-    kept = str(tmp_path)
-    ranks = [
-        _RANK.format(work="return 1", kept=kept, patience_s=1e9),
-        _RANK.format(work="time.sleep(600)", kept=kept, patience_s=1e9),
-    ]
+    ranks = [_rank(tmp_path, "return 1"), _rank(tmp_path, "time.sleep(600)")]
     launcher = """
 import subprocess, sys
 start = lambda script, **pipes: subprocess.Popen([sys.executable, "-c", script], **pipes)
@@ -249,11 +253,14 @@ sys.exit(ranks[1].wait())
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_worker_that_stands_still_ends_with_the_job_and_not_sooner(start):
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_worker_that_stands_still_ends_with_the_job_and_not_sooner(start, is_stopped: bool):
     with socket.socket() as store:
         store.bind(("127.0.0.1", 0))
         store.listen()
         rank = start(patience_s=2.0, port=store.getsockname()[1])
+        if is_stopped:
+            rank.worker.suspend()
         store.settimeout(_WAIT_S)
         store.accept()[0].close()  # it has been asked whether there is a job
         time.sleep(2.0)
@@ -262,13 +269,15 @@ def test_a_worker_that_stands_still_ends_with_the_job_and_not_sooner(start):
     assert rank.is_gone()
 
 
-def test_a_stopped_worker_does_not_outlast_the_patience_of_the_others(start):
-    with socket.socket() as store:  # of a rank 0 that is stopped too
+def test_a_rank_0_that_is_stopped_does_not_outlast_the_patience_of_the_others(start):
+    with socket.socket() as store:  # its own, in whose name the system takes calls
         store.bind(("127.0.0.1", 0))
         store.listen()
-        rank = start(patience_s=2.0, port=store.getsockname()[1])
+        rank = start(patience_s=2.0, port=store.getsockname()[1], is_rank_0=True)
         rank.worker.suspend()
-        assert rank.end() == (1, "")
+        code, said = rank.end()
+    told = rf"\[rank 0 worker-0\] was ended by its supervisor, stopped for \d s, at {_WHERE}"
+    assert code == 1 and re.search(told, said), said
     assert rank.is_gone()
 
 
