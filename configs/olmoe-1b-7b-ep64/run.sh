@@ -11,6 +11,9 @@ if [ ! -f "$infer" ]; then
   echo "run.sh: no $infer in $PWD. Start it from the folder that holds it, or set INFER." >&2
   exit 2
 fi
+# Without it pdsh waits for ever for a host that is cut off.
+watch="-oServerAliveInterval=5 -oServerAliveCountMax=3"
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND-$watch}"
 # DeepSpeed hands these words to a shell on every host without quoting them.
 for word in "$PWD" "$here" "$infer" "$model" "$@"; do
   case $word in

@@ -29,7 +29,7 @@ if [ ! -f "$infer" ]; then
   echo "run.sh: no $infer in $PWD. Start it from the folder that holds it, or set INFER." >&2
   exit 2
 fi
-@CHECK@# Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script with
+@PDSH@# Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script with
 # 130. Job control gives the job a process group of its own, so signals have to be handed on.
 set -m
 deepspeed --hostfile "$here/hostfile" @LAUNCHER@ \
@@ -46,7 +46,10 @@ done
 exit "$code"
 """
 
-_PDSH_CHECK = r"""# DeepSpeed hands these words to a shell on every host without quoting them.
+_PDSH = r"""# Without it pdsh waits for ever for a host that is cut off.
+watch="-oServerAliveInterval=5 -oServerAliveCountMax=3"
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND-$watch}"
+# DeepSpeed hands these words to a shell on every host without quoting them.
 for word in "$PWD" "$here" "$infer" "$model" "$@"; do
   case $word in
     '' | *[![:alnum:]_@+=:,./-]*)
@@ -110,11 +113,11 @@ def run_sh(model: Path, cluster: Cluster) -> str:
         cluster: the hosts. For this machine alone nothing goes through ssh.
     """
     if [host.name for host in cluster.hosts] == ["localhost"]:
-        check, launcher = "", ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+        pdsh, launcher = "", ["--no_ssh_check", "--master_addr", "127.0.0.1"]
     else:
         # DeepSpeed would run a hostfile of one host on the machine at hand unless forced not to.
         alone = ["--force_multi"] if len(cluster.hosts) == 1 else []
-        check, launcher = _PDSH_CHECK, ["--launcher", "pdsh", *alone]
+        pdsh, launcher = _PDSH, ["--launcher", "pdsh", *alone]
     if cluster.include_filter:
         launcher += ["--include", cluster.include_filter]
     return _fill(
@@ -122,7 +125,7 @@ def run_sh(model: Path, cluster: Cluster) -> str:
         GPUS=_gpus(cluster),
         SETTING=_setting(model),
         MODEL=_model_lines(model),
-        CHECK=check,
+        PDSH=pdsh,
         LAUNCHER=shlex.join(launcher),
     )
 

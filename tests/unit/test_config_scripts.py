@@ -20,6 +20,7 @@ NASTY = "a; rm -rf x $(touch pwned) `touch pwned` '\" @RANKS@"
 
 FAKE_DEEPSPEED = """#!/usr/bin/env bash
 printf '%s\\0' "$@" > "$RECORD"
+printf '%s\\0' "${PDSH_SSH_ARGS_APPEND-unset}" > "$RECORD.ssh"
 """
 # Answers as Slurm's does: the job's script with its arguments, and the nodes of a list.
 FAKE_SCONTROL = """#!/usr/bin/env bash
@@ -118,6 +119,16 @@ def test_run_sh_starts_deepspeed_over_pdsh(sandbox, model):
         *["launch/infer.py", "--model", str(model), "--config", here],
         *[*IO, "--batch-size", "8"],
     ]
+
+
+def test_ssh_notices_a_host_that_is_cut_off_unless_the_user_has_options_for_it(sandbox, model):
+    sandbox.run(run_sh(model, EIGHT), *IO)
+    assert sandbox.recorded(".ssh") == ["-oServerAliveInterval=5 -oServerAliveCountMax=3"]
+    for own in ("-p 2222", ""):
+        sandbox.run(run_sh(model, EIGHT), *IO, PDSH_SSH_ARGS_APPEND=own)
+        assert sandbox.recorded(".ssh") == [own]
+    sandbox.run(run_sh(model, local_cluster(4)), *IO)
+    assert sandbox.recorded(".ssh") == ["unset"]
 
 
 def test_run_sh_finds_its_folder_whatever_cdpath_says(sandbox, model):
