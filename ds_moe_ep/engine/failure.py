@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ds_moe_ep.dist.groups import Job, RankInfo
+from ds_moe_ep.dist.rendezvous import RollCall
 from ds_moe_ep.engine.supervisor import Progress, what_is_kept
 from ds_moe_ep.errors import DistributedError, DsMoeEpError, ResourceError, some
 
@@ -53,13 +54,11 @@ def fail(
     known = _explain(error, info, progress)
     roll_call = job.roll_call if job else None
     lost = isinstance(known, DistributedError)
-    if roll_call is None:
+    if job is None or roll_call is None:
         speaks = _speaks_alone(info, lost)
     else:
-        first = roll_call.answer()
-        speaks = _speaks_for_host() if first is None else first
-        if speaks and lost and job:
-            silent = [0] if first is None else roll_call.silent_ranks(_ANSWER_S) or []
+        speaks, silent = _ask(roll_call, lost)
+        if speaks and lost:
             known = DistributedError(f"{known} {_no_answer(silent, job.hosts)}")
     if not speaks:
         time.sleep(_HOLD_S)
@@ -96,6 +95,19 @@ def _explain(error: Exception, info: RankInfo, progress: Progress) -> DsMoeEpErr
         detail = first_line.rstrip(".")
         return DistributedError(f"[{info}] lost other ranks at {progress}: {detail}.")
     return None
+
+
+def _ask(roll_call: RollCall, lost: bool) -> tuple[bool, list[int]]:
+    """Decides whether this rank speaks, and finds out, if it has lost others, who does not answer.
+
+    Rank 0 may go with the store while it is asked: mostly its launcher has ended it, since somebody
+    there has spoken, and ends this one too if it waits.
+    """
+    is_first = roll_call.answer()
+    silent = roll_call.silent_ranks(_ANSWER_S) if is_first and lost else []
+    if is_first is None or silent is None:
+        return _speaks_for_host(), [0]
+    return is_first, silent
 
 
 def _speaks_alone(info: RankInfo, lost: bool) -> bool:
