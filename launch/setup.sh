@@ -13,6 +13,7 @@ TORCH="${TORCH:-torch==2.13.0}"
 PYTHON="${PYTHON:-python3}"
 EXTRA="${1:-}"
 MEGATRON="megatron-core==0.19.2" # optional, for tests/megatron
+ATHERIS="atheris==3.0.0" # optional, for tests/unit/test_fuzz.py
 LIMIT_S=1800 # for one installation; a slow network needs a while for torch
 
 fail() {
@@ -69,10 +70,17 @@ if ! [ -e "$stamp" ] || [ "$(< "$stamp")" != "$wanted" ]; then
     printf '%s' "$wanted" | tee "$stamp" > .venv/installed
 fi
 
-# It asks for Python 3.12 and runs on older ones too (ds_moe_ep/megatron/stand_ins.py). Where it cannot
-# be had, its tests are skipped.
-stamp=.venv/installed-megatron
-if [ "$EXTRA" = test ] && ! { [ -e "$stamp" ] && [ "$(< "$stamp")" = "$MEGATRON" ]; }; then
-    (install --no-deps --ignore-requires-python "$MEGATRON") && printf '%s' "$MEGATRON" > "$stamp" ||
-        printf 'set-up: tests go on without %s\n' "$MEGATRON" >&2
-fi
+# Where one of these cannot be had, its tests are skipped.
+install_optional() {
+    local package="$1" stamp=".venv/installed-${1%%=*}"
+    shift
+    if [ "$EXTRA" = test ] && ! { [ -e "$stamp" ] && [ "$(< "$stamp")" = "$package" ]; }; then
+        (install "$@" "$package") && printf '%s' "$package" > "$stamp" ||
+            printf 'set-up: tests go on without %s\n' "$package" >&2
+    fi
+}
+
+# It asks for Python 3.12 and runs on older ones too (ds_moe_ep/megatron/stand_ins.py).
+install_optional "$MEGATRON" --no-deps --ignore-requires-python
+# Wheels only: to build it takes clang and minutes.
+install_optional "$ATHERIS" --only-binary :all:

@@ -21,7 +21,10 @@ esac
 """
 
 
-_MEGATRON = "--no-deps --ignore-requires-python megatron-core==0.19.2"
+_OPTIONAL = [
+    "--no-deps --ignore-requires-python megatron-core==0.19.2",
+    "--only-binary :all: atheris==3.0.0",
+]
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_torch_is_installed_first_and_all_of_it_once(clone):
     assert result.returncode == 0, result.stderr
     assert installed == ["torch==2.13.0", "--editable ."]
     assert clone()[1] == []
-    assert clone("test")[1] == ["torch==2.13.0", "--editable .[test]", _MEGATRON]
+    assert clone("test")[1] == ["torch==2.13.0", "--editable .[test]", *_OPTIONAL]
     assert clone("test")[1] == clone()[1] == []
 
 
@@ -104,11 +107,12 @@ def test_an_interrupted_installation_goes_on(clone):
     assert clone()[1] == ["torch==2.13.0", "--editable ."]
 
 
-def test_without_megatron_the_tests_go_on(clone):
-    result, installed = clone("test", FAIL_ON="megatron-core")
-    assert (result.returncode, installed[-1]) == (0, _MEGATRON)
-    assert result.stderr.endswith("set-up: tests go on without megatron-core==0.19.2\n")
-    assert clone("test")[1] == [_MEGATRON]
+@pytest.mark.parametrize("package", ["megatron-core==0.19.2", "atheris==3.0.0"])
+def test_without_what_is_optional_the_tests_go_on(clone, package):
+    result, installed = clone("test", FAIL_ON=package)
+    assert (result.returncode, installed[-2:]) == (0, _OPTIONAL)
+    assert result.stderr.endswith(f"set-up: tests go on without {package}\n")
+    assert clone("test")[1] == [call for call in _OPTIONAL if package in call]
 
 
 @pytest.mark.parametrize(
