@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -171,8 +172,12 @@ def _open_locked(path: Path, flags: int) -> int:
             f"{path.parent}: another job is writing this output: {holder}. Wait for its end, or "
             "name another file with --output."
         ) from None
-    except OSError:
-        pass  # a file system without locks: nobody can be kept away
+    except OSError as error:
+        warnings.warn(
+            f"{path.parent}: cannot be locked ({error.strerror}). See to it that no second job "
+            "writes this output.",
+            stacklevel=1,  # one place, so that it is said once
+        )
     return descriptor
 
 

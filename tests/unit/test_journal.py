@@ -126,6 +126,28 @@ def test_a_second_job_is_kept_away(options):
         first.check_free()
 
 
+def test_where_nothing_can_be_locked_it_is_said_once(options):
+    script = """
+import errno, fcntl, sys
+from pathlib import Path
+from ds_moe_ep.engine.journal import Journal
+
+def no_locks(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.flock = no_locks
+for rank in (0, 0):
+    journal = Journal(Path(sys.argv[1]), rank)
+    journal.check_free()
+    journal.start({"task": "generate"}, resume=False)
+"""
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", script, options.journal_folder]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    told = f"{options.journal_folder}: cannot be locked (No locks available). See to it that no"
+    assert ended.stderr.count(told) == ended.stderr.count("Warning") == 1, ended.stderr
+
+
 def test_the_lock_of_a_killed_job_is_free(options):
     script = """
 import os, sys
