@@ -12,6 +12,7 @@ import pytest
 from ds_moe_ep.bench.report import Report
 from ds_moe_ep.bringup.report import PhaseReport, write_jsonl
 from ds_moe_ep.checkpoint.convert import to_deepspeed, to_expert_sharded, to_hugging_face
+from ds_moe_ep.cli import main
 from ds_moe_ep.config.bundle import write_bundle
 from ds_moe_ep.demo import write_demo_model
 from ds_moe_ep.engine.journal import Journal
@@ -23,9 +24,10 @@ from ds_moe_ep.monitor.folder_writer import FolderWriter
 from ds_moe_ep.monitor.metrics_format import Run
 from ds_moe_ep.monitor.rank_record import RankRecord
 from ds_moe_ep.plan import ParallelPlan
+from tests.helpers.dense import save_dense
 from tests.helpers.families import save_tiny
 from tests.helpers.launch import REPO
-from tests.helpers.metrics import small_metrics
+from tests.helpers.metrics import small_metrics, write_metrics_folder
 
 # What runs what it is given.
 _RUNS = {
@@ -92,6 +94,19 @@ def _write_everything(model: Path, folder: Path) -> None:
     Report("table", "Heading", "command", "text", [{"world_size": 1}]).write(folder / "bench")
 
 
+def _run_commands(model: Path, dense: Path, recorded: Path, folder: Path) -> None:
+    """Writes what is written by commands, with their own words."""
+    upcycled = ["--to", "ep", "--upcycle-experts", "8", "--top-k", "2"]
+    placement = ["--slots-per-rank", "3", "--out", folder / "placement.json"]
+    for command in (
+        ["convert", model, folder / "megatron", "--to", "megatron"],
+        ["convert", dense, folder / "upcycled", *upcycled],
+        ["report", recorded, "--out", folder / "report.html"],
+        ["balance", recorded, *placement],
+    ):
+        assert main([str(word) for word in command]) == 0, command
+
+
 def _write_metrics(folder: Path, summary: RankSummary) -> None:
     run = Run.model_validate(small_metrics()["run.json"])
     writer = FolderWriter(folder, run)
@@ -102,11 +117,16 @@ def _write_metrics(folder: Path, summary: RankSummary) -> None:
 
 def test_files_have_ordinary_modes(tmp_path, umask):
     save_tiny("olmoe", tmp_path / "model")
+    save_dense("llama", tmp_path / "dense")
+    recorded = write_metrics_folder(tmp_path / "recorded", small_metrics())
     _write_everything(tmp_path / "model", tmp_path / "ours")
+    _run_commands(tmp_path / "model", tmp_path / "dense", recorded, tmp_path / "ours")
     written = list((tmp_path / "ours").rglob("*"))
-    assert {"out.jsonl", "run.sh", "rank-00000.jsonl", "manifest.json", "metrics.jsonl"} <= {
-        path.name for path in written
+    assert {path.name for path in written} >= {
+        *("out.jsonl", "run.sh", "rank-00000.jsonl", "manifest.json", "metrics.jsonl"),
+        *("report.html", "placement.json", "__0_0.distcp"),
     }
+    assert (tmp_path / "ours" / "upcycled" / "manifest.json").exists()
     for path in written:
         mode = stat.S_IMODE(path.stat().st_mode)
         may_be = 0o777 if path.is_dir() or path.name == "run.sh" else 0o666
