@@ -5,20 +5,23 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import math
+import random
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ds_moe_ep.adapter import moe_layers
-from ds_moe_ep.bench.generate_sides import load_ours
+from ds_moe_ep.bench.generate_sides import GenerateSide, load_ours
 from ds_moe_ep.bench.models import SHAPES, write_model
-from ds_moe_ep.bench.report import markdown_table, with_range
+from ds_moe_ep.bench.report import markdown_table
 from ds_moe_ep.bench.table import Result, Table
-from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.monitor.metrics_format import Sample
 from ds_moe_ep.monitor.recorder import Recorder
@@ -26,15 +29,65 @@ from ds_moe_ep.monitor.sampler import Sampler, Usage
 
 __all__ = ["TABLE"]
 
-_PLAIN, _WATCHED = "not watched", "watched"
+_ROUNDS, _SAMPLES = 36, 100
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """What generating once took.
+
+    Attributes:
+        wall_s: Seconds of the slowest rank.
+        cpu_s: CPU seconds of all ranks together, of all their threads.
+    """
+
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """How much more something takes if it is watched, by pairs that ran one after the other.
+
+    Attributes:
+        share: By which the watched one of a pair takes more: the mean of the middle half of all
+            pairs, as other work on the machine may hit either one of a pair hard.
+        standard_error: Of that mean.
+        low: The least of the middle half.
+        high: The most.
+    """
+
+    share: float
+    standard_error: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, plain: Sequence[float], watched: Sequence[float]) -> _Cost:
+        """Compares what each pair took.
+
+        Source: standard error of a trimmed mean by the Winsorised deviation, Tukey and McLaughlin
+        (1963).
+        """
+        more = sorted(b / a - 1 for a, b in zip(plain, watched, strict=True))
+        cut = len(more) // 4
+        middle = more[cut : len(more) - cut]
+        winsorised = [middle[0]] * cut + middle + [middle[-1]] * cut
+        error = statistics.stdev(winsorised) / (len(middle) / len(more) * math.sqrt(len(more)))
+        return cls(statistics.mean(middle), error, middle[0], middle[-1])
+
+    def __str__(self) -> str:
+        spread = f"{self.low:+.1%} to {self.high:+.1%}"
+        return f"{self.share:+.1%} +- {self.standard_error:.1%} ({spread})"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(rounds=_ROUNDS)
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4], help="numbers of ranks")
     parser.add_argument("--model", choices=SHAPES, default="105M")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="prompts in all")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=9)
     parser.add_argument("--dispatcher", default="auto")
 
 
@@ -44,47 +97,80 @@ def _prepare(args: argparse.Namespace, work: Path) -> None:
 
 @torch.no_grad()
 def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
-    _, plain = load_ours(work / args.model, job, args.dispatcher)
     model, generate = load_ours(work / args.model, job, args.dispatcher)
-    recorder = Recorder(model, moe_layers(model), device=job.device)
-
-    def watched(prompts_BS: Tensor, num_new: int) -> Tensor | None:
-        recorder.start_batch()
-        completed = generate(prompts_BS, num_new)
-        recorder.start_step(1 + recorder.windows.num_steps)  # a window ends
-        return completed
-
-    sample_s = _time_samples(job, args.rounds)
+    sample_cpu_s = _cpu_of_a_sample(model, job)
     results = []
     for batch in args.batch:
         generator = torch.Generator().manual_seed(batch)
         size = batch, args.prompt_tokens
         prompts_BS = torch.randint(3, SHAPES[args.model].vocab_size, size, generator=generator)
-        sides = {_PLAIN: plain, _WATCHED: watched}
-        for side in sides.values():
-            side(prompts_BS, args.new_tokens)
-        seconds = time_in_turn(
-            {n: functools.partial(side, prompts_BS, args.new_tokens) for n, side in sides.items()},
-            args.rounds,
-            wait_for_all=lambda: job.wait_for_all(args.timeout, "generating"),
-            slowest=lambda taken: max(job.all_gather(taken)),
-        )
+        plain, watched = _pairs(args, job, model, generate, prompts_BS)
         results.append(
             {
                 "world_size": job.info.world_size,
                 "batch": batch,
                 "prompt_tokens": args.prompt_tokens,
                 "new_tokens": args.new_tokens,
-                "sample_s": vars(sample_s),
-                "seconds": {name: vars(spread) for name, spread in seconds.items()},
+                "sample_cpu_s": sample_cpu_s,
+                "plain": [asdict(each) for each in plain],
+                "watched": [asdict(each) for each in watched],
             }
         )
     return results
 
 
-def _time_samples(job: Job, num_rounds: int) -> Spread:
-    """Times a look at this rank and, on rank 0, at all; returns seconds of the slowest rank."""
+def _pairs(
+    args: argparse.Namespace,
+    job: Job,
+    model: PreTrainedModel,
+    generate: GenerateSide,
+    prompts_BS: Tensor,
+) -> tuple[list[_Spent], list[_Spent]]:
+    """Generates with and without hooks on the same model, one after the other, in either order."""
+
+    def plainly() -> _Spent:
+        return _spent(args, job, lambda: generate(prompts_BS, args.new_tokens))
+
+    def watched() -> _Spent:
+        recorder = Recorder(model, moe_layers(model), device=job.device)
+
+        def work() -> None:
+            recorder.start_batch()
+            generate(prompts_BS, args.new_tokens)
+            for step in range(1, args.new_tokens + 1):
+                recorder.start_step(step)
+
+        try:
+            return _spent(args, job, work)
+        finally:
+            recorder.close()
+
+    chance = random.Random(0)  # the same orders on all ranks
+    for side in (plainly, watched):
+        side()  # nobody's first time is counted
+    pairs = []
+    for _ in range(args.rounds):
+        if chance.random() < 0.5:
+            pairs.append((plainly(), watched()))
+        else:
+            pairs.append((watched(), plainly())[::-1])
+    plain_ones, watched_ones = zip(*pairs, strict=True)
+    return list(plain_ones), list(watched_ones)
+
+
+def _spent(args: argparse.Namespace, job: Job, work: Callable[[], object]) -> _Spent:
+    job.wait_for_all(args.timeout, "generating")
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    work()
+    spent = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    walls_s, cpus_s = zip(*job.all_gather(spent), strict=True)
+    return _Spent(max(walls_s), sum(cpus_s))
+
+
+def _cpu_of_a_sample(model: PreTrainedModel, job: Job) -> float:
+    """Returns CPU seconds of all ranks for a look at each, and for rank 0 to gather them."""
     usage = Usage(job.device)
+    recorder = Recorder(model, moe_layers(model), device=job.device)
 
     def look() -> Sample:
         return Sample(
@@ -101,36 +187,45 @@ def _time_samples(job: Job, num_rounds: int) -> Spread:
         )
 
     store = job.roll_call.store if job.roll_call else None
-    sampler = Sampler(job.info.rank, job.info.world_size, look, store)
+    info = job.info
+    for step in range(1, 8):  # as many borders as a sample ever tells of
+        recorder.borders.add(step, [10**6] * len(moe_layers(model)))
+    sampler = Sampler(info.rank, info.world_size, look, recorder.borders.recent, store)
+    recorder.close()
     job.all_gather(None)  # all have left a sample
-    seconds = []
-    for _ in range(num_rounds):
-        start = time.perf_counter()
+    cpu_s = time.process_time()
+    for _ in range(_SAMPLES):
         sampler.sample()
-        if job.info.rank == 0:
+        if info.rank == 0:
             sampler.tell()
-        seconds.append(max(job.all_gather(time.perf_counter() - start)))
-    return Spread.of(seconds)
+    return sum(job.all_gather(time.process_time() - cpu_s)) / _SAMPLES
 
 
 def _to_markdown(results: Sequence[Result]) -> str:
     rows = []
     for result in results:
-        seconds, sample_s = result["seconds"], result["sample_s"]
-        hooks = seconds[_WATCHED]["median"] / seconds[_PLAIN]["median"] - 1
+        plain, watched = result["plain"], result["watched"]
         row = [result["world_size"], result["batch"]]
-        row += [with_range(seconds[name]) for name in (_PLAIN, _WATCHED)]
-        row += [f"{hooks:+.1%}", with_range(sample_s, scale=1e3, digits=1)]
-        rows.append([*row, f"{hooks + sample_s['median']:+.1%}"])
-    titles = ["ranks", "prompts", f"{_PLAIN}, s", f"{_WATCHED}, s", "cost of hooks"]
-    titles += ["a sample, ms", "cost in all"]
+        for name in ("wall_s", "cpu_s"):
+            before, after = ([each[name] for each in side] for side in (plain, watched))
+            cost = _Cost.of(before, after)
+            row += [f"{statistics.median(before):.2f}", str(cost)]
+        # A sample is taken each second; `busy` is how many CPUs the ranks use meanwhile.
+        busy = sum(each["cpu_s"] for each in plain) / sum(each["wall_s"] for each in plain)
+        sample_s = result["sample_cpu_s"]
+        rows.append([*row, f"{1e3 * sample_s:.1f}", f"{cost.share + sample_s / busy:+.1%}"])
+    titles = ["ranks", "prompts", "not watched, s", "watched", "not watched, CPU s", "watched"]
+    titles += ["a sample, CPU ms", "CPU in all"]
     first = results[0]
     return (
         f"{markdown_table(titles, rows)}\n\n"
         f"{first['new_tokens']} tokens are generated after prompts of {first['prompt_tokens']}, "
-        "with and without the hooks on all passes of `infer.py --metrics`. Each second a rank also "
-        "takes a sample, which goes by the store to rank 0. Times are the median (least to most) "
-        f"of {first['seconds'][_PLAIN]['num_rounds']} rounds, the slowest rank's."
+        "with and without the hooks of `infer.py --metrics` on the same model, one after the "
+        f"other: {len(first['plain'])} pairs. Told is what the watched one of a pair takes more: "
+        "the mean of the middle half of the pairs, its standard error, and that half's least and "
+        "most. Seconds are the slowest rank's, CPU seconds those of all ranks together. Each "
+        "second a rank also takes a sample, which goes by the store to rank 0; its CPU time, on "
+        "all ranks, is in the last column too. Not counted are the lines that rank 0 adds to files."
     )
 
 

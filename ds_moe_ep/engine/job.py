@@ -39,7 +39,7 @@ from ds_moe_ep.engine.tasks import (
     score_batch,
 )
 from ds_moe_ep.errors import ResourceError, some
-from ds_moe_ep.monitor.job_monitor import JobMonitor, watch
+from ds_moe_ep.monitor.job_monitor import JobMonitor, Watched, watch
 
 __all__ = ["run_job"]
 
@@ -87,7 +87,10 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
     job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
     num_prompts = sum(len(batch.indices) for batch in batches)
     live_rows = LiveRows(end_ids(engine.deepspeed_engine.module.generation_config), job.device)
-    with watch(options, job, work, engine, bring_up, progress, live_rows, num_prompts) as monitor:
+    watched = Watched(
+        options, job, work, engine, bring_up, progress, live_rows, num_prompts=num_prompts
+    )
+    with watch(watched) as monitor:
         results, summary = _run(
             options, job, work, engine, batches, journal, progress, live_rows, monitor
         )

@@ -6,7 +6,7 @@ Which of them is used stands in the DeepSpeed JSON of the run, in DeepSpeed's ow
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from deepspeed.monitor.config import get_monitor_config
@@ -14,8 +14,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from pydantic import ValidationError
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.monitor.figures import figures
-from ds_moe_ep.monitor.metrics_format import Sample
+from ds_moe_ep.monitor.figures import JobNow, figures
 
 __all__ = ["DeepSpeedEvents"]
 
@@ -47,22 +46,22 @@ class DeepSpeedEvents:
             raise ConfigError(
                 f"{named}: {error}. Install what that section needs, or set its enabled to false."
             ) from None
-        self._samples: Sequence[Sample] = ()
+        self._now = JobNow(())
         self._next_s = 0.0
 
-    def update(self, samples: Sequence[Sample]) -> None:
-        """Takes the last sample of each rank, and writes the figures if it is time."""
-        self._samples = samples
+    def update(self, now: JobNow) -> None:
+        """Takes how the job is, and writes the figures if it is time."""
+        self._now = now
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _EVERY_S
             self._write()
 
     def close(self) -> None:
         """Writes the last figures."""
-        if self._samples:
+        if self._now.samples:
             self._write()
 
     def _write(self) -> None:
-        step = max(sample.step for sample in self._samples)
-        now = figures(self._samples)
-        self._monitor.write_events([(f"ds_moe_ep/{name}", v, step) for name, v in now.items()])
+        step = max(sample.step for sample in self._now.samples)
+        of_job = figures(self._now)
+        self._monitor.write_events([(f"ds_moe_ep/{name}", v, step) for name, v in of_job.items()])

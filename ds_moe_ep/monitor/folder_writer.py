@@ -1,25 +1,34 @@
 """The folder of --metrics, as rank 0 writes it; docs/metrics.md says what is in it.
 
-Lines of samples.jsonl are added while a job runs, all other files are written in one step.
+Lines are added to samples.jsonl and balance.jsonl while a job runs; at its end balance.jsonl is
+replaced by one with the windows of the whole run, and all other files are written in one step.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_moe_ep.balance import balancedness
 from ds_moe_ep.config.recorded import EXPERTS_JSONL, RANKS_JSONL
 from ds_moe_ep.engine.outputs import write_lines
 from ds_moe_ep.errors import ResourceError
-from ds_moe_ep.monitor.metrics_format import BALANCE_JSONL, RUN_JSON, SAMPLES_JSONL, Run, Sample
+from ds_moe_ep.monitor.figures import JobNow
+from ds_moe_ep.monitor.metrics_format import (
+    BALANCE_JSONL,
+    RUN_JSON,
+    SAMPLES_JSONL,
+    BalanceWindow,
+    Run,
+    Sample,
+)
 from ds_moe_ep.monitor.rank_record import RankRecord
+from ds_moe_ep.monitor.windows import balance_windows
 
 __all__ = ["FolderWriter"]
 
-_SAMPLE_DIGITS = 4
+_DIGITS = 4
 
 
 class FolderWriter:
@@ -34,80 +43,91 @@ class FolderWriter:
     """
 
     def __init__(self, path: Path, run: Run) -> None:
-        self._path = path
+        self._path, self._run = path, run
+        self._last_window: BalanceWindow | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for name in (RANKS_JSONL, EXPERTS_JSONL, BALANCE_JSONL):
+            for name in (RANKS_JSONL, EXPERTS_JSONL):
                 (path / name).unlink(missing_ok=True)
-            (path / SAMPLES_JSONL).write_text("", encoding="utf-8")
+            for name in (SAMPLES_JSONL, BALANCE_JSONL):
+                (path / name).write_text("", encoding="utf-8")
             write_lines(path / RUN_JSON, [run.model_dump_json(indent=2) + "\n"])
         except OSError as error:
             raise ResourceError(
                 f"{path}: cannot be written ({error.strerror}). Name another folder with --metrics."
             ) from error
 
-    def add_samples(self, samples: Sequence[Sample]) -> None:
-        """Adds a line for each rank."""
-        lines = "".join(json.dumps(_rounded(sample.model_dump())) + "\n" for sample in samples)
-        with (self._path / SAMPLES_JSONL).open("a", encoding="utf-8") as file:
-            file.write(lines)
+    def add(self, now: JobNow) -> None:
+        """Adds a line for each rank, and one for the window if it is new."""
+        self._append(SAMPLES_JSONL, now.samples)
+        if now.window is not None and now.window != self._last_window:
+            self._append(BALANCE_JSONL, [now.window])
+            self._last_window = now.window
 
-    def finish(self, ranks: Sequence[RankRecord], moe_layers: Sequence[int]) -> None:
+    def finish(self, ranks: Sequence[RankRecord]) -> None:
         """Writes what all ranks have recorded.
 
         Args:
             ranks: All ranks, in order.
-            moe_layers: Numbers of the MoE layers in the model.
 
         Raises:
             ResourceError: It cannot be written.
         """
         try:
-            self._finish(ranks, moe_layers)
+            self._finish(ranks)
         except OSError as error:
             raise ResourceError(
                 f"{self._path}: cannot be written ({error.strerror}). The results of the job are "
                 "whole; only its metrics are not."
             ) from error
 
-    def _finish(self, ranks: Sequence[RankRecord], moe_layers: Sequence[int]) -> None:
+    def _finish(self, ranks: Sequence[RankRecord]) -> None:
         self._write(RANKS_JSONL, (rank.to_dict() for rank in ranks))
-        tokens = [
-            [sum(counts) for counts in zip(*of_ranks, strict=True)]
-            for of_ranks in zip(*(rank.tokens_per_expert for rank in ranks), strict=True)
-        ]
-        self._write(
-            EXPERTS_JSONL,
-            (
-                {"layer": layer, "tokens_per_expert": counts}
-                for layer, counts in zip(moe_layers, tokens, strict=True)
-            ),
-        )
-        self._write(BALANCE_JSONL, _windows(ranks))
+        self._write(EXPERTS_JSONL, self._expert_loads(ranks))
+        windows = balance_windows([rank.borders for rank in ranks])
+        self._write(BALANCE_JSONL, (window.model_dump() for window in windows))
+
+    def _expert_loads(self, ranks: Sequence[RankRecord]) -> Iterator[dict[str, Any]]:
+        """Yields the tokens of each expert, layer by layer.
+
+        Experts compute a row for each token that chose them, and no others; so their rows are
+        counted, as often as a token was computed.
+        """
+        times = _times_computed(self._run)
+        of_layers = zip(*(rank.rows_of_expert for rank in ranks), strict=True)
+        for layer, of_ranks in zip(self._run.moe_layers, of_layers, strict=True):
+            rows = [0] * self._run.num_experts
+            for rows_of_expert in of_ranks:
+                for expert, count in rows_of_expert.items():
+                    rows[expert] += count
+            yield {"layer": layer, "tokens_per_expert": [count // times for count in rows]}
+
+    def _append(self, name: str, lines: Sequence[Sample | BalanceWindow]) -> None:
+        text = "".join(json.dumps(_rounded(line.model_dump())) + "\n" for line in lines)
+        with (self._path / name).open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def _write(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         write_lines(self._path / name, (json.dumps(record) + "\n" for record in records))
 
 
-def _windows(ranks: Sequence[RankRecord]) -> list[dict[str, Any]]:
-    """Returns how even the ranks were in each window of passes."""
-    steps, last = ranks[0].window_steps, ranks[0].summary.num_steps
-    windows = []
-    for number, of_ranks in enumerate(zip(*(rank.window_rows for rank in ranks), strict=True)):
-        layers = list(zip(*of_ranks, strict=True))  # by layer, then by rank
-        windows.append(
-            {
-                "first_step": number * steps + 1,
-                "last_step": min((number + 1) * steps, last),
-                "overall": balancedness([sum(rows) for rows in of_ranks]),
-                "layers": [balancedness(rows) for rows in layers],
-            }
-        )
-    return windows
+def _times_computed(run: Run) -> int:
+    """Returns how often experts compute a row of one token: of a replicated batch, once a copy.
+
+    Each expert group has all tokens then; with allreduce it computes them once, with any other
+    dispatcher once for each of its ranks, who all send theirs.
+    """
+    if run.batch_mode == "sharded":
+        return 1
+    return run.plan.dp_size if run.dispatcher == "allreduce" else run.world_size
 
 
-def _rounded(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: round(value, _SAMPLE_DIGITS) if isinstance(value, float) else value
-        for name, value in record.items()
-    }
+def _rounded(value: Any) -> Any:
+    """Returns figures, and lists and objects of them, with few digits: this grows by the second."""
+    if isinstance(value, float):
+        return round(value, _DIGITS)
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    return value

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 
 import torch
@@ -27,22 +27,25 @@ from ds_moe_ep.engine.prepare import Work
 from ds_moe_ep.engine.summary import RankSummary
 from ds_moe_ep.engine.supervisor import Progress
 from ds_moe_ep.monitor.deepspeed_events import DeepSpeedEvents
+from ds_moe_ep.monitor.figures import JobNow
 from ds_moe_ep.monitor.folder_writer import FolderWriter
 from ds_moe_ep.monitor.metrics_format import Run, Sample
 from ds_moe_ep.monitor.prometheus import Exporter
 from ds_moe_ep.monitor.rank_record import RankRecord
 from ds_moe_ep.monitor.recorder import Recorder
 from ds_moe_ep.monitor.sampler import Sampler, Usage
+from ds_moe_ep.placement import make_placement
 
-__all__ = ["JobMonitor", "watch"]
+__all__ = ["JobMonitor", "Watched", "watch"]
 
 _PACKAGES = ("ds_moe_ep", "torch", "deepspeed", "transformers", "accelerate")
 
 
-class JobMonitor:
-    """What watches a job on this rank.
+@dataclass(frozen=True)
+class Watched:
+    """A job that is loaded and about to run, as one rank has it.
 
-    Args:
+    Attributes:
         options: What the user asked for.
         job: The job.
         work: What was settled before loading.
@@ -53,37 +56,56 @@ class JobMonitor:
         num_prompts: Prompts that this rank is to serve.
     """
 
-    def __init__(
-        self,
-        options: JobOptions,
-        job: Job,
-        work: Work,
-        engine: Engine,
-        bring_up: BringUp,
-        progress: Progress,
-        live_rows: LiveRows,
-        num_prompts: int,
-    ) -> None:
-        self._job, self._work, self._engine = job, work, engine
-        self._progress = progress
-        self._num_prompts, self._num_begun, self._batch_size = num_prompts, 0, 0
+    options: JobOptions
+    job: Job
+    work: Work
+    engine: Engine
+    bring_up: BringUp
+    progress: Progress
+    live_rows: LiveRows
+    num_prompts: int
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether anybody wants to know."""
+        options = self.options
+        return bool(options.metrics or options.metrics_port or self.work.monitor_config)
+
+    @property
+    def counts_new_tokens(self) -> bool:
+        """Whether this rank generates tokens of its own: a replicated batch is one rank's."""
+        is_own = self.options.batch_mode == "sharded" or self.job.info.rank == 0
+        return is_own and self.options.task == "generate"
+
+
+class JobMonitor:
+    """What watches a job on this rank.
+
+    Args:
+        watched: The job.
+    """
+
+    def __init__(self, watched: Watched) -> None:
+        job = watched.job
+        self._watched = watched
+        self._num_begun, self._batch_size = 0, 0
         self._begun_s = time.perf_counter()
         self._usage = Usage(job.device)
-        counts_tokens = options.batch_mode == "sharded" or job.info.rank == 0
         self._recorder = Recorder(
-            engine.deepspeed_engine.module,
-            engine.layers,
-            device=job.device,
-            counts_tokens=counts_tokens,
+            watched.engine.deepspeed_engine.module, watched.engine.layers, device=job.device
         )
-        self._live_rows = live_rows if counts_tokens and options.task == "generate" else None
         self._folder: FolderWriter | None = None
-        self._listeners: list[Callable[[Sequence[Sample]], None]] = []
+        self._listeners: list[Callable[[JobNow], None]] = []
         self._open: list[Exporter | DeepSpeedEvents] = []
         if job.info.rank == 0:
-            self._listen(options, bring_up)
+            self._listen()
         self._sampler = Sampler(
-            job.info.rank, job.info.world_size, self._look, _store(job), self._listeners
+            job.info.rank,
+            job.info.world_size,
+            self._look,
+            self._recorder.borders.recent,
+            _store(job),
+            self._listeners,
         )
 
     def start(self) -> None:
@@ -109,8 +131,14 @@ class JobMonitor:
         """Ends watching and returns what this rank has recorded."""
         self._recorder.close()
         self._sampler.stop()
-        stats = [layer.deepspeed_moe.stats for layer in self._engine.layers]
-        return RankRecord.of(summary, self._recorder, self._sampler.samples, stats)
+        peak_bytes = self._usage.peak_bytes(summary.peak_memory_bytes)
+        return RankRecord.of(
+            replace(summary, peak_memory_bytes=peak_bytes),
+            self._recorder,
+            self._sampler.utilisation,
+            [layer.deepspeed_moe for layer in self._watched.engine.layers],
+            _experts_here(self._watched),
+        )
 
     def write(self, ranks: Sequence[RankRecord]) -> None:
         """Writes, on rank 0, what all ranks have recorded; all have finished before.
@@ -120,64 +148,56 @@ class JobMonitor:
         """
         self._sampler.tell()
         if self._folder is not None:
-            self._folder.finish(ranks, self._work.spec.moe_layers)
+            self._folder.finish(ranks)
 
     def close(self) -> None:
         """Gives the port of the exporter back, and what else is open."""
         for each in self._open:
             each.close()
 
-    def _listen(self, options: JobOptions, bring_up: BringUp) -> None:
+    def _listen(self) -> None:
+        options, work = self._watched.options, self._watched.work
         if options.metrics is not None:
-            run = _run(options, self._job, self._work, self._engine, bring_up)
-            self._folder = FolderWriter(options.metrics, run)
-            self._listeners.append(self._folder.add_samples)
+            self._folder = FolderWriter(options.metrics, _run(self._watched))
+            self._listeners.append(self._folder.add)
         if options.metrics_port is not None:
             self._open.append(Exporter(options.metrics_port))
-        if self._work.monitor_config:
-            self._open.append(DeepSpeedEvents(self._work.monitor_config))
+        if work.monitor_config:
+            self._open.append(DeepSpeedEvents(work.monitor_config))
         self._listeners += [each.update for each in self._open]
 
     def _look(self) -> Sample:
-        where = str(self._progress).partition(", step")[0].partition(" (")[0]
+        watched = self._watched
+        where = str(watched.progress).partition(", step")[0].partition(" (")[0]
         num_done = self._num_begun - self._batch_size
         return Sample(
             t_s=time.perf_counter() - self._begun_s,
-            rank=self._job.info.rank,
+            rank=watched.job.info.rank,
             utilisation=self._usage.utilisation(),
             memory_bytes=self._usage.memory_bytes(),
-            step=self._progress.step,
-            new_tokens=0 if self._live_rows is None else self._live_rows.num_completing,
+            step=watched.progress.step,
+            new_tokens=watched.live_rows.num_completing if watched.counts_new_tokens else 0,
             prompts_done=num_done,
-            prompts_queued=self._num_prompts - self._num_begun,
+            prompts_queued=watched.num_prompts - self._num_begun,
             batch_size=self._batch_size,
             at=where,
         )
 
 
 @contextlib.contextmanager
-def watch(
-    options: JobOptions,
-    job: Job,
-    work: Work,
-    engine: Engine,
-    bring_up: BringUp,
-    progress: Progress,
-    live_rows: LiveRows,
-    num_prompts: int,
-) -> Iterator[JobMonitor | None]:
+def watch(watched: Watched) -> Iterator[JobMonitor | None]:
     """Yields what watches the job; None where nobody asked for metrics.
 
     Raises:
         ResourceError: On every rank: the folder cannot be written, or the port cannot be had.
     """
-    if not (options.metrics or options.metrics_port or work.monitor_config):
+    if not watched.is_asked_for:
         yield None
         return
-    monitor = job.all_or_none(
-        lambda: JobMonitor(options, job, work, engine, bring_up, progress, live_rows, num_prompts),
+    monitor = watched.job.all_or_none(
+        lambda: JobMonitor(watched),
         what="opening the metrics",
-        timeout_s=options.timeout_s,
+        timeout_s=watched.options.timeout_s,
     )
     try:
         yield monitor
@@ -189,7 +209,18 @@ def _store(job: Job) -> dist.Store | None:
     return job.roll_call.store if job.roll_call is not None else None
 
 
-def _run(options: JobOptions, job: Job, work: Work, engine: Engine, bring_up: BringUp) -> Run:
+def _experts_here(watched: Watched) -> list[Sequence[int]]:
+    """Returns the experts that this rank holds, slot by slot, for each MoE layer."""
+    work = watched.work
+    ep_rank = work.plan.coordinates(watched.job.info.rank).ep_rank
+    if work.placement is not None:
+        return [work.placement.local_experts(layer, ep_rank) for layer in work.spec.moe_layers]
+    held = make_placement(work.plan, work.spec).local_experts(ep_rank)
+    return [held] * len(work.spec.moe_layers)
+
+
+def _run(watched: Watched) -> Run:
+    options, job, work = watched.options, watched.job, watched.work
     plan = work.plan
     is_gpu = job.device.type == "cuda"
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -207,7 +238,7 @@ def _run(options: JobOptions, job: Job, work: Work, engine: Engine, bring_up: Br
             },
             "task": options.task,
             "dtype": str(work.dtype).removeprefix("torch."),
-            "dispatcher": engine.layers[0].deepspeed_moe.dispatcher_name,
+            "dispatcher": watched.engine.layers[0].deepspeed_moe.dispatcher_name,
             "batch_mode": options.batch_mode,
             "hosts": list(job.hosts),
             "device": torch.cuda.get_device_name(job.device) if is_gpu else "cpu",
@@ -215,7 +246,8 @@ def _run(options: JobOptions, job: Job, work: Work, engine: Engine, bring_up: Br
             "moe_layers": list(work.spec.moe_layers),
             "num_experts": work.spec.num_experts,
             "top_k": work.spec.top_k,
-            "predicted_memory_bytes": bring_up.predicted_bytes,
-            "available_memory_bytes": bring_up.available_bytes,
+            "predicted_memory_bytes": watched.bring_up.predicted_bytes,
+            "available_memory_bytes": watched.bring_up.available_bytes,
+            "slots_per_rank": work.placement and work.placement.slots_per_rank,
         }
     )

@@ -13,9 +13,8 @@ from pathlib import Path
 from statistics import mean
 
 from ds_moe_ep.config.recorded import RANKS_JSONL
-from ds_moe_ep.config.strict import parse, read_json_lines
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.monitor.metrics_folder import SampleFile, read_run
+from ds_moe_ep.monitor.metrics_folder import GrowingFile, read_run
 from ds_moe_ep.monitor.metrics_format import (
     BALANCE_JSONL,
     RUN_JSON,
@@ -64,6 +63,11 @@ class LiveRun:
     Args:
         folder: What was given to ``infer.py --metrics``.
 
+    Attributes:
+        run: What is run.
+        balance: How even ranks were in the last passes; None before there are enough, and of a
+            single rank.
+
     Raises:
         ConfigError: run.json is missing, damaged or of another version.
     """
@@ -71,7 +75,9 @@ class LiveRun:
     def __init__(self, folder: Path) -> None:
         self.run = read_run(folder)
         self._folder = folder
-        self._file = SampleFile(folder / SAMPLES_JSONL, self.run.world_size)
+        self._samples = GrowingFile(folder / SAMPLES_JSONL, Sample, self.run)
+        self._windows = GrowingFile(folder / BALANCE_JSONL, BalanceWindow, self.run)
+        self.balance: BalanceWindow | None = None
         self._recent: dict[int, deque[Sample]] = {}
         self._heard_at = time.monotonic()
 
@@ -83,14 +89,17 @@ class LiveRun:
         """
         if not (self._folder / SAMPLES_JSONL).is_file():
             return  # the first batch has not begun
-        for sample in self._file.new_samples():
+        for sample in self._samples.new_lines():
             recent = self._recent.setdefault(sample.rank, deque())
             if recent and sample.t_s < recent[-1].t_s:
                 recent.clear()  # a new job in the same folder
+                self.balance = None
             recent.append(sample)
             while len(recent) > 2 and recent[1].t_s < sample.t_s - _RECENT_S:
                 recent.popleft()
             self._heard_at = time.monotonic()
+        if self.run.world_size > 1 and (self._folder / BALANCE_JSONL).is_file():
+            self.balance = next(reversed(self._windows.new_lines()), self.balance)
 
     @property
     def seconds(self) -> float:
@@ -110,21 +119,6 @@ class LiveRun:
             return ranks.stat().st_mtime >= run.stat().st_mtime
         except FileNotFoundError:
             return False
-
-    def balancedness(self) -> float | None:
-        """Returns that of the last passes; None as long as the job has not written it.
-
-        Raises:
-            ConfigError: The file is damaged.
-        """
-        path = self._folder / BALANCE_JSONL
-        if not path.is_file():
-            return None
-        lines = read_json_lines(path)
-        if not lines:
-            return None
-        place, content = lines[-1]
-        return parse(BalanceWindow, content, place).overall
 
     def total(self) -> Row:
         """Returns the whole job."""

@@ -6,27 +6,32 @@ What stands in it is in metrics_format.py; what the figures say is not decided h
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ds_moe_ep.config.recorded import EXPERTS_JSONL, RANKS_JSONL, read_expert_loads
 from ds_moe_ep.config.strict import Strict, parse, read_json, read_json_lines
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.monitor.metrics_format import (
     BALANCE_JSONL,
+    BRINGUP_JSONL,
     RUN_JSON,
     SAMPLES_JSONL,
     VERSION,
     BalanceWindow,
+    BringUpPhase,
     RankMetrics,
     Run,
     Sample,
 )
 
-__all__ = ["Metrics", "SampleFile", "read_metrics", "read_run"]
+__all__ = ["GrowingFile", "Metrics", "read_metrics", "read_run"]
 
+_Line = TypeVar("_Line", bound=Strict)
+_NUM_PHASES = 4  # of the bring-up
 _HOW = "Name a folder that a finished job wrote: infer.py ... --metrics DIR."
 
 
@@ -41,6 +46,7 @@ class Metrics:
         samples: How ranks were, in the order they were written.
         expert_loads: By MoE layer, the tokens of each expert.
         windows: Balancedness over time.
+        bring_up: What was looked at before the first batch.
     """
 
     folder: Path
@@ -49,6 +55,7 @@ class Metrics:
     samples: tuple[Sample, ...]
     expert_loads: dict[int, tuple[int, ...]]
     windows: tuple[BalanceWindow, ...]
+    bring_up: tuple[BringUpPhase, ...]
 
 
 def read_metrics(folder: Path) -> Metrics:
@@ -68,8 +75,9 @@ def read_metrics(folder: Path) -> Metrics:
     ranks = tuple(sorted(_lines(RankMetrics, folder, RANKS_JSONL), key=lambda line: line.rank))
     loads = read_expert_loads(folder)
     windows = _lines(BalanceWindow, folder, BALANCE_JSONL)
-    samples = SampleFile(_existing(folder, SAMPLES_JSONL), run.world_size).new_samples()
-    metrics = Metrics(folder, run, ranks, tuple(samples), loads, windows)
+    samples = GrowingFile(_existing(folder, SAMPLES_JSONL), Sample, run).new_lines()
+    bring_up = _lines(BringUpPhase, folder, BRINGUP_JSONL)
+    metrics = Metrics(folder, run, ranks, tuple(samples), loads, windows, bring_up)
     _check_is_one_job(metrics)
     return metrics
 
@@ -98,25 +106,31 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-class SampleFile:
-    """Follows samples.jsonl while it grows: each call returns what came since the last one."""
+class GrowingFile(Generic[_Line]):
+    """Follows a file while a job adds lines to it: each call returns what came since the last one.
 
-    def __init__(self, path: Path, world_size: int) -> None:
-        self._path = path
-        self._world_size = world_size
-        self._offset = 0
-        self._line = 0
+    Args:
+        path: The file.
+        section: What stands on each line.
+        run: The job that is to have written it.
+    """
 
-    def new_samples(self) -> list[Sample]:
-        """Returns the samples of whole lines that were not there before; a cut one waits.
+    def __init__(self, path: Path, section: type[_Line], run: Run) -> None:
+        self._path, self._section, self._run = path, section, run
+        self._inode = 0
+        self._offset = self._line = 0
+
+    def new_lines(self) -> list[_Line]:
+        """Returns the whole lines that were not there before; a cut one waits.
 
         Raises:
-            ConfigError: A whole line is no sample, or of a rank that the job does not have.
+            ConfigError: A whole line is damaged, or of another job.
         """
         try:
             with self._path.open("rb") as file:
-                if file.seek(0, 2) < self._offset:  # a new job writes to the same folder
-                    self._offset = self._line = 0
+                inode, size = os.fstat(file.fileno()).st_ino, file.seek(0, os.SEEK_END)
+                if inode != self._inode or size < self._offset:  # another took its place
+                    self._inode, self._offset, self._line = inode, 0, 0
                 file.seek(self._offset)
                 content = file.read()
         except OSError as error:
@@ -125,7 +139,7 @@ class SampleFile:
         self._offset += len(whole) + len(line_end)
         return [self._parse(line) for line in whole.split(b"\n")] if line_end else []
 
-    def _parse(self, line: bytes) -> Sample:
+    def _parse(self, line: bytes) -> _Line:
         self._line += 1
         source = Path(f"{self._path}:{self._line}")
         try:
@@ -134,16 +148,9 @@ class SampleFile:
             raise ConfigError(f"{source}: not valid JSON ({error}).") from None
         if not isinstance(content, dict):
             raise ConfigError(f"{source}: a JSON object ({{...}}) is needed.")
-        sample = parse(Sample, content, source)
-        if sample.rank >= self._world_size:
-            raise ConfigError(
-                f"{source}: rank={sample.rank}, but {RUN_JSON} is of {self._world_size} ranks. "
-                "The files are of different jobs: record anew."
-            )
-        return sample
-
-
-_Line = TypeVar("_Line", bound=Strict)
+        parsed = parse(self._section, content, source)
+        _check_line(source, parsed, self._run)
+        return parsed
 
 
 def _lines(section: type[_Line], folder: Path, name: str) -> tuple[_Line, ...]:
@@ -164,11 +171,26 @@ def _check_is_one_job(metrics: Metrics) -> None:
     _check(folder / RANKS_JSONL, "ranks", ranks, list(range(run.world_size)), "world_size")
     layers = list(metrics.expert_loads)
     _check(folder / EXPERTS_JSONL, "layers", layers, sorted(run.moe_layers), "moe_layers")
+    phases = [phase.phase for phase in metrics.bring_up]
+    if phases != list(range(1, _NUM_PHASES + 1)):
+        raise ConfigError(
+            f"{folder / BRINGUP_JSONL}: phases {phases}, but a job that has run went through 1 to "
+            f"{_NUM_PHASES}. The files are of different jobs: record anew."
+        )
     num_experts = len(next(iter(metrics.expert_loads.values())))
     _check(folder / EXPERTS_JSONL, "experts", num_experts, run.num_experts, "num_experts")
     for number, window in enumerate(metrics.windows, start=1):
-        path = Path(f"{folder / BALANCE_JSONL}:{number}")
-        _check(path, "layers", len(window.layers), len(run.moe_layers), "moe_layers")
+        _check_line(Path(f"{folder / BALANCE_JSONL}:{number}"), window, run)
+
+
+def _check_line(source: Path, line: Strict, run: Run) -> None:
+    if isinstance(line, Sample) and line.rank >= run.world_size:
+        raise ConfigError(
+            f"{source}: rank={line.rank}, but {RUN_JSON} is of {run.world_size} ranks. "
+            "The files are of different jobs: record anew."
+        )
+    if isinstance(line, BalanceWindow):
+        _check(source, "layers", len(line.layers), len(run.moe_layers), "moe_layers")
 
 
 def _check(path: Path, what: str, found: object, wanted: object, origin: str) -> None:

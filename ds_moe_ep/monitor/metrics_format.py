@@ -14,12 +14,15 @@ from ds_moe_ep.config.strict import Strict
 
 __all__ = [
     "BALANCE_JSONL",
+    "BRINGUP_JSONL",
     "PARTS",
     "PHASES",
     "RUN_JSON",
     "SAMPLES_JSONL",
     "VERSION",
     "BalanceWindow",
+    "BringUpCheck",
+    "BringUpPhase",
     "Collective",
     "Quantiles",
     "RankMetrics",
@@ -32,6 +35,7 @@ VERSION = 1
 RUN_JSON = "run.json"
 SAMPLES_JSONL = "samples.jsonl"
 BALANCE_JSONL = "balance.jsonl"
+BRINGUP_JSONL = "bringup.jsonl"
 
 PHASES = ("prefill", "decode")
 PARTS = ("attention", "router", "dispatch", "experts", "combine", "other")
@@ -68,6 +72,8 @@ class Run(Strict):
         device: ``cpu``, or the name of the GPUs.
         predicted_memory_bytes: Of a rank, as the bring-up predicted it; None if it did not.
         available_memory_bytes: What a rank has of its device's memory; None if that is not known.
+        slots_per_rank: Slots for experts of a layer on a rank that `--placement` filled; None where
+            experts are contiguous.
     """
 
     version: Literal[1]
@@ -88,6 +94,7 @@ class Run(Strict):
     top_k: PositiveInt
     predicted_memory_bytes: PositiveInt | None
     available_memory_bytes: PositiveInt | None = None
+    slots_per_rank: PositiveInt | None = None
 
     @property
     def world_size(self) -> int:
@@ -197,3 +204,27 @@ class BalanceWindow(Strict):
     last_step: NonNegativeInt
     overall: _Share
     layers: list[_Share]
+
+
+_CheckVerdict = Literal["pass", "warn", "fail"]
+
+
+class BringUpCheck(Strict):
+    """One thing that was looked at before the first batch; see `bringup.report.Check`."""
+
+    name: str
+    verdict: _CheckVerdict
+    reason: str
+    measured: float | None
+    target: float | None
+    unit: str
+
+
+class BringUpPhase(Strict):
+    """A phase of the bring-up: a line of bringup.jsonl."""
+
+    phase: PositiveInt
+    name: str
+    verdict: _CheckVerdict
+    seconds: _Amount
+    checks: list[BringUpCheck]

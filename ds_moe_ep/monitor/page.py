@@ -15,13 +15,14 @@ from ds_moe_ep import __version__
 from ds_moe_ep.monitor import charts
 from ds_moe_ep.monitor.findings import hot_experts, kind_latencies, pass_parts, slow_rank
 from ds_moe_ep.monitor.metrics_folder import Metrics
-from ds_moe_ep.monitor.metrics_format import PARTS, PHASES, Quantiles
+from ds_moe_ep.monitor.metrics_format import PARTS, PHASES, Quantiles, Run
 from ds_moe_ep.monitor.units import few_digits, printable, size, span, time_of, times
 from ds_moe_ep.monitor.verdicts import COLLECTIVE_NAMES, TARGETS, Verdict
 
-__all__ = ["key_figures", "page", "title"]
+__all__ = ["bring_up_told", "key_figures", "page", "title"]
 
 _MARKS = {"met": "&#10003; met", "missed": "&#10007; missed", "open": "&#8211; not judged"}
+_CHECK_MARKS = {"pass": "&#10003; pass", "warn": "! warn", "fail": "&#10007; fail"}
 _TOKENS = ("new_tokens", "prompt_tokens")
 _NUMBER = ' class="number"'
 _MOST_HOT = 10
@@ -66,6 +67,7 @@ def page(metrics: Metrics, verdicts: Sequence[Verdict]) -> str:
         _memory(metrics),
         _utilisation(metrics),
         _ranks(metrics),
+        _bring_up(metrics),
         _run(metrics),
     )
     name = escape(title(metrics))
@@ -106,6 +108,12 @@ def _header(metrics: Metrics, name: str) -> str:
     return (
         f'<header><h1>{name}</h1><p>{escape(told)}</p><dl class="figures">{figures}</dl></header>'
     )
+
+
+def _placement(run: Run) -> str:
+    if run.slots_per_rank is None:
+        return "contiguous experts"
+    return f"{run.slots_per_rank} slots of a layer on each rank, filled by --placement"
 
 
 def _section(heading: str, text: str, *content: str) -> str:
@@ -267,6 +275,40 @@ def _ranks(metrics: Metrics) -> str:
     return _section("Ranks", "", _table(titles.split(","), rows, num_words=2))
 
 
+def _bring_up(metrics: Metrics) -> str:
+    rows = []
+    for phase in metrics.bring_up:
+        head = f"{phase.phase} {phase.name}"
+        rows.append(
+            f'<tr class="phase"><th colspan="3" scope="rowgroup">{escape(head)}, '
+            f"{escape(span(phase.seconds))}</th></tr>"
+        )
+        rows += [
+            f'<tr><td class="name">{escape(check.name)}</td>'
+            f'<td class="state {check.verdict}">{_CHECK_MARKS[check.verdict]}</td>'
+            f'<td class="reason">{escape(check.reason)}</td></tr>'
+            for check in phase.checks
+        ]
+    return _section(
+        "Bring-up",
+        f"What was checked before the first batch: {bring_up_told(metrics)}.",
+        f'<table class="verdicts checks"><tbody>{"".join(rows)}</tbody></table>',
+    )
+
+
+def bring_up_told(metrics: Metrics) -> str:
+    """Returns how long the bring-up took, and which checks did not pass."""
+    seconds = span(sum(phase.seconds for phase in metrics.bring_up))
+    warned = [
+        f"{check.name} (phase {phase.phase})"
+        for phase in metrics.bring_up
+        for check in phase.checks
+        if check.verdict != "pass"
+    ]
+    told = f"warned of {', '.join(warned)}" if warned else "all checks passed"
+    return f"{len(metrics.bring_up)} phases in {seconds}, {told}"
+
+
 def _run(metrics: Metrics) -> str:
     run, plan = metrics.run, metrics.run.plan
     ranks_of_plan = f"{plan.ep_size} * {plan.tp_size} * {plan.pp_size} * {plan.dp_size}"
@@ -280,6 +322,7 @@ def _run(metrics: Metrics) -> str:
         ("dense: DP * TP * PP", f"{dense} = {plan.world_size} ranks"),
         ("task", run.task),
         ("device", run.device),
+        ("placement", _placement(run)),
         ("dispatcher", chosen if run.dispatcher in chosen else f"{run.dispatcher}: {chosen}"),
         *run.versions.items(),
     ]

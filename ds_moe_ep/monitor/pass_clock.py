@@ -16,8 +16,8 @@ from ds_moe_ep.monitor.metrics_format import PARTS
 
 __all__ = ["PassClock", "PassTimes"]
 
-# On a GPU each part takes two events, and their launches would show in short passes.
-_GPU_EVERY = 8
+# Decode passes are short and many: to look at the clock at each part of all would show in them.
+_EVERY = 8
 
 
 @dataclass
@@ -26,8 +26,8 @@ class PassTimes:
 
     Attributes:
         count: All of them.
-        durations: Of those that were measured.
-        parts_s: Seconds of those in each part.
+        durations: How long each took.
+        parts_s: Seconds in each part of those that were split.
     """
 
     count: int = 0
@@ -35,8 +35,9 @@ class PassTimes:
     parts_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     def estimated_parts_s(self) -> dict[str, float]:
-        """Returns seconds in each part in all passes, as if the others were like the measured."""
-        factor = self.count / self.durations.count if self.durations.count else 0.0
+        """Returns seconds in each part of all passes, as if all were like those that were split."""
+        split_s = sum(self.parts_s.values())
+        factor = self.durations.total_s / split_s if split_s else 0.0
         return {part: seconds * factor for part, seconds in self.parts_s.items()}
 
 
@@ -44,15 +45,15 @@ class PassTimes:
 class _Pass:
     kind: str
     begun: Moment
+    is_split: bool
     parts: list[tuple[str, Moment]] = field(default_factory=list)  # each with its end
 
 
 class PassClock:
-    """At any moment of a pass it is in one part; switching costs a look at the clock.
+    """Times every pass, and splits some: at any moment of those it is in one part.
 
     Args:
-        device: Where passes run: by the clock on a CPU, by events without a sync on a GPU, and
-            there one pass in eight, but every prefill.
+        device: Where passes run: by the clock on a CPU, by events without a sync on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -62,16 +63,20 @@ class PassClock:
         self._part = "other"
         self._unfinished: deque[_Pass] = deque()
 
-    def start(self, kind: str) -> None:
-        """Begins a pass of the kind ``prefill`` or ``decode``."""
+    def start(self, kind: str) -> bool:
+        """Begins a pass of the kind ``prefill`` or ``decode``.
+
+        Returns:
+            Whether it is split: every prefill is, and one decode pass in eight.
+        """
         times = self.times[kind]
         times.count += 1
-        if self._device.type == "cuda" and kind == "decode" and times.count % _GPU_EVERY != 1:
-            return
-        self._current, self._part = _Pass(kind, now(self._device)), "other"
+        is_split = kind == "prefill" or times.count % _EVERY == 1
+        self._current, self._part = _Pass(kind, now(self._device), is_split), "other"
+        return is_split
 
     def enter(self, part: str) -> None:
-        """Says in which part the pass is from now on."""
+        """Says in which part a pass that is split is from now on."""
         if self._current is not None and part != self._part:
             self._current.parts.append((self._part, now(self._device)))
             self._part = part
@@ -96,7 +101,7 @@ class PassClock:
             ended = self._unfinished.popleft()
             times = self.times[ended.kind]
             moment = ended.begun
-            for part, end in ended.parts:
+            for part, end in ended.parts if ended.is_split else ():
                 times.parts_s[part] += seconds_between(moment, end)
                 moment = end
-            times.durations.add(seconds_between(ended.begun, moment))
+            times.durations.add(seconds_between(ended.begun, ended.parts[-1][1]))

@@ -6,8 +6,7 @@ each expert.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -15,8 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from ds_moe_ep.errors import ResourceError
-from ds_moe_ep.monitor.figures import figures
-from ds_moe_ep.monitor.metrics_format import Sample
+from ds_moe_ep.monitor.figures import JobNow, figures
 
 __all__ = ["Exporter", "SampleCollector"]
 
@@ -34,6 +32,8 @@ _OF_RANK_TOTAL = {
 _OF_JOB = {
     "tokens_per_second": "Generated tokens a second since the first batch started, of all ranks.",
     "memory_variance": "(max - min) / mean over ranks of the memory they use.",
+    "balancedness": "Mean / max over ranks of the rows their experts computed in the last passes.",
+    "balancedness_worst_layer": "The same of the layer in which it is least.",
 }
 
 
@@ -41,15 +41,16 @@ class SampleCollector(Collector):
     """Turns the last sample of each rank into metrics when Prometheus asks."""
 
     def __init__(self) -> None:
-        self._samples: Sequence[Sample] = ()
+        self._now = JobNow(())
 
-    def update(self, samples: Sequence[Sample]) -> None:
-        """Takes the last sample of each rank."""
-        self._samples = samples
+    def update(self, now: JobNow) -> None:
+        """Takes how the job is."""
+        self._now = now
 
     def collect(self) -> Iterable[Metric]:
         """Yields the metrics."""
-        samples = self._samples
+        now = self._now  # the sampler's thread may put another in its place meanwhile
+        samples = now.samples
         for name, (field, text) in _OF_RANK.items():
             gauge = GaugeMetricFamily(f"ds_moe_ep_{name}", text, labels=["rank"])
             for sample in samples:
@@ -61,9 +62,10 @@ class SampleCollector(Collector):
                 counter.add_metric([str(sample.rank)], getattr(sample, field))
             yield counter
         if samples:
-            now = figures(samples)
+            of_job = figures(now)
             for name, text in _OF_JOB.items():
-                yield GaugeMetricFamily(f"ds_moe_ep_{name}", text, value=now[name])
+                if name in of_job:
+                    yield GaugeMetricFamily(f"ds_moe_ep_{name}", text, value=of_job[name])
 
 
 class Exporter:
@@ -87,13 +89,12 @@ class Exporter:
                 f"--metrics-port {port}: {error.strerror}. Name a port that is free on rank 0."
             ) from error
 
-    def update(self, samples: Sequence[Sample]) -> None:
-        """Takes the last sample of each rank."""
-        self._collector.update(samples)
+    def update(self, now: JobNow) -> None:
+        """Takes how the job is."""
+        self._collector.update(now)
 
     def close(self) -> None:
         """Gives the port back."""
         self._server.shutdown()
         self._server.server_close()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        self._thread.join()

@@ -9,8 +9,9 @@ from typing import Any
 from ds_moe_ep.dist.comm_stats import CommStats, KindStats
 from ds_moe_ep.dist.durations import Durations
 from ds_moe_ep.engine.summary import RankSummary
-from ds_moe_ep.monitor.metrics_format import Sample
+from ds_moe_ep.moe.layer import DispatchedExperts
 from ds_moe_ep.monitor.recorder import Recorder
+from ds_moe_ep.monitor.windows import Border
 
 __all__ = ["RankRecord"]
 
@@ -27,9 +28,8 @@ class RankRecord:
         pass_s: p50, p95 and max of a pass, by kind; None of a kind that there was none of.
         first_token_s: The same of the time from the start of a batch to its first token.
         collectives: By kind: count, sent_bytes, p50_s, p95_s, max_s and the histogram.
-        tokens_per_expert: Live tokens of this rank that chose each expert ``[L][E]``.
-        window_rows: Rows that its experts computed, by window of passes and layer.
-        window_steps: Passes of a window.
+        rows_of_expert: For each MoE layer, the rows that each of its experts computed.
+        borders: Rows that they had computed after so many passes.
     """
 
     summary: RankSummary
@@ -39,40 +39,56 @@ class RankRecord:
     pass_s: dict[str, dict[str, float] | None]
     first_token_s: dict[str, float] | None
     collectives: dict[str, dict[str, Any]]
-    tokens_per_expert: list[list[int]]
-    window_rows: list[list[int]]
-    window_steps: int
+    rows_of_expert: list[dict[int, int]]
+    borders: list[Border]
 
     @classmethod
     def of(
         cls,
         summary: RankSummary,
         recorder: Recorder,
-        samples: Sequence[Sample],
-        stats: Iterable[CommStats],
+        utilisation: float,
+        layers: Sequence[DispatchedExperts],
+        experts: Sequence[Sequence[int]],
     ) -> RankRecord:
-        """Returns what a recorder that is closed, the samples and the MoE layers have."""
+        """Returns what there is to know of a rank when its work is done.
+
+        Args:
+            summary: Its figures of every job.
+            recorder: Its recorder, closed.
+            utilisation: Mean over its samples.
+            layers: Its MoE layers.
+            experts: For each of them, which experts are here.
+        """
         times = recorder.clock.times
-        looks = samples[1:]  # the first is of no time at all
         return cls(
             summary=summary,
-            utilisation=sum(each.utilisation for each in looks) / max(1, len(looks)),
+            utilisation=utilisation,
             num_passes={kind: each.count for kind, each in times.items()},
             parts_s={kind: each.estimated_parts_s() for kind, each in times.items()},
             pass_s={kind: each.durations.quantiles() for kind, each in times.items()},
             first_token_s=recorder.first_token_s.quantiles(),
-            collectives=_by_kind(stats),
-            tokens_per_expert=recorder.loads.tokens_LE.tolist(),
-            window_rows=recorder.windows.rows,
-            window_steps=recorder.windows.num_steps,
+            collectives=_by_kind(layer.stats for layer in layers),
+            rows_of_expert=[
+                _by_expert(held, layer.tokens_per_expert.tolist())
+                for held, layer in zip(experts, layers, strict=True)
+            ],
+            borders=recorder.borders.passed,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the line; what is merged over ranks stands in other files."""
         own = asdict(self)
-        for name in ("tokens_per_expert", "window_rows", "window_steps"):
-            del own[name]
+        del own["rows_of_expert"], own["borders"]
         return own.pop("summary") | own
+
+
+def _by_expert(held: Sequence[int], rows: Sequence[int]) -> dict[int, int]:
+    """Returns rows by expert; two slots of a rank may hold the same one."""
+    by_expert = dict.fromkeys(held, 0)
+    for expert, count in zip(held, rows, strict=True):
+        by_expert[expert] += count
+    return by_expert
 
 
 def _by_kind(stats: Iterable[CommStats]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Watches the forward passes of a rank: how long which part took, and what the routers chose.
+"""Watches the forward passes of a rank: how long which part took, and the rows of its experts.
 
 It puts hooks on the model and takes them off again; what is made of the figures is not its
 business.
@@ -7,17 +7,16 @@ business.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ds_moe_ep.dist.durations import Durations
 from ds_moe_ep.moe.layer import ExpertParallelMoE
-from ds_moe_ep.monitor.loads import ExpertLoads, Windows
 from ds_moe_ep.monitor.pass_clock import PassClock
+from ds_moe_ep.monitor.windows import Borders
 
 __all__ = ["Recorder"]
 
@@ -36,37 +35,29 @@ class Recorder:
         model: The adapted model.
         layers: Its MoE layers in the order of a forward pass.
         device: Device of the model.
-        counts_tokens: Whether the tokens of this rank are its own: of a replicated batch only one
-            rank counts them.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[ExpertParallelMoE],
-        *,
-        device: torch.device,
-        counts_tokens: bool = True,
+        self, model: nn.Module, layers: Sequence[ExpertParallelMoE], *, device: torch.device
     ) -> None:
         self.clock = PassClock(device)
-        self.windows = Windows()
+        self.borders = Borders(len(layers))
         self.first_token_s = Durations()
-        self.loads = ExpertLoads(len(layers), max(each.num_experts for each in layers), device)
         self._layers = layers
-        self._counts_tokens = counts_tokens
-        self._topk_ids: dict[int, Tensor] = {}  # of the pass, by number of the layer
+        self._step = 0
         self._batch_begun_s: float | None = None
-        self._hooks = [
+        self._of_pass = [
             model.register_forward_pre_hook(self._start_pass, with_kwargs=True),
             model.register_forward_hook(self._end_pass),
         ]
-        for number, layer in enumerate(layers):
-            self._hooks.append(layer.register_forward_pre_hook(partial(self._count, number)))
-            layer.deepspeed_moe.on_part = self.clock.enter
-        for name, module in model.named_modules():
-            if part := _part_of(name, model):
-                self._hooks.append(module.register_forward_pre_hook(partial(self._enter, part)))
-                self._hooks.append(module.register_forward_hook(self._leave))
+        # Modules that are a part of a pass, and what says so. Their hooks are there in passes that
+        # are split only: one that does nothing would cost as much as one that looks at the clock.
+        self._parts = [
+            (module, self._entering(part))
+            for name, module in model.named_modules()
+            if (part := _part_of(name, model))
+        ]
+        self._of_parts: list[Any] = []
 
     def start_batch(self) -> None:
         """Says that the next pass is the first of a batch."""
@@ -74,44 +65,54 @@ class Recorder:
 
     def start_step(self, step: int) -> None:
         """Is told of every pass that this rank takes part in, from 1 on."""
-        if self.windows.is_full_at(step):
-            self._close_window()
+        if self.borders.is_next(self._step):
+            self._add_border()
+        self._step = step
 
     def close(self) -> None:
         """Takes the hooks off, and counts what is not counted yet."""
-        self._close_window()
+        self._add_border()
         self.clock.finish()
-        for hook in self._hooks:
+        self._stop_splitting()
+        for hook in self._of_pass:
             hook.remove()
-        for layer in self._layers:
-            layer.deepspeed_moe.on_part = None
 
     def _start_pass(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        self.clock.start("decode" if self._batch_begun_s is None else "prefill")
+        if self.clock.start("decode" if self._batch_begun_s is None else "prefill"):
+            self._split()
 
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._counts_tokens:
-            ids = [self._topk_ids[number] for number in range(len(self._layers))]
-            self.loads.count(ids, self._layers[0].deepspeed_moe.live_T)
         self.clock.stop()
+        self._stop_splitting()
         if self._batch_begun_s is not None:
             if output.logits.is_cuda:
                 torch.cuda.synchronize()  # once a batch: a token is there when it can be read
             self.first_token_s.add(time.perf_counter() - self._batch_begun_s)
             self._batch_begun_s = None
 
-    def _count(self, number: int, module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
-        self._topk_ids[number] = args[1]
+    def _split(self) -> None:
+        for module, enter in self._parts:
+            self._of_parts.append(module.register_forward_pre_hook(enter))
+            self._of_parts.append(module.register_forward_hook(self._leave))
+        for layer in self._layers:
+            layer.deepspeed_moe.on_part = self.clock.enter
 
-    def _enter(self, part: str, module: nn.Module, args: Any) -> None:
-        self.clock.enter(part)
+    def _stop_splitting(self) -> None:
+        for hook in self._of_parts:
+            hook.remove()
+        self._of_parts.clear()
+        for layer in self._layers:
+            layer.deepspeed_moe.on_part = None
+
+    def _entering(self, part: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: self.clock.enter(part)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.clock.enter("other")
 
-    def _close_window(self) -> None:
+    def _add_border(self) -> None:
         rows = [layer.deepspeed_moe.tokens_per_expert.sum() for layer in self._layers]
-        self.windows.close(torch.stack(rows).tolist())  # a device-to-host sync on a GPU
+        self.borders.add(self._step, torch.stack(rows).tolist())  # a device-to-host sync on a GPU
 
 
 def _part_of(name: str, model: nn.Module) -> str | None:

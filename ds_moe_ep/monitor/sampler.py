@@ -1,8 +1,8 @@
-"""Looks at every rank once a second while a job runs: utilisation, memory, progress.
+"""Looks at every rank once a second while a job runs: utilisation, memory, progress, balance.
 
-Each rank leaves its sample in the store of the rendezvous, and rank 0 takes all of them: so nobody
-needs a shared folder, and no collective is involved. What is done with samples is said by those who
-listen.
+Each rank leaves what it has to tell in the store of the rendezvous, and rank 0 takes all of it: so
+nobody needs a shared folder, and no collective is involved. What is done with it is said by those
+who listen.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import torch
 import torch.distributed as dist
 
 from ds_moe_ep import host_memory
+from ds_moe_ep.config.strict import Strict
+from ds_moe_ep.monitor.figures import JobNow
 from ds_moe_ep.monitor.metrics_format import Sample
+from ds_moe_ep.monitor.windows import Border, LiveBalance
 
-__all__ = ["Sampler", "Usage"]
+__all__ = ["Sampler", "Told", "Usage"]
 
 _EVERY_S = 1.0
 _PATIENCE_S = 5.0  # at the end of a job, for a thread that may wait for a store that has gone
@@ -46,6 +49,10 @@ class Usage:
         self._since = now
         return busy_s / max(elapsed_s, 1e-9) / torch.get_num_threads()
 
+    def peak_bytes(self, resident: int) -> int:
+        """Returns a peak, given with shared pages counted whole, with this rank's share of them."""
+        return max(0, resident - self._shared_bytes) if self._device.type != "cuda" else resident
+
     def memory_bytes(self) -> int:
         """Returns what is used of the GPU, or by this process with its share of shared pages.
 
@@ -56,6 +63,13 @@ class Usage:
         return max(0, (host_memory.resident_bytes() or 0) - self._shared_bytes)
 
 
+class Told(Strict):
+    """What a rank leaves in the store: its sample, and its recent borders (see windows.py)."""
+
+    sample: Sample
+    borders: list[Border]
+
+
 class Sampler:
     """The thread that looks, on each rank.
 
@@ -63,8 +77,9 @@ class Sampler:
         rank: Global rank.
         world_size: How many there are.
         look: Takes a sample of this rank.
+        borders: Returns its recent borders.
         store: Of the rendezvous; None for a job of one rank.
-        listeners: Told on rank 0, at each look, of the last sample of every rank.
+        listeners: Told on rank 0, at each look, how the job is.
     """
 
     def __init__(
@@ -72,17 +87,25 @@ class Sampler:
         rank: int,
         world_size: int,
         look: Callable[[], Sample],
+        borders: Callable[[], list[Border]],
         store: dist.Store | None,
-        listeners: Sequence[Callable[[Sequence[Sample]], None]] = (),
+        listeners: Sequence[Callable[[JobNow], None]] = (),
     ) -> None:
         self._rank, self._world_size = rank, world_size
-        self._look, self._listeners = look, listeners
+        self._look, self._borders, self._listeners = look, borders, listeners
+        self._balance = LiveBalance(world_size, len(borders()[0].rows))
         # A connection of its own: a question on it never holds up the job's.
         self._store = store.clone() if store is not None and world_size > 1 else None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
-        self.samples: list[Sample] = []
-        self.sample()
+        self._last = Told(sample=look(), borders=borders())
+        self._num_looks, self._utilisations = 0, 0.0
+        self._tell_others()
+
+    @property
+    def utilisation(self) -> float:
+        """Mean of all looks but that of the constructor, which is of no time at all."""
+        return self._utilisations / max(1, self._num_looks)
 
     def start(self) -> None:
         """Starts looking; every rank must have made its sampler before rank 0 calls this."""
@@ -94,21 +117,26 @@ class Sampler:
         self._thread.join(_PATIENCE_S)
 
     def sample(self) -> None:
-        """Takes a sample of this rank now, and leaves it in the store."""
-        own = self._look()
-        self.samples.append(own)
-        if self._store is not None:
-            self._store.set(_key(self._rank), own.model_dump_json())
+        """Looks at this rank now, and leaves what there is to tell in the store."""
+        self._last = Told(sample=self._look(), borders=self._borders())
+        self._num_looks += 1
+        self._utilisations += self._last.sample.utilisation
+        self._tell_others()
 
     def tell(self) -> None:
-        """Tells the listeners of the last sample of every rank."""
-        if self._store is None:
-            everyone = self.samples[-1:]
-        else:
+        """Tells the listeners what every rank told last."""
+        everyone = [self._last]
+        if self._store is not None:
             texts = self._store.multi_get([_key(rank) for rank in range(self._world_size)])
-            everyone = [Sample.model_validate_json(text) for text in texts]
+            everyone = [Told.model_validate_json(text) for text in texts]
+        self._balance.update([told.borders for told in everyone])
+        now = JobNow([told.sample for told in everyone], self._balance.window)
         for listen in self._listeners:
-            listen(everyone)
+            listen(now)
+
+    def _tell_others(self) -> None:
+        if self._store is not None:
+            self._store.set(_key(self._rank), self._last.model_dump_json())
 
     def _run(self) -> None:
         try:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ds_moe_ep.monitor.findings import pass_parts, slow_rank
 from ds_moe_ep.monitor.metrics_folder import Metrics
 from ds_moe_ep.monitor.metrics_format import PHASES
-from ds_moe_ep.monitor.page import key_figures, title
+from ds_moe_ep.monitor.page import bring_up_told, key_figures, title
 from ds_moe_ep.monitor.units import time_of
 from ds_moe_ep.monitor.verdicts import Verdict
 
@@ -37,6 +37,7 @@ def summary_text(metrics: Metrics, verdicts: Sequence[Verdict]) -> str:
             whole = sum(parts.values()) or 1.0
             shares = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in parts.items())
             lines += textwrap.wrap(f"{phase} pass {time_of(whole)}: {shares}", _WIDTH)
+    lines += textwrap.wrap(f"bring-up: {bring_up_told(metrics)}", _WIDTH)
     if slow := slow_rank(metrics):
         lines += textwrap.wrap(f"slowest: {slow}", _WIDTH)
     return "\n".join(lines)

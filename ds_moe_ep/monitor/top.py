@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -21,14 +21,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_moe_ep.monitor.live import LiveRun, Row, follow
+from ds_moe_ep.monitor.metrics_format import BalanceWindow
 from ds_moe_ep.monitor.units import few_digits, printable, size, span
-from ds_moe_ep.monitor.verdicts import TARGETS
+from ds_moe_ep.monitor.verdicts import PERFECT_BALANCE, TARGETS
 
 __all__ = ["top"]
 
 _EVERY_S = 0.5
 _SILENT_S = 15.0  # samples come once a second; a job that is starved may be late
-_LINES_AROUND = 5  # heading, table head and foot, keys, and the cursor's
+_LINES_AROUND = 6  # two of heading, table head and foot, keys, and the cursor's
+_NO_BALANCE = "balance -"
 _KEYS = "q quit   r ranks   h hosts   arrows, space scroll"
 _DOWN, _UP = ("j", "\x1b[B", "\x1bOB"), ("k", "\x1b[A", "\x1bOA")
 _PAGE_DOWN, _PAGE_UP = (" ", "\x1b[6~"), ("b", "\x1b[5~")
@@ -114,6 +116,7 @@ class _Screen:
         last = self._first + room
         parts: list[RenderableType] = [
             self._heading(),
+            self._balance(),
             self._table(rows[self._first : last], by_host),
         ]
         if self.height:
@@ -129,9 +132,6 @@ class _Screen:
         text.append(printable(run.model), style="bold")
         text.append(f"  EP{plan.ep_size} TP{plan.tp_size} PP{plan.pp_size} DP{plan.dp_size}")
         text.append(f"  {printable(run.device)}  {span(live.seconds)}")
-        balance = live.balancedness()
-        if balance is not None:
-            text.append(f"  balance {balance:.2f}")
         if live.is_over:
             text.append("  over", style="green")
         elif not live.seconds:
@@ -139,6 +139,18 @@ class _Screen:
         elif live.silent_s > _SILENT_S:
             silent = f"  silent for {span(live.silent_s)}: the job may have ended or hang"
             text.append(silent, style="yellow")
+        return text
+
+    def _balance(self) -> Text:
+        window = self._live.balance
+        if window is None:
+            return Text(_NO_BALANCE, style="dim", no_wrap=True, overflow="ellipsis")
+        text = Text("balance ", no_wrap=True, overflow="ellipsis")
+        text.append_text(_judged(window.overall))
+        text.append("   worst layer ")
+        text.append_text(_judged(min(window.layers)))
+        text.append(f" ({_worst_layer(self._live.run.moe_layers, window)})")
+        text.append(f"   passes {window.first_step:,} to {window.last_step:,}", style="dim")
         return text
 
     def _table(self, rows: list[Row], by_host: bool) -> Table:
@@ -167,6 +179,14 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.batch_size:,}",
         f"{row.step:,}",
     )
+
+
+def _judged(balancedness: float) -> Text:
+    return Text(f"{balancedness:.2f}", style="green" if balancedness >= PERFECT_BALANCE else "")
+
+
+def _worst_layer(moe_layers: Sequence[int], window: BalanceWindow) -> int:
+    return moe_layers[min(range(len(moe_layers)), key=window.layers.__getitem__)]
 
 
 _ReadKeys = Callable[[float], list[str]]

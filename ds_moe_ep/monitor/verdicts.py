@@ -1,6 +1,6 @@
 """Judges a job by the targets of the deployment: measured, target, met or not, and why not.
 
-The figures behind a reason are found in findings.py. Nothing is judged that a run cannot show.
+Likely reasons are found in reasons.py. Nothing is judged that a run cannot show.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from statistics import mean
 from typing import Literal
 
 from ds_moe_ep.monitor.findings import (
-    Balance,
-    KindLatency,
     balance_of,
-    hot_experts,
     kind_latencies,
     mean_batch_size,
-    pass_parts,
-    rows_per_pass,
     slow_rank,
 )
 from ds_moe_ep.monitor.metrics_folder import Metrics
-from ds_moe_ep.monitor.metrics_format import RankMetrics
-from ds_moe_ep.monitor.units import few_digits, size, time_of, times
+from ds_moe_ep.monitor.reasons import (
+    small_batch,
+    where_time_goes,
+    why_more_memory,
+    why_slow_collective,
+    why_unbalanced,
+)
+from ds_moe_ep.monitor.units import few_digits, size, time_of
 
-__all__ = ["COLLECTIVE_NAMES", "TARGETS", "Targets", "Verdict", "judge"]
+__all__ = ["COLLECTIVE_NAMES", "PERFECT_BALANCE", "TARGETS", "Targets", "Verdict", "judge"]
 
 COLLECTIVE_NAMES = {
     "exchange": "all-to-all",
@@ -38,14 +39,8 @@ COLLECTIVE_NAMES = {
 
 State = Literal["met", "missed", "open"]
 
-# From where on an expert counts as hot, rows as few, a batch as small.
-_HOT, _FEW_ROWS, _SMALL_BATCH = 1.5, 64, 8
-# What is more than the mean by less than this is no reason.
-_MORE = 1.05
-# Chance evens out: where the whole run is more balanced than its passes by this, it is a reason.
-_BY_CHANCE = 0.03
-# Balancedness that is 1.00 when it is rounded is perfect.
-_PERFECT = 0.995
+PERFECT_BALANCE = 0.995
+"""Balancedness that is 1.00 when it is rounded is perfect."""
 
 
 @dataclass(frozen=True)
@@ -127,18 +122,11 @@ def _utilisation(metrics: Metrics, targets: Targets) -> Verdict:
             reasons.append(f"collectives, with waiting, take {share:.0%} of the run")
         if slow := slow_rank(metrics):
             reasons.append(f"the others wait for rank {slow.rank}")
-        reasons += _small_batch(metrics)
+        reasons += small_batch(metrics)
     target = f">= {targets.utilisation:.0%}"
     return Verdict(
         "GPU utilisation", f"{value:.1%}", target, _state(is_met), _joined(reasons), value
     )
-
-
-def _small_batch(metrics: Metrics) -> list[str]:
-    batch = mean_batch_size(metrics)
-    if batch is None or batch >= _SMALL_BATCH:
-        return []
-    return [f"batches are small ({batch:.3g} prompts a rank)"]
 
 
 def _memory_variance(metrics: Metrics, targets: Targets) -> Verdict:
@@ -155,24 +143,8 @@ def _memory_variance(metrics: Metrics, targets: Targets) -> Verdict:
         f"{size(most.peak_memory_bytes)} (rank {most.rank})"
     )
     if not is_met:
-        reason += f"; {_why_more_memory(metrics, most)}"
+        reason += f"; {why_more_memory(metrics, most)}"
     return Verdict(name, f"{value:.1%}", target, _state(is_met), reason, value)
-
-
-def _why_more_memory(metrics: Metrics, most: RankMetrics) -> str:
-    def factor(name: str, of: int, values: Sequence[int]) -> tuple[float, str]:
-        return (of * len(values) / sum(values) if any(values) else 1.0), name
-
-    rows = factor("expert rows", most.expert_rows, [rank.expert_rows for rank in metrics.ranks])
-    tokens = factor(
-        "tokens of prompts",
-        most.prompt_tokens + most.new_tokens,
-        [rank.prompt_tokens + rank.new_tokens for rank in metrics.ranks],
-    )
-    share, name = max(rows, tokens)
-    if share > _MORE:
-        return f"rank {most.rank} has {times(share)} the mean of {name}"
-    return f"rank {most.rank} has no more rows or tokens than the mean: it is not the work"
 
 
 def _collective_latency(metrics: Metrics, targets: Targets) -> Verdict:
@@ -189,22 +161,10 @@ def _collective_latency(metrics: Metrics, targets: Targets) -> Verdict:
         f"max {time_of(max(latency.max_s for latency in latencies))}",
     ]
     if not is_met:
-        reasons.append(_why_slow_collective(worst, targets))
+        reasons.append(why_slow_collective(worst, targets.collective_s))
         if metrics.run.on_cpu:
             reasons.append("CPU run, without the links of GPUs")
     return Verdict(name, measured, target, _state(is_met), _joined(reasons), worst.p50_s)
-
-
-def _why_slow_collective(worst: KindLatency, targets: Targets) -> str:
-    if worst.least_p50_s < targets.collective_s:
-        return (
-            f"waiting, not links: rank {worst.least_rank}, which the others wait for, takes "
-            f"{time_of(worst.least_p50_s)}"
-        )
-    return (
-        f"slow links: even rank {worst.least_rank}, which waits least, takes "
-        f"{time_of(worst.least_p50_s)} for {size(worst.sent_bytes / worst.count)}"
-    )
 
 
 def _balancedness(metrics: Metrics) -> Verdict:
@@ -223,29 +183,11 @@ def _balancedness(metrics: Metrics) -> Verdict:
         f"worst layer {balance.of_worst_layer:.2f} (layer {balance.worst_layer}), rows of the "
         f"whole run {balance.of_whole_run:.2f}"
     ]
-    is_met = balance.average >= _PERFECT
+    is_met = balance.average >= PERFECT_BALANCE
     if not is_met:
-        reasons += _why_unbalanced(metrics, balance)
+        reasons += why_unbalanced(metrics, balance)
     measured = f"{balance.average:.2f}"
     return Verdict(name, measured, target, _state(is_met), _joined(reasons), balance.average)
-
-
-def _why_unbalanced(metrics: Metrics, balance: Balance) -> list[str]:
-    reasons = []
-    hottest = next(iter(hot_experts(metrics)), None)
-    if hottest is not None and hottest.factor >= _HOT:
-        reasons.append(f"skewed router: {hottest}")
-    rows = rows_per_pass(metrics)
-    if rows < _FEW_ROWS and balance.of_whole_run > balance.average + _BY_CHANCE:
-        reasons.append(
-            f"chance: {few_digits(rows)} rows a rank, layer and pass are few; over the whole run "
-            f"ranks are at {balance.of_whole_run:.2f}"
-        )
-    if not reasons:
-        busiest = max(metrics.ranks, key=lambda rank: rank.expert_rows)
-        factor = 1 / balance.of_whole_run
-        reasons.append(f"rank {busiest.rank} computes {times(factor)} the mean of rows")
-    return reasons
 
 
 def _decode_latency(metrics: Metrics, targets: Targets) -> Verdict:
@@ -261,24 +203,8 @@ def _decode_latency(metrics: Metrics, targets: Targets) -> Verdict:
         f"max {time_of(max(quantiles.max for quantiles in measured_ranks))}"
     ]
     if not is_met:
-        reasons += _where_time_goes(metrics, "decode")
+        reasons += where_time_goes(metrics, "decode")
     return Verdict(name, time_of(value), target, _state(is_met), _joined(reasons), value)
-
-
-def _where_time_goes(metrics: Metrics, phase: str) -> list[str]:
-    reasons = ["CPU run"] if metrics.run.on_cpu else []
-    parts = pass_parts(metrics, phase)
-    whole = sum(parts.values())
-    if whole:
-        sent = "dispatch and combine, waiting included,"
-        shares = {part: parts[part] / whole for part in ("attention", "router", "experts", "other")}
-        shares[sent] = (parts["dispatch"] + parts["combine"]) / whole
-        most, second = sorted(shares, key=lambda part: -shares[part])[:2]
-        verb = "take" if most in (sent, "experts") else "takes"
-        reasons.append(
-            f"{most} {verb} {shares[most]:.0%} of a pass, {second.rstrip(',')} {shares[second]:.0%}"
-        )
-    return reasons
 
 
 def _sequences(metrics: Metrics, targets: Targets) -> Verdict:
@@ -301,7 +227,7 @@ def _sequences(metrics: Metrics, targets: Targets) -> Verdict:
     reasons = [told]
     if not is_met:
         phase = "decode" if metrics.run.task == "generate" else "prefill"
-        reasons += [*_where_time_goes(metrics, phase), *_small_batch(metrics)]
+        reasons += [*where_time_goes(metrics, phase), *small_batch(metrics)]
     return Verdict(name, few_digits(value), target, _state(is_met), _joined(reasons), value)
 
 

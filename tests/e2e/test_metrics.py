@@ -69,6 +69,9 @@ def test_a_watched_job_writes_what_it_did(args, tmp_path):
         assert 0 < spent_s < rank.run_s
     assert {sample.rank for sample in metrics.samples} == {0, 1}
     assert all(0 < window.overall <= 1 for window in metrics.windows)
+    borders = [(window.first_step, window.last_step) for window in metrics.windows]
+    assert borders[0][0] == 1 and borders[-1][1] == metrics.ranks[0].num_steps
+    assert [phase.verdict for phase in metrics.bring_up].count("fail") == 0
     assert metrics.run.predicted_memory_bytes and metrics.run.available_memory_bytes
 
     written = list((tmp_path / "csv").rglob("*.csv"))
@@ -82,8 +85,9 @@ def test_a_watched_job_writes_what_it_did(args, tmp_path):
     assert {s.labels["rank"] for s in families["ds_moe_ep_memory_bytes"].samples} <= {"0", "1"}
 
 
-def test_scores_count_no_new_tokens_and_a_replicated_batch_counts_once(args, tmp_path):
-    options = ["--task", "score", "--batch-mode", "replicated"]
+@pytest.mark.parametrize("dispatcher", ["auto", "alltoall"])
+def test_scores_count_no_new_tokens_and_a_replicated_batch_counts_once(args, tmp_path, dispatcher):
+    options = ["--task", "score", "--batch-mode", "replicated", "--dispatcher", dispatcher]
     result = launch_infer([*args, *options], num_ranks=2, is_forked=True)
     assert result.returncode == 0, result.stdout + result.stderr
     metrics = read_metrics(tmp_path / "metrics")

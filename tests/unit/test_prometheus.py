@@ -9,7 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ds_moe_ep.errors import ResourceError
-from ds_moe_ep.monitor.metrics_format import Sample
+from ds_moe_ep.monitor.figures import JobNow
+from ds_moe_ep.monitor.metrics_format import BalanceWindow, Sample
 from ds_moe_ep.monitor.prometheus import Exporter
 from tests.helpers.launch import REPO, free_port
 
@@ -29,11 +30,14 @@ def _sample(rank: int) -> Sample:
     )
 
 
-def _scrape(samples):
+_WINDOW = BalanceWindow(first_step=1, last_step=8, overall=0.75, layers=[0.9, 0.5])
+
+
+def _scrape(samples, window=_WINDOW):
     port = free_port()
     exporter = Exporter(port)
     try:
-        exporter.update(samples)
+        exporter.update(JobNow(samples, window))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
     finally:
@@ -55,11 +59,17 @@ def test_every_rank_is_served_and_the_job_as_a_whole():
     assert values["ds_moe_ep_utilisation_ratio", "0"] == 0.5
     assert values["ds_moe_ep_tokens_per_second", None] == (100 + 200) / 10
     assert values["ds_moe_ep_memory_variance", None] == pytest.approx(500 / 1250)
+    assert values["ds_moe_ep_balancedness", None] == 0.75
+    assert values["ds_moe_ep_balancedness_worst_layer", None] == 0.5
+
+
+def test_before_the_first_window_there_is_no_balance():
+    assert not any("balance" in name for name in _scrape([_sample(0)], None))
 
 
 def test_the_number_of_series_is_bounded():
     families = _scrape([_sample(rank) for rank in range(64)])
-    assert sum(len(family.samples) for family in families.values()) == 64 * 7 + 2
+    assert sum(len(family.samples) for family in families.values()) == 64 * 7 + 4
 
 
 def test_the_dashboard_asks_for_series_that_there_are():

@@ -10,7 +10,8 @@ import pytest
 
 from ds_moe_ep.cli import main
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.monitor.metrics_folder import SampleFile, read_metrics
+from ds_moe_ep.monitor.metrics_folder import GrowingFile, read_metrics, read_run
+from ds_moe_ep.monitor.metrics_format import Sample
 from ds_moe_ep.monitor.page import page
 from ds_moe_ep.monitor.summary_text import summary_text
 from ds_moe_ep.monitor.units import few_digits, printable, size, span, time_of, times
@@ -40,27 +41,28 @@ def test_ranks_come_in_their_order_whatever_that_of_the_lines(tmp_path):
 
 def test_samples_may_be_cut_after_any_byte(tmp_path):
     path = _written(tmp_path) / "samples.jsonl"
+    run = read_run(path.parent)
     whole = path.read_bytes()
     start = whole.rindex(b"\n", 0, -1) + 1
     for end in range(start, len(whole)):
         path.write_bytes(whole[:end])
-        assert len(SampleFile(path, 4).new_samples()) == 39
+        assert len(GrowingFile(path, Sample, run).new_lines()) == 39
     path.write_bytes(whole)
-    assert len(SampleFile(path, 4).new_samples()) == 40
+    assert len(GrowingFile(path, Sample, run).new_lines()) == 40
 
 
 def test_samples_are_followed_line_by_line_and_from_the_start_of_a_new_job(tmp_path):
     path = _written(tmp_path) / "samples.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"")
-    file = SampleFile(path, 4)
-    assert file.new_samples() == []
+    file = GrowingFile(path, Sample, read_run(path.parent))
+    assert file.new_lines() == []
     path.write_bytes(lines[0] + lines[1][:20])
-    assert [sample.rank for sample in file.new_samples()] == [0]
+    assert [sample.rank for sample in file.new_lines()] == [0]
     path.write_bytes(b"".join(lines[:3]))
-    assert [sample.rank for sample in file.new_samples()] == [1, 2]
+    assert [sample.rank for sample in file.new_lines()] == [1, 2]
     path.write_bytes(lines[3])
-    assert [sample.rank for sample in file.new_samples()] == [3]
+    assert [sample.rank for sample in file.new_lines()] == [3]
 
 
 def _drop_line(files):
@@ -128,6 +130,10 @@ _FAULTS = {
     "other experts": (
         _other_experts,
         "experts.jsonl: experts 7, but num_experts of run.json makes it 8",
+    ),
+    "a bring-up that failed": (
+        lambda files: files["bringup.jsonl"].pop(),
+        "bringup.jsonl: phases [1, 2, 3], but a job that has run went through 1 to 4.",
     ),
     "other windows": (
         lambda files: files["balance.jsonl"][1].update(layers=[1.0]),
@@ -283,6 +289,10 @@ def test_the_page_shows_what_was_found(tmp_path):
         "skewed router: expert 7 of layer 3 takes 3.00x the mean",
         "Dashed: 100 MiB a rank were predicted; peaks differ from that by +0.0% to +10.0%.",
         "4 * 1 * 1 * 1 = 4 ranks",
+        "4 phases in 2.50 s, warned of latency flat (phase 2).",
+        "2 configure communication, 0.50 s",
+        "latency flat ! warn all-gather 1.7, all-to-all 1.6 ms (target 1) & <slow>",
+        "contiguous experts",
         "launch/infer.py --model 'tiny & <b>' --metrics out",
         "torch 2.13.0",
     ):

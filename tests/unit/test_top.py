@@ -161,16 +161,16 @@ def test_64_ranks_fit_by_host_and_scroll_by_rank(tmp_path, start):
     terminal.wait_for("worker-7 (8)")
     terminal.wait_for("q quit")
     terminal.press("r")
-    terminal.wait_for("18 worker-2")  # 24 lines, 5 of them for other things
-    terminal.wait_for("1 to 19 of 64")
+    terminal.wait_for("17 worker-2")  # 24 lines, 6 of them for other things
+    terminal.wait_for("1 to 18 of 64")
     terminal.press(" ")
-    terminal.wait_for("19 worker-2")
-    terminal.wait_for("20 to 38 of 64")
+    terminal.wait_for("18 worker-2")
+    terminal.wait_for("19 to 36 of 64")
     terminal.press("\x1b[A")
-    terminal.wait_for("19 to 37 of 64")
+    terminal.wait_for("18 to 35 of 64")
     terminal.press("   ")
     terminal.wait_for("63 worker-7")
-    terminal.wait_for("46 to 64 of 64")
+    terminal.wait_for("47 to 64 of 64")
     terminal.press("q")
     assert terminal.end()[0] == 0
 
@@ -191,7 +191,8 @@ def test_without_a_terminal_it_shows_the_job_once(tmp_path):
     folder = _running(tmp_path, small_metrics(), num_samples=40)
     result = run_command([*_TOP, folder])
     assert (result.returncode, result.stderr) == (0, "")
-    heading, titles, *rows = result.stdout.splitlines()
+    heading, balance, titles, *rows = result.stdout.splitlines()
+    assert balance == "balance -"
     assert heading == "models/tiny & <b>  EP4 TP1 PP1 DP1  cpu  10.0 s"
     assert titles.split() == "rank host util memory tokens/s done queue batch step at".split()
     assert rows[3].split() == "3 node-b 80% 103 MiB 8.00 2 0 2 40 batch 3 of 3".split()
@@ -218,6 +219,26 @@ def test_tokens_a_second_are_those_of_the_last_seconds(tmp_path):
     live.update()
     # The last 10 s before 30 s begin between the samples of 1 s and 22 s; the earlier one counts.
     assert live.total().tokens_per_s == pytest.approx(4 * (5 * 9) / (30 - 1))
-    assert live.balancedness() is None
-    write_metrics_folder(tmp_path, {"balance.jsonl": files["balance.jsonl"]})
-    assert live.balancedness() == 0.8
+
+
+def test_balance_is_that_of_the_last_passes_of_a_file_that_grows_and_is_replaced(tmp_path, start):
+    files = small_metrics()
+    folder = _running(tmp_path, files)
+    terminal = start(folder)
+    terminal.wait_for("balance -")
+    first, second = (json.dumps(window) + "\n" for window in files["balance.jsonl"])
+    with (folder / "balance.jsonl").open("w") as file:
+        file.write(first + second[:20])
+        file.flush()
+        terminal.wait_for("balance 0.60   worst layer 0.40 (3)   passes 1 to 10")
+        file.write(second[20:])
+    terminal.wait_for("balance 0.80   worst layer 0.60 (3)   passes 11 to 40")
+    terminal.press("q")
+    assert terminal.end()[0] == 0
+    live = LiveRun(folder)
+    live.update()
+    new = folder / "new.jsonl"
+    new.write_text(first * 3)  # longer than the other: that it is another file is all that tells
+    new.replace(folder / "balance.jsonl")
+    live.update()
+    assert live.balance is not None and live.balance.last_step == 10

@@ -182,6 +182,41 @@ def test_without_skew_or_chance_the_busiest_rank_is_named(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("num_experts", "loads", "says"),
+    [
+        # Contiguous: 130 and three times 30, 55 / 130. Each rank needs two, so the least possible
+        # most is 70 + 15.
+        (8, [70, 60, 15, 15, 15, 15, 15, 15], "from 0.42 to 0.65"),
+        # One expert a rank: 30 / 90. In two slots: a quarter of 90 on each, besides 10, 10, 5, 5.
+        (4, [90, 10, 10, 10], "from 0.33 to 0.92"),
+        (8, [120, 20, 30, 30, 30, 30, 30, 30], None),  # the hot one is too hot for any place
+    ],
+)
+def test_a_placement_that_would_help_is_named(tmp_path, num_experts, loads, says):
+    def change(files):
+        files["run.json"]["num_experts"] = num_experts
+        files["experts.jsonl"] = [
+            {"layer": 1, "tokens_per_expert": [40] * num_experts},
+            {"layer": 3, "tokens_per_expert": loads},
+        ]
+
+    reason = _judged(tmp_path, change)["balancedness"].reason
+    command = f"ds-moe-ep balance {tmp_path}"
+    if num_experts == 4:
+        command += " --slots-per-rank 2"
+    if says is None:
+        assert "ds-moe-ep balance" not in reason
+    else:
+        assert f"bring layer 3 {says} over the whole run: {command}" in reason
+
+
+def test_a_placement_that_was_run_is_to_be_made_anew(tmp_path):
+    reason = _judged(tmp_path, lambda files: files["run.json"].update(slots_per_rank=3))
+    told = "experts were placed by the loads of another run; by these: ds-moe-ep balance"
+    assert told in reason["balancedness"].reason
+
+
 def test_what_was_not_measured_is_said(tmp_path):
     def change(files):
         files["run.json"] |= {"task": "score", "device": "NVIDIA H200"}
