@@ -36,10 +36,12 @@ def add_rehearse_command(
 def _rehearse(args: argparse.Namespace) -> int:
     from ds_moe_ep.model_spec import read_model_spec
     from ds_moe_ep.plan import make_plan
+    from ds_moe_ep.rehearsal.guard import go_on_guarded
     from ds_moe_ep.rehearsal.rehearse import rehearse
 
-    signal.signal(signal.SIGTERM, lambda caught, frame: sys.exit(128 + caught))  # clean up first
     cluster = read_hostfile(args.hostfile)
     plan = make_plan(cluster, read_model_spec(args.model), ep_size=args.ep_size)
-    rehearse(args.model, cluster, plan, tell=lambda line: print(line, flush=True))
+    signal.signal(signal.SIGTERM, lambda caught, frame: sys.exit(128 + caught))  # clean up first
+    folder = go_on_guarded("ds-moe-ep-rehearsal-")
+    rehearse(args.model, cluster, plan, folder, tell=lambda line: print(line, flush=True))
     return 0

@@ -3,10 +3,11 @@
 DeepSpeed's launcher, pdsh and ssh find them as they would find real ones. They share this machine's
 files, cores and memory, and reach each other, but nothing else.
 
-Nothing is left behind, however this process ends: all of it lives in namespaces of one process that
-waits for the end of its input. With that process the kernel ends all others there, and with the
-last of them go the networks, the mounts over ``/run``, ``/etc/hosts`` and ssh's configuration, and
-the files on them. The machine's own are never written.
+Nothing of the hosts is left behind, however this process ends: they live in namespaces of one
+process that waits for the end of its input. With that process the kernel ends all others there, and
+with the last of them go the networks, the mounts over ``/run``, ``/etc/hosts`` and ssh's
+configuration, and the files on them. The machine's own are never written. A command that is run
+where the hosts can be reached is no process of theirs: who starts it ends it.
 """
 
 from __future__ import annotations
@@ -121,18 +122,25 @@ def memory_bytes(is_counted: Callable[[int], bool]) -> int:
 
 def why_no_hosts() -> str | None:
     """Returns why hosts cannot be made on this machine and what to do; None if they can."""
-    if os.geteuid() != 0:
-        return "hosts are made of network namespaces, which takes root. Run it as root."
+    why = _what_is_in_the_way()
+    if why is None:
+        return None
+    packages = " ".join(_PACKAGES.values())
+    return f"{why}. Hosts take root and, on Debian: apt-get install -y {packages}."
+
+
+def _what_is_in_the_way() -> str | None:
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
     missing = [name for name in _PACKAGES if shutil.which(name, path=path) is None]
     if missing:
-        packages = " ".join(_PACKAGES[name] for name in missing)
-        return f"{', '.join(missing)} not found. Install: apt-get install -y {packages}"
+        return f"{', '.join(missing)} not found"
+    if os.geteuid() != 0:
+        return "hosts are made of network namespaces, and this is not root"
     tried = subprocess.run([*_NAMESPACES, "true"], capture_output=True, text=True, check=False)
     if tried.returncode != 0:
         return (
             f"this machine makes no namespaces ({tried.stderr.strip()}): a container needs "
-            "--privileged, or at least CAP_SYS_ADMIN and CAP_NET_ADMIN."
+            "--privileged, or at least CAP_SYS_ADMIN and CAP_NET_ADMIN"
         )
     return None
 

@@ -11,11 +11,8 @@ import json
 import os
 import random
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -33,7 +30,6 @@ from ds_moe_ep.rehearsal.shared_start import shared_start
 __all__ = ["rehearse"]
 
 _INFER = Path(__file__).resolve().parents[2] / "launch" / "infer.py"
-_FOLDER_PREFIX = "ds-moe-ep-rehearsal-"
 _NEW_TOKENS = 8
 _LOOK_S = 3.0  # between two looks at the memory
 _TAIL_LINES = 30
@@ -59,7 +55,7 @@ class _Stage:
 
 
 def rehearse(
-    model: Path, cluster: Cluster, plan: ParallelPlan, *, tell: Callable[[str], None]
+    model: Path, cluster: Cluster, plan: ParallelPlan, folder: Path, *, tell: Callable[[str], None]
 ) -> None:
     """Rehearses a job, telling of each phase when it has worked.
 
@@ -67,6 +63,8 @@ def rehearse(
         model: The model directory or config.json.
         cluster: The hosts, to be made on this machine.
         plan: The parallel sizes that fill them.
+        folder: Where to write; it is the caller's to remove, and so are processes if this ends
+            early. See `guard.go_on_guarded`.
         tell: Gets a line for each phase.
 
     Raises:
@@ -76,26 +74,15 @@ def rehearse(
         raise ConfigError(f"{_INFER} is not there: rehearse from a checkout of ds_moe_ep.")
     spec = read_model_spec(model)
     tell(f"plan     {plan} on {cluster.describe()}")
-    _remove_leftovers()
-    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-") as name:
-        folder = Path(name)
-        small = _make_model(model, spec, folder / "model", tell)
-        modules = "ds_moe_ep.engine.job", f"transformers.models.{spec.model_type}"
-        script, variables = shared_start(_INFER, *modules)
-        with _stage(cluster, variables, tell) as stage:
-            write_bundle(small, stage.cluster, plan, read_model_spec(small), folder / "config")
-            tell(f"files    written, as `ds-moe-ep config` does; started by run.sh and {HOSTFILE}")
-            prompts = _write_prompts(folder / "prompts.jsonl", plan.world_size)
-            tell(f"launch   {_launch(stage, folder, script)}")
-        tell(f"outputs  {_compare(small, prompts, folder / 'outputs.jsonl')}")
-
-
-def _remove_leftovers() -> None:
-    """Removes the folders of rehearsals that were killed; nothing else of them is left."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
-        pid = folder.name.removeprefix(_FOLDER_PREFIX).split("-")[0]
-        if not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    small = _make_model(model, spec, folder / "model", tell)
+    modules = "ds_moe_ep.engine.job", f"transformers.models.{spec.model_type}"
+    script, variables = shared_start(_INFER, *modules)
+    with _stage(cluster, variables, tell) as stage:
+        write_bundle(small, stage.cluster, plan, read_model_spec(small), folder / "config")
+        tell(f"files    written, as `ds-moe-ep config` does; started by run.sh and {HOSTFILE}")
+        prompts = _write_prompts(folder / "prompts.jsonl", plan.world_size)
+        tell(f"launch   {_launch(stage, folder, script)}")
+    tell(f"outputs  {_compare(small, prompts, folder / 'outputs.jsonl')}")
 
 
 def _make_model(model: Path, spec: ModelSpec, folder: Path, tell: Callable[[str], None]) -> Path:
@@ -169,14 +156,10 @@ def _launch(stage: _Stage, folder: Path, script: Path) -> str:
         running = subprocess.Popen(
             command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    try:
-        while running.poll() is None:
-            most_bytes = max(most_bytes, stage.memory_bytes(running.pid))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                running.wait(_LOOK_S)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(running.pid, signal.SIGTERM)
+    while running.poll() is None:
+        most_bytes = max(most_bytes, stage.memory_bytes(running.pid))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(_LOOK_S)
     if running.returncode != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         raise DistributedError(

@@ -1,0 +1,44 @@
+"""Why hosts cannot be made on a machine: each time with what to install, and how."""
+
+import os
+
+import pytest
+
+from ds_moe_ep.rehearsal.hosts import why_no_hosts
+
+_PACKAGES = "pdsh openssh-server iproute2 util-linux"
+_INSTALL = f"Hosts take root and, on Debian: apt-get install -y {_PACKAGES}."
+_REFUSED = "echo 'unshare: unshare failed: Operation not permitted' >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("missing", "user", "unshare", "why"),
+    [
+        ("pdsh", 0, "", "pdsh not found"),
+        ("pdsh", 1000, "", "pdsh not found"),
+        (None, 1000, "", "hosts are made of network namespaces, and this is not root"),
+        (
+            None,
+            0,
+            _REFUSED,
+            "this machine makes no namespaces (unshare: unshare failed: Operation not permitted): "
+            "a container needs --privileged, or at least CAP_SYS_ADMIN and CAP_NET_ADMIN",
+        ),
+    ],
+)
+def test_what_is_in_the_way_and_what_to_install(tmp_path, monkeypatch, missing, user, unshare, why):
+    _play_machine(tmp_path, monkeypatch, missing, user, unshare)
+    assert why_no_hosts() == f"{why}. {_INSTALL}"
+
+
+def test_nothing_is_in_the_way(tmp_path, monkeypatch):
+    _play_machine(tmp_path, monkeypatch, None, 0, "")
+    assert why_no_hosts() is None
+
+
+def _play_machine(folder, monkeypatch, missing, user, unshare) -> None:
+    for name in {"pdsh", "sshd", "ip", "unshare"} - {missing}:
+        (folder / name).write_text(f"#!/bin/sh\n{unshare}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(os, "geteuid", lambda: user)
