@@ -8,6 +8,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+trap 'printf "== in all: %d s\n" $SECONDS' EXIT # also when something has failed
+
 stage() {
     local start=$SECONDS
     "$@" || {
@@ -42,4 +44,4 @@ stage ruff check
 stage ruff format --check
 stage mypy
 printf '== pytest\n'
-exec python -m pytest --durations=10 "$@"
+python -m pytest --durations=10 "$@"
