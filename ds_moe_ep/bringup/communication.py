@@ -188,19 +188,20 @@ def _time_ms(
     return median(own_ns) / 1e6
 
 
-def describe_bandwidth(prices: LinkPrices | None) -> Check:
-    """Tells what bytes cost in each group, as the cost model knows it."""
-    if prices is None:
-        return Check("bandwidth", PASS, "not measured: only --dispatcher auto needs to know")
+def describe_bandwidth(prices: LinkPrices) -> Check:
+    """Tells what bytes cost in each group; the figure is that of the whole group."""
     groups = {"flat": prices.flat, "across": prices.across, "within": prices.within}
-    told = []
-    for name, group in groups.items():
-        if group is None:
-            continue
-        s_per_byte = group.exchange.s_per_byte
-        speed = f"{1e-9 / s_per_byte:.3g} GB/s" if s_per_byte > 0 else "too fast to tell"
-        told.append(f"{name} {speed}")
-    return Check("bandwidth", PASS, f"{', '.join(told)} (bytes a rank sends, in large messages)")
+    speeds = {
+        name: 1e-9 / group.exchange.s_per_byte if group.exchange.s_per_byte > 0 else None
+        for name, group in groups.items()
+        if group is not None
+    }
+    told = ", ".join(
+        f"{name} {'too fast to tell' if speed is None else f'{speed:.3g} GB/s'}"
+        for name, speed in speeds.items()
+    )
+    text = f"{told} (bytes a rank sends, in large messages)"
+    return Check("bandwidth", PASS, text, measured=speeds["flat"], unit="GB/s")
 
 
 def _groups(links: Links) -> Mapping[str, Communicator]:

@@ -44,6 +44,7 @@ from ds_moe_ep.engine.schedule import Batch, replicate, spread
 from ds_moe_ep.errors import BringUpError, PlanError, ResourceError
 from ds_moe_ep.memory_needs import BatchNeeds, weight_bytes
 from ds_moe_ep.moe.dispatch import make_links
+from ds_moe_ep.moe.probe import measure_links
 from ds_moe_ep.monitor.metrics_format import BRINGUP_JSONL
 
 __all__ = ["BringUp"]
@@ -141,7 +142,9 @@ class BringUp:
             return [values]
         thorough = self._options.preflight
         checks = [values, *check_latency(self._job, links, size, thorough=thorough)]
-        checks.append(describe_bandwidth(experts.prices))
+        # A dispatcher that chooses has measured them already.
+        prices = experts.prices or measure_links(links, self._job.device)
+        checks.append(describe_bandwidth(prices))
         num_bytes = size.num_rows * size.hidden_size * size.dtype.itemsize
         pairs = check_pairs(self._job, num_bytes, thorough=thorough)
         return checks if pairs is None else [*checks, pairs]
@@ -227,9 +230,11 @@ class BringUp:
     def _needs(self) -> BatchNeeds:
         return BatchNeeds.of(
             self._work.spec,
+            ep_size=self._work.plan.ep_size,
             prompt_tokens=max(self._lengths, default=0),
             new_tokens=self._new_tokens,
             element_bytes=self._work.dtype.itemsize,
+            on_gpu=self._job.device.type == "cuda",
         )
 
     def _per_rank(self) -> int:

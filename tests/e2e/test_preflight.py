@@ -1,4 +1,4 @@
-"""`ds-moe-ep preflight` as users start it: on this machine, and on hosts of which some are bad."""
+"""The bring-up as users start it, by `ds-moe-ep preflight` and by a job: passes and failures."""
 
 import importlib.metadata
 import json
@@ -12,12 +12,13 @@ import pytest
 from ds_moe_ep.bringup.report import PHASES
 from ds_moe_ep.hostfile import read_hostfile
 from ds_moe_ep.rehearsal.hosts import simulate_hosts, why_no_hosts
-from tests.helpers import run_command
+from tests.helpers import launch_infer, run_command
 
 pytestmark = pytest.mark.slow
 
 _COMMAND = [sys.executable, "-m", "ds_moe_ep", "preflight"]
 _CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+_BANDWIDTH = r"flat (?:[\d.]+ GB/s|too fast to tell)"
 _VERDICT = re.compile(r"\[(\d)/4\] (.*): (pass|warn|fail) \(")
 
 
@@ -42,8 +43,74 @@ def test_four_phases_on_this_machine(tiny_model, tmp_path):
     assert checks["values"]["verdict"] == checks["weights"]["verdict"] == "pass"
     assert checks["weights"]["measured"] == checks["weights"]["target"]
     assert checks["latency flat"]["measured"] > 0
+    assert re.search(_BANDWIDTH, checks["bandwidth"]["reason"])
     assert "prompts of the longest kind" in checks["KV cache"]["reason"]
     assert not list(tmp_path.glob("preflight*"))
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allreduce"])
+def test_a_job_tells_its_bandwidth_whoever_chose_the_dispatcher(job_args, tmp_path, dispatcher):
+    modes = ["--batch-mode", "replicated"] if dispatcher == "allreduce" else []
+    options = [*job_args, "--dispatcher", dispatcher, *modes]
+    ended = launch_infer(options, num_ranks=2, is_forked=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert re.search(rf"pass  bandwidth +{_BANDWIDTH}", ended.stdout)
+    lines = [json.loads(line) for line in (tmp_path / "bringup.jsonl").read_text().splitlines()]
+    (told,) = (check for check in lines[1]["checks"] if check["name"] == "bandwidth")
+    assert re.search(_BANDWIDTH, told["reason"])
+    assert told["unit"] == "GB/s"
+
+
+@pytest.fixture
+def job_args(tiny_model, write_prompts, tmp_path):
+    prompts = write_prompts(tmp_path / "in.jsonl", {"a": [3, 4], "b": [5]})
+    options = ["--model", tiny_model("olmoe"), "--input", prompts, "--max-new-tokens", "2"]
+    return [*options, "--output", tmp_path / "out.jsonl", "--metrics", tmp_path]
+
+
+# launch/infer.py, with something wrong on rank 1.
+_WRONG = """\
+import os, sys
+if os.environ["RANK"] == "1":
+    {wrong}
+from launch.infer import main
+sys.exit(main())
+"""
+_OTHER_VERSION = "sys.path.insert(0, os.path.dirname(__file__) + '/other')"
+_OTHER_VALUES = """\
+from ds_moe_ep.dist.collectives import Communicator
+    right = Communicator.exchange_rows
+    Communicator.exchange_rows = lambda *args: tuple(rows + 1 for rows in right(*args))"""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "phase", "says"),
+    [
+        (_OTHER_VERSION, 1, r"\S+: transformers 1\.2\.3, not \S+: ssh .* install "),
+        (_OTHER_VALUES, 2, r"values: wrong values from: \[rank 1 \S+\] all-to-all flat of 2$"),
+    ],
+)
+def test_a_phase_that_fails_in_the_ranks_is_the_last(job_args, tmp_path, wrong, phase, says):
+    (tmp_path / "wrong_infer.py").write_text(_WRONG.format(wrong=wrong))
+    info = tmp_path / "other" / "transformers-1.2.3.dist-info" / "METADATA"
+    info.parent.mkdir(parents=True)
+    info.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 1.2.3\n")
+    script = tmp_path / "wrong_infer.py"
+    ended = launch_infer(job_args, num_ranks=2, script=script, is_forked=True)
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+    name = PHASES[phase - 1]
+    told = re.findall(
+        rf"^BringUpError: stopped at phase {phase} of 4, {name}: {says}", ended.stderr, re.MULTILINE
+    )
+    assert len(told) == ended.stderr.count("BringUpError") == 1, ended.stderr
+    shown = _verdicts(ended.stdout)
+    assert [name for name, _ in shown] == list(PHASES[:phase])
+    assert [verdict == "fail" for _, verdict in shown] == [False] * (phase - 1) + [True]
+    lines = [json.loads(line) for line in (tmp_path / "bringup.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == list(range(1, phase + 1))
+    assert lines[-1]["verdict"] == "fail"
+    assert not list(tmp_path.glob("out.jsonl*"))
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(tiny_model, tmp_path):
@@ -88,6 +155,7 @@ def test_hosts_that_are_alike_pass_and_bad_ones_are_all_named(tiny_model, tmp_pa
         assert good.returncode == 0, good.stdout + good.stderr
         assert [name for name, _ in _verdicts(good.stdout)] == ["place experts, hosts", *PHASES]
         assert "flat (4 ranks), across (2 ranks), within (2 ranks)" in good.stdout
+        assert re.search(r"bandwidth +flat .*, across .*, within ", good.stdout)
         assert re.search(r"slowest is node-a - node-b: [\d.]+ ms one way", good.stdout)
 
         # Another version on one host, seen there alone; the other host is off.
