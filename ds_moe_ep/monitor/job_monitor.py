@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,13 @@ from ds_moe_ep.monitor.deepspeed_events import DeepSpeedEvents
 from ds_moe_ep.monitor.figures import JobNow
 from ds_moe_ep.monitor.folder_writer import FolderWriter
 from ds_moe_ep.monitor.metrics_format import Run, Sample
-from ds_moe_ep.monitor.prometheus import Exporter
 from ds_moe_ep.monitor.rank_record import RankRecord
 from ds_moe_ep.monitor.recorder import Recorder
 from ds_moe_ep.monitor.sampler import Sampler, Usage
 from ds_moe_ep.placement import make_placement
+
+if TYPE_CHECKING:
+    from ds_moe_ep.monitor.prometheus import Exporter
 
 __all__ = ["JobMonitor", "Watched", "watch"]
 
@@ -161,6 +164,8 @@ class JobMonitor:
             self._folder = FolderWriter(options.metrics, _run(self._watched))
             self._listeners.append(self._folder.add)
         if options.metrics_port is not None:
+            from ds_moe_ep.monitor.prometheus import Exporter  # one rank needs it, if any
+
             self._open.append(Exporter(options.metrics_port))
         if work.monitor_config:
             self._open.append(DeepSpeedEvents(work.monitor_config))

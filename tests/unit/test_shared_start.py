@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from ds_moe_ep.rehearsal.shared_start import shared_start
+from tests.helpers import launch_infer
+from tests.helpers.families import save_tiny
 from tests.helpers.launch import REPO, free_port
 
 _SCRIPT = """\
@@ -94,3 +96,31 @@ def test_signals_reach_the_rank_and_the_end_of_its_launcher_s_process_too(start,
     assert second.wait(timeout=60) == -signal.SIGKILL
     for pid in pids:
         _wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+
+
+# launch/infer.py, which tells at its end what it has imported.
+_TELLING = """\
+import sys
+from ds_moe_ep.engine.supervisor import Progress
+from launch.infer import main
+enter = Progress.enter
+def tell(self, phase):
+    enter(self, phase)
+    if phase == "writing the results":
+        print("imported:", "prometheus_client" in sys.modules, flush=True)
+Progress.enter = tell
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("has_port", [False, True])
+def test_what_serves_prometheus_is_imported_only_where_it_is_asked_for(tmp_path, has_port):
+    save_tiny("olmoe", tmp_path / "model")
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt_token_ids": [3, 4]}\n')
+    (tmp_path / "telling.py").write_text(_TELLING)
+    options = ["--model", tmp_path / "model", "--input", tmp_path / "in.jsonl"]
+    options += ["--output", tmp_path / "out.jsonl", "--metrics", tmp_path / "metrics"]
+    options += ["--metrics-port", str(free_port())] if has_port else []
+    ended = launch_infer(options, num_ranks=1, script=tmp_path / "telling.py", is_forked=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"imported: {has_port}\n" in ended.stdout
