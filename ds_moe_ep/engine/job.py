@@ -246,13 +246,13 @@ def _finish(
         ranks = [summary for _, summary, _ in gathered]
         try:
             write_results(options.output, [by_index[i] for i in range(len(work.prompts))])
-            if monitor is not None:
-                monitor.write([record for _, _, record in gathered if record is not None])
         except OSError as error:
             raise ResourceError(
-                f"{options.output}: cannot be written: {error}. The results are in "
-                f"{journal.folder}: make room and run again with --resume."
+                f"{options.output}: cannot be written ({error.strerror}). Make room, or bring the "
+                "folder back."
             ) from error
+        if monitor is not None:
+            monitor.write([record for _, _, record in gathered if record is not None])
         text = format_summary(ranks, task=options.task, output=options.output)
         print(text, flush=True)
 

@@ -6,6 +6,7 @@ Which of them is used stands in the DeepSpeed JSON of the run, in DeepSpeed's ow
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,4 +65,8 @@ class DeepSpeedEvents:
     def _write(self) -> None:
         step = max(sample.step for sample in self._now.samples)
         of_job = figures(self._now)
-        self._monitor.write_events([(f"ds_moe_ep/{name}", v, step) for name, v in of_job.items()])
+        events = [(f"ds_moe_ep/{name}", value, step) for name, value in of_job.items()]
+        try:
+            self._monitor.write_events(events)
+        except OSError as error:
+            warnings.warn(f"DeepSpeed's monitor: {error}. The job goes on.", stacklevel=1)

@@ -1,12 +1,16 @@
 """The folder of --metrics, as rank 0 writes it; docs/metrics.md says what is in it.
 
 Lines are added to samples.jsonl and balance.jsonl while a job runs; at its end balance.jsonl is
-replaced by one with the windows of the whole run, and all other files are written in one step.
+replaced by one with the windows of the whole run, and all other files are written in one step. A
+folder that cannot be written as a job begins is refused; one that fails later is told, and left as
+it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +49,7 @@ class FolderWriter:
     def __init__(self, path: Path, run: Run) -> None:
         self._path, self._run = path, run
         self._last_window: BalanceWindow | None = None
+        self._has_failed = False
         try:
             path.mkdir(parents=True, exist_ok=True)
             for name in (RANKS_JSONL, EXPERTS_JSONL):
@@ -59,27 +64,37 @@ class FolderWriter:
 
     def add(self, now: JobNow) -> None:
         """Adds a line for each rank, and one for the window if it is new."""
-        self._append(SAMPLES_JSONL, now.samples)
-        if now.window is not None and now.window != self._last_window:
-            self._append(BALANCE_JSONL, [now.window])
-            self._last_window = now.window
+        if self._has_failed:
+            return
+        with self._told():
+            self._append(SAMPLES_JSONL, now.samples)
+            if now.window is not None and now.window != self._last_window:
+                self._append(BALANCE_JSONL, [now.window])
+                self._last_window = now.window
 
     def finish(self, ranks: Sequence[RankRecord]) -> None:
         """Writes what all ranks have recorded.
 
         Args:
             ranks: All ranks, in order.
-
-        Raises:
-            ResourceError: It cannot be written.
         """
-        try:
+        if self._has_failed:
+            return
+        with self._told():
             self._finish(ranks)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Says, instead of ending the job, that its metrics cannot be written."""
+        try:
+            yield
         except OSError as error:
-            raise ResourceError(
-                f"{self._path}: cannot be written ({error.strerror}). The results of the job are "
-                "whole; only its metrics are not."
-            ) from error
+            self._has_failed = True
+            warnings.warn(
+                f"{self._path}: cannot be written ({error.strerror}). The job goes on, but its "
+                "metrics will not be whole.",
+                stacklevel=1,
+            )
 
     def _finish(self, ranks: Sequence[RankRecord]) -> None:
         self._write(RANKS_JSONL, (rank.to_dict() for rank in ranks))

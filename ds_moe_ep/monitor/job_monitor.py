@@ -144,11 +144,7 @@ class JobMonitor:
         )
 
     def write(self, ranks: Sequence[RankRecord]) -> None:
-        """Writes, on rank 0, what all ranks have recorded; all have finished before.
-
-        Raises:
-            ResourceError: It cannot be written.
-        """
+        """Writes, on rank 0, what all ranks have recorded; all have finished before."""
         self._sampler.tell()
         if self._folder is not None:
             self._folder.finish(ranks)

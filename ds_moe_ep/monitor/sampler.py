@@ -145,8 +145,8 @@ class Sampler:
                 if self._listeners:
                     self.tell()
             self.sample()
-        except (dist.DistError, RuntimeError, OSError):
-            return  # the store has gone, or a disk is full: the job itself says so
+        except (dist.DistError, RuntimeError):
+            return  # the store has gone: the job itself says so
 
 
 def _key(rank: int) -> str:
