@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ __all__ = ["TABLE"]
 _MS, _MB = 1000.0, 1e6
 _MEMORY_BAR, _TIME_BAR = 0.05, 0.25
 _MEMORY = ("held", "cache", "grown")
+_NARROW = "narrow"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace, work: Path) -> None:
-    write_model(SHAPES[args.model], work / args.model)
+    shape = SHAPES[args.model]
+    write_model(shape, work / args.model)
+    # As many layers, experts and choices of next to no width: what of a process is not tensors.
+    narrow = replace(shape, hidden_size=64, moe_intermediate_size=32, num_heads=2)
+    write_model(narrow, work / _NARROW)
 
 
 @torch.no_grad()
@@ -56,7 +61,11 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     folder, most = work / args.model, max(args.batch)
     hardware = HardwareNow(job, args.timeout, SHAPES[args.model])
     hardware.warm_up()
-    model, side, grown_bytes = _load(args, job, folder)
+    # Twice, as a process loads libraries and opens shared memory for the first model alone.
+    narrow = [_load(args, job, work / _NARROW, batch=job.info.world_size) for _ in range(2)]
+    other_bytes = narrow[-1].grown_bytes - _held_bytes(narrow[-1].model)
+    loaded = _load(args, job, folder, batch=most)
+    model, side = loaded.model, loaded.side
     held_bytes, cache_bytes = job.all_gather(_held_bytes(model)), _cache_bytes(model, job, args)
     links = _links(args, job)
     times: dict[int, dict[str, list[float]]] = {b: {"first": [], "step": []} for b in args.batch}
@@ -91,8 +100,10 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
                 "predicted_held_bytes": memory.weight_bytes,
                 "cache_bytes": cache_bytes,
                 "predicted_cache_bytes": memory.kv_bytes_per_token * args.prompt_tokens,
-                "grown_bytes": grown_bytes,
-                "predicted_grown_bytes": memory.weight_bytes
+                "grown_bytes": max(job.all_gather(loaded.grown_bytes)),
+                "other_bytes": other_bytes,
+                "predicted_grown_bytes": other_bytes
+                + memory.weight_bytes
                 + memory.needs.num_bytes * -(-most // job.info.world_size),
             },
             "passes": _passes(deployment, args, batch, times[batch]),
@@ -101,17 +112,23 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     ]
 
 
-def _load(
-    args: argparse.Namespace, job: Job, folder: Path
-) -> tuple[PreTrainedModel, GenerateSide, int]:
-    """Loads the model, generates for most prompts; tells what the fullest process has grown by."""
+@dataclass(frozen=True)
+class _Loaded:
+    """A model, and what this process has grown by when it had loaded and used it."""
+
+    model: PreTrainedModel
+    side: GenerateSide
+    grown_bytes: int
+
+
+def _load(args: argparse.Namespace, job: Job, folder: Path, batch: int) -> _Loaded:
     heap.release_freed_memory()
     with PeakMemory() as before:
         pass
     with PeakMemory() as peak:
         model, side = load_ours(folder, job, "auto")
-        side(_prompts(args, max(args.batch)), 1 + args.new_tokens)
-    return model, side, max(job.all_gather(peak.num_bytes - before.num_bytes))
+        side(_prompts(args, batch), 1 + args.new_tokens)
+    return _Loaded(model, side, peak.num_bytes - before.num_bytes)
 
 
 def _held_bytes(model: PreTrainedModel) -> int:
@@ -228,7 +245,10 @@ def _to_markdown(results: Sequence[Result]) -> str:
         + f"\n\n{memory_within} figures. Weights and cache are counted in tensors; the "
         f"weights of ranks differ by {spread:.1%} of those of the fullest. The process is what "
         "loading and generating add to its proportional set size at the peak, after a small model "
-        "has run; predicted of it are weights, the cache and the tensors of a pass.\n\n"
+        "has run; predicted of it are weights, the cache and the tensors of a pass. To these is "
+        f"added what is not tensors, {one['memory']['other_bytes'] / _MB:.1f} MB with "
+        f"{one['world_size']} ranks, measured of a model of as many layers and experts that is "
+        "next to nothing wide.\n\n"
         "What the predictions started from, a rank's, all ranks at once. Wait is what a message "
         "costs more after work than among idle ranks, as not all are given a core at once:\n\n"
         + markdown_table(

@@ -79,9 +79,11 @@ class Memory:
             kv_bytes_per_token(spec, spec.param_bytes),
             BatchNeeds.of(
                 spec,
+                ep_size=plan.ep_size,
                 prompt_tokens=sequences.prompt_tokens,
                 new_tokens=sequences.new_tokens,
                 element_bytes=spec.param_bytes,
+                on_gpu=device is None or device.overlaps,
             ),
             room,
         )

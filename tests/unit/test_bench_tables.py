@@ -179,7 +179,7 @@ def test_predictions_stand_beside_what_was_measured():
     memory = {"held_bytes_spread": 0.0}
     for name, predicted, measured in (("held", 100e6, 100e6), ("cache", 1e6, 1e6)):
         memory |= {f"{name}_bytes": measured, f"predicted_{name}_bytes": predicted}
-    memory |= {"grown_bytes": 125e6, "predicted_grown_bytes": 120e6}
+    memory |= {"grown_bytes": 125e6, "predicted_grown_bytes": 120e6, "other_bytes": 5e6}
     step = {"pass": "step", "seconds": spread(100.0), "predicted_s": 0.09}
     first = {"pass": "first", "seconds": spread(100.0), "predicted_s": 0.13}
     shares = {"dense weights": 0.25, "experts": 0.5, "launching": 0.25}

@@ -271,11 +271,20 @@ def test_needs_by_hand():
     spec = read_model_spec(REPO / "configs" / "olmoe-1b-7b-ep64")
     # 16 layers of 16 heads of 128, keys and values, in 2 bytes.
     assert kv_bytes_per_token(spec, 2) == 16 * 16 * 128 * 2 * 2
-    needs = BatchNeeds.of(spec, prompt_tokens=100, new_tokens=28, element_bytes=2)
+    asked = {"ep_size": 64, "prompt_tokens": 100, "element_bytes": 2}
+    needs = BatchNeeds.of(spec, new_tokens=28, on_gpu=False, **asked)
     assert needs.kv_bytes == 128 * kv_bytes_per_token(spec, 2)
-    scored = BatchNeeds.of(spec, prompt_tokens=100, new_tokens=0, element_bytes=2)
+    scored = BatchNeeds.of(spec, new_tokens=0, on_gpu=False, **asked)
     assert scored.kv_bytes == 0
     assert scored.pass_bytes - needs.pass_bytes == 99 * spec.vocab_size * (2 + 4)
+    # A token's widest step, in OLMoE's width of 2048: four of it around the layer, one and a half
+    # for each of the 8 ranks that its 8 experts live on, and 8 pairs of a row and an expert, each
+    # of a row and 4 x 1024; two and a half times that is held.
+    numbers = 4 * 2048 + 1.5 * 8 * 2048 + 8 * (2048 + 4 * 1024)
+    logits = spec.vocab_size * (2 + 4)
+    assert needs.pass_bytes == 100 * 2 * 2.5 * numbers + logits
+    on_gpu = BatchNeeds.of(spec, new_tokens=28, on_gpu=True, **asked)
+    assert on_gpu.pass_bytes == 100 * 2 * 1.7 * numbers + logits
     # An expert: three matrices of 2048 x 1024; one of each of 16 layers on a rank.
     experts = 16 * 3 * 2048 * 1024
     plan = ParallelPlan(64)
