@@ -1,4 +1,4 @@
-"""What end-to-end tests share: tiny models, built once, and files of prompts."""
+"""What end-to-end tests share: tiny models, built once, files of prompts, and a job to break."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.faulty_job import Job
 from tests.helpers.families import save_tiny
+
+# Of a job to break: enough for several batches on each of four ranks.
+_PROMPTS = {f"p{i}": [3 + i, 60 - i, 7][: 1 + i % 3] for i in range(40)}
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,18 @@ def write_prompts() -> Callable[[Path, Mapping[str, Sequence[int]]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def faulty_job(tiny_model, write_prompts, tmp_path) -> Job:
+    """Returns a job to which something is to happen."""
+    prompts = write_prompts(tmp_path / "in.jsonl", _PROMPTS)
+    return Job(tiny_model("olmoe"), prompts, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_model, write_prompts, tmp_path_factory) -> bytes:
+    """Returns what `faulty_job` writes if nothing happens, on one rank."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    prompts = write_prompts(folder / "in.jsonl", _PROMPTS)
+    return Job(tiny_model("olmoe"), prompts, folder).run_undisturbed()

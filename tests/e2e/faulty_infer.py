@@ -1,22 +1,25 @@
 """launch/infer.py with one fault, as the variable FAULT says: "RANK,PHASE,STEP,WHAT".
 
-It happens on that rank in the phase whose name begins so (`Progress.enter`), for step 0 as it
-begins. WHAT is a signal that the worker sends itself, or a name below. The file FAULT_MARK is made
-then, which tells when. FAULT_IN names another module of the folder launch.
+It happens on that rank STEP passes after a phase has begun (`Progress.enter`) whose name matches
+PHASE from its start; for step 0 as it begins. WHAT is a signal that the worker sends itself, or a
+name below. The file FAULT_MARK is made then, which tells when. FAULT_FOLDER is the folder, or the
+disk, of those that concern one. FAULT_IN names another module of the folder launch.
 """
 
 import contextlib
 import importlib
 import mmap
 import os
-import shutil
+import re
 import signal
 import sys
 from pathlib import Path
 
 from ds_moe_ep.engine.supervisor import Progress
 
-_RANK, _PHASE, _STEP, _WHAT = os.environ["FAULT"].split(",")
+_RANK, _PHASE, _passes, _WHAT = os.environ["FAULT"].split(",")
+_STEP = int(_passes)
+_begun_at: int | None = None
 
 
 def _happen() -> None:
@@ -27,40 +30,45 @@ def _happen() -> None:
         torch.empty(2**50)
     elif _WHAT == "RAISE":
         raise LookupError("nobody expected this prompt")
-    elif _WHAT == "REMOVE_FOLDER":
-        shutil.rmtree(_output().parent)
+    elif _WHAT == "MOVE_FOLDER":
+        _folder().rename(_folder().with_name("moved"))
     elif _WHAT == "FILL_DISK":
-        _fill_disk(_output().with_name("filler"))
+        _fill_disk(spare_pages=0)
+    elif _WHAT == "FILL_DISK_BUT_ONE_PAGE":
+        _fill_disk(spare_pages=1)
     elif _WHAT == "KILL_BOTH":
         os.kill(os.getppid(), signal.SIGKILL)  # the supervisor
         os.kill(os.getpid(), signal.SIGKILL)
+    elif _WHAT == "KILL_AT_RENAME":  # a file is written, and not there yet
+        os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     elif _WHAT != "NOTHING":
         os.kill(os.getpid(), signal.Signals[_WHAT])
 
 
-def _output() -> Path:
-    last = max(i for i, word in enumerate(sys.argv) if word == "--output")
-    return Path(sys.argv[last + 1])
+def _folder() -> Path:
+    return Path(os.environ["FAULT_FOLDER"])
 
 
-def _fill_disk(filler: Path) -> None:
-    """Leaves one page."""
-    with filler.open("wb", buffering=0) as file:
+def _fill_disk(spare_pages: int) -> None:
+    with (_folder() / "filler").open("wb", buffering=0) as file:
         with contextlib.suppress(OSError):
             while file.write(bytes(mmap.PAGESIZE)):
                 pass
-        file.truncate(file.tell() - mmap.PAGESIZE)
+        file.truncate(file.tell() - spare_pages * mmap.PAGESIZE)
 
 
 def _enter(self: Progress, phase: str) -> None:
+    global _begun_at
     enter(self, phase)
-    if _STEP == "0" and phase.startswith(_PHASE):
-        _happen()
+    if _begun_at is None and re.match(_PHASE, phase):
+        _begun_at = self.step
+        if _STEP == 0:
+            _happen()
 
 
 def _start_step(self: Progress, step: int) -> None:
     start_step(self, step)
-    if step == int(_STEP) and str(self).startswith(_PHASE):
+    if _begun_at is not None and step == _begun_at + _STEP:
         _happen()
 
 
