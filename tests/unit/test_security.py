@@ -23,6 +23,7 @@ from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.monitor.folder_writer import FolderWriter
 from ds_moe_ep.monitor.metrics_format import Run
 from ds_moe_ep.monitor.rank_record import RankRecord
+from ds_moe_ep.monitor.windows import Border
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.dense import save_dense
 from tests.helpers.families import save_tiny
@@ -111,8 +112,9 @@ def _write_metrics(folder: Path, summary: RankSummary) -> None:
     run = Run.model_validate(small_metrics()["run.json"])
     writer = FolderWriter(folder, run)
     times = {"prefill": None, "decode": None}
-    record = RankRecord(summary, 0.5, {}, {}, times, None, {}, [[1, 2]], [[3]], 8)
-    writer.finish([record], [0])
+    rows_of_expert = [{0: 1, 7: 2}, {0: 3, 7: 0}]
+    borders = [Border(step=0, rows=[0, 0]), Border(step=8, rows=[3, 3])]
+    writer.finish([RankRecord(summary, 0.5, {}, {}, times, None, {}, rows_of_expert, borders)])
 
 
 def test_files_have_ordinary_modes(tmp_path, umask):
