@@ -22,6 +22,7 @@ from ds_moe_ep.bench.generate_sides import GenerateSide, load_ours
 from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import markdown_table
 from ds_moe_ep.bench.table import Result, Table
+from ds_moe_ep.bench.timing import Spread
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.monitor.metrics_format import Sample
 from ds_moe_ep.monitor.recorder import Recorder
@@ -73,7 +74,8 @@ class _Cost:
         cut = len(more) // 4
         middle = more[cut : len(more) - cut]
         winsorised = [middle[0]] * cut + middle + [middle[-1]] * cut
-        error = statistics.stdev(winsorised) / (len(middle) / len(more) * math.sqrt(len(more)))
+        deviation = statistics.stdev(winsorised) if len(more) > 1 else math.nan
+        error = deviation / (len(middle) / len(more) * math.sqrt(len(more)))
         return cls(statistics.mean(middle), error, middle[0], middle[-1])
 
     def __str__(self) -> str:
@@ -112,6 +114,10 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
                 "prompt_tokens": args.prompt_tokens,
                 "new_tokens": args.new_tokens,
                 "sample_cpu_s": sample_cpu_s,
+                "seconds": {
+                    name: vars(Spread.of([each.wall_s for each in side]))
+                    for name, side in (("not watched", plain), ("watched", watched))
+                },
                 "plain": [asdict(each) for each in plain],
                 "watched": [asdict(each) for each in watched],
             }
