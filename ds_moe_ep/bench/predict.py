@@ -63,7 +63,6 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     hardware.warm_up()
     # Twice, as a process loads libraries and opens shared memory for the first model alone.
     narrow = [_load(args, job, work / _NARROW, batch=job.info.world_size) for _ in range(2)]
-    other_bytes = narrow[-1].grown_bytes - _held_bytes(narrow[-1].model)
     loaded = _load(args, job, folder, batch=most)
     model, side = loaded.model, loaded.side
     held_bytes, cache_bytes = job.all_gather(_held_bytes(model)), _cache_bytes(model, job, args)
@@ -81,6 +80,8 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     deployment = Deployment(spec, plan, device, link_prices)
     sequences = Sequences(args.prompt_tokens, 1 + args.new_tokens)
     memory = Memory.of(spec, plan, sequences, device)
+    of_narrow = Memory.of(read_model_spec(work / _NARROW), plan, sequences, device)
+    other_bytes = narrow[-1].grown_bytes - of_narrow.weight_bytes - of_narrow.needs.num_bytes
     fit = {name: price for name, price in asdict(link_prices).items() if price is not None}
     local_s_per_byte = fit.pop("local_s_per_byte")
     return [
