@@ -22,6 +22,7 @@ import torch
 
 from ds_moe_ep.bench import (
     balance,
+    bars,
     collectives,
     e2e,
     layer,
@@ -32,7 +33,7 @@ from ds_moe_ep.bench import (
     replay,
     scale,
 )
-from ds_moe_ep.bench.report import Report
+from ds_moe_ep.bench.report import Report, write_section
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import init_distributed, read_rank_info
 from ds_moe_ep.engine.console import only_rank_0_prints, quiet_libraries
@@ -66,12 +67,13 @@ def main(script: Path, argv: Sequence[str]) -> int:
         The exit code.
     """
     args = _parser().parse_args(argv)
-    table = _TABLES[args.table]
     try:
-        if args.result:
-            _run_rank(table, args)
+        if args.table == "bars":
+            _write_bars(args.out)
+        elif args.result:
+            _run_rank(_TABLES[args.table], args)
         else:
-            _write_table(table, args, script, argv)
+            _write_table(_TABLES[args.table], args, script, argv)
     except DsMoeEpError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -87,21 +89,27 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     tables = parser.add_subparsers(dest="table", required=True, metavar="TABLE")
+    command = tables.add_parser("bars", help="What must be reached, and whether it is")
+    _add_out_argument(command, bars.DOCUMENT)
     for table in _TABLES.values():
         command = tables.add_parser(table.name, help=table.heading, allow_abbrev=False)
         command.add_argument("--rounds", type=int, default=5, metavar="N", help="of each side")
-        command.add_argument(
-            "--out",
-            type=Path,
-            default=_DOCS,
-            metavar="DIR",
-            help=f"folder of {table.document} and benchmarks/ (default: the checkout's docs)",
-        )
+        _add_out_argument(command, table.document)
         command.set_defaults(result=None, hostfile=None)
         if table.start is None:
             _add_launch_arguments(command)
         table.add_arguments(command)
     return parser
+
+
+def _add_out_argument(command: argparse.ArgumentParser, document: str) -> None:
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=_DOCS,
+        metavar="DIR",
+        help=f"folder of {document} and benchmarks/ (default: the checkout's docs)",
+    )
 
 
 def _add_launch_arguments(command: argparse.ArgumentParser) -> None:
@@ -123,6 +131,13 @@ def _add_launch_arguments(command: argparse.ArgumentParser) -> None:
     # For the ranks only.
     command.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     command.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+
+
+def _write_bars(docs: Path) -> None:
+    text = bars.to_markdown(docs / "benchmarks")
+    write_section(docs / bars.DOCUMENT, "bars", text)
+    print(text)
+    print(f"\nwrote {docs / bars.DOCUMENT}", file=sys.stderr)
 
 
 def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from ds_moe_ep import __version__
 
-__all__ = ["Report", "describe_machine", "markdown_table", "with_range"]
+__all__ = ["Report", "describe_machine", "markdown_table", "with_range", "write_section"]
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "safetensors")
 _GIB = 1 << 30
@@ -62,9 +62,13 @@ class Report:
         data = folder / "benchmarks" / f"{self.table}.json"
         data.parent.mkdir(parents=True, exist_ok=True)
         _replace(data, json.dumps(asdict(self), indent=1) + "\n")
-        document = folder / self.document
-        before = document.read_text(encoding="utf-8") if document.exists() else "# Benchmarks\n"
-        _replace(document, _with_section(before, self.table, self.to_markdown()))
+        write_section(folder / self.document, self.table, self.to_markdown())
+
+
+def write_section(document: Path, name: str, section: str) -> None:
+    """Replaces the section of a document that is marked with `name`, or adds it at the end."""
+    before = document.read_text(encoding="utf-8") if document.exists() else "# Benchmarks\n"
+    _replace(document, _with_section(before, name, section))
 
 
 def _with_section(document: str, table: str, section: str) -> str:
