@@ -139,7 +139,8 @@ def test_one_prompt_on_eight_ranks(tiny_model, write_prompts, tmp_path):
     assert [line["rank"] for line in lines] == list(range(8))
     assert [line["num_prompts"] for line in lines] == [1, 0, 0, 0, 0, 0, 0, 0]
     assert {line["num_steps"] for line in lines} == {6}
-    assert re.search(r"(alltoall|allgather) in \d of 6 passes", lines[0]["dispatcher"])
+    chosen = r"(alltoall|allgather) in \d of 6 passes \(predicted ms a layer: alltoall [\d.e+-]+, "
+    assert re.search(chosen + r"allgather [\d.e+-]+\)", lines[0]["dispatcher"])
     assert sum(line["expert_rows"] for line in lines) == 3 * 2 * (3 + 5)  # layers, top-2, tokens
 
 
