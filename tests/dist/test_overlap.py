@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 
 from ds_moe_ep.adapter import adapt, moe_layers
 from ds_moe_ep.dist import shared_memory
+from ds_moe_ep.dist.node_groups import NodeGroups, create_node_groups, open_within_nodes
 from ds_moe_ep.dist.shared_memory import SharedMemory
+from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, Price
+from ds_moe_ep.moe.dispatch import TWO_LEVEL
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers import run_ranks
 from tests.helpers.families import build_tiny
 
-DISPATCHERS = ("alltoall", "allgather", "allreduce", "deepspeed")
+FLAT = ("alltoall", "allgather", "allreduce", "deepspeed", "auto")
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -69,13 +73,43 @@ def _gradients(block: nn.Module, x_1TH: Tensor) -> tuple[Tensor, list[Tensor]]:
     return out_1TH.detach(), list(grads)
 
 
-def _check(rank: int, world_size: int, dispatcher: str, shared: SharedMemory | None) -> None:
+@dataclass(frozen=True)
+class _Setup:
+    """How rows of a dispatcher travel.
+
+    Attributes:
+        dispatcher: Its name.
+        shared: Memory of all ranks, or of those of a node.
+        node_groups: Both levels, where there are some.
+        prices: What decides for ``auto``, and
+        chosen: what it then chooses.
+    """
+
+    dispatcher: str
+    shared: SharedMemory | None = None
+    node_groups: NodeGroups | None = None
+    prices: LinkPrices | None = None
+    chosen: str = ""
+
+
+def _prices(size: int, *, is_gathering_cheap: bool) -> GroupPrices:
+    cheap, dear = Price(0.0, 0.0), Price(1.0, 0.0)
+    gather = cheap if is_gathering_cheap else dear
+    return GroupPrices(size, 0.0, dear if is_gathering_cheap else cheap, gather, gather)
+
+
+def _check(rank: int, world_size: int, setup: _Setup) -> None:
+    dispatcher = setup.dispatcher
     model, reference = build_tiny("deepseek_v3"), _moe_block(build_tiny("deepseek_v3"))
     hidden_size = model.config.hidden_size
     adapt(model, ParallelPlan(world_size), ep_rank=rank, dispatcher=dispatcher)
     block = _moe_block(model)
     experts = moe_layers(model)[-1].deepspeed_moe
-    experts.shared = shared
+    experts.shared, experts.node_groups, experts.prices = (
+        setup.shared,
+        setup.node_groups,
+        setup.prices,
+    )
     experts._set_ep_group(dist.group.WORLD)
     # All ranks bring tokens, then all but the last do.
     for idle in (-1, world_size - 1):
@@ -84,6 +118,8 @@ def _check(rank: int, world_size: int, dispatcher: str, shared: SharedMemory | N
         generator = torch.Generator().manual_seed(seed)
         x_1TH = torch.randn(1, count, hidden_size, generator=generator)
         expected_1TH, expected_grads = _gradients(reference, x_1TH)
+        if dispatcher == "auto":
+            experts.announce([0 if each == idle else 3 + each for each in range(world_size)])
         first_1TH, _ = _gradients(block, x_1TH)
         with recorded() as log, torch.no_grad():
             log_work = block.shared_experts.gate_proj.register_forward_hook(
@@ -101,14 +137,25 @@ def _check(rank: int, world_size: int, dispatcher: str, shared: SharedMemory | N
         assert log.count("work") == 1
         assert log[at - 1] == "send", log
         assert log[at + 1] == "wait", log
+    if setup.chosen:
+        assert set(experts.dispatcher.calls) == {setup.chosen}
 
 
 def _check_all(rank: int, world_size: int) -> None:
     shared = SharedMemory.open(dist.group.WORLD, total_bytes=2**20, timeout_s=60)
     assert shared is not None
-    for dispatcher in DISPATCHERS:
-        for each in (None, shared):
-            _check(rank, world_size, dispatcher, each)
+    setups = [_Setup(name, each) for name in FLAT for each in (None, shared)]
+    # auto without prices is alltoall; with them, what they make cheapest.
+    for chosen in ("alltoall", "allgather"):
+        prices = LinkPrices(_prices(world_size, is_gathering_cheap=chosen == "allgather"))
+        setups.append(_Setup("auto", shared, prices=prices, chosen=chosen))
+    nodes = [each // 2 for each in range(world_size)]
+    node_groups = create_node_groups(world_size, nodes)
+    if node_groups is not None:
+        within = open_within_nodes(dist.group.WORLD, node_groups, nodes, timeout_s=60)
+        setups += [_Setup(name, each, node_groups) for name in TWO_LEVEL for each in (None, within)]
+    for setup in setups:
+        _check(rank, world_size, setup)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
