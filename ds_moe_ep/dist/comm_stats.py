@@ -84,7 +84,9 @@ class CommStats:
     def timed(self, kind: str, device: torch.device, sent_bytes: int) -> Iterator[Collective]:
         """Times one collective: by the clock on a CPU, by events without a sync on a GPU.
 
-        In a compiled pass nothing is counted: it would be compiled anew for each new count.
+        In a compiled pass nothing is counted: it would be compiled anew for each new count. Neither
+        is in a pass that a CUDA graph captures: to ask an event, even an earlier one, whether the
+        device has come to it would end the capture, and replays do not come here.
 
         Args:
             kind: ``counts``, ``exchange``, ``gather``, ``reduce`` or ``sum``.
@@ -92,19 +94,21 @@ class CommStats:
             sent_bytes: Bytes that leave this rank for another one.
         """
         collective = Collective(kind, sent_bytes)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_capturing(device):
             yield collective
             return
         self._current = collective
-        collective._since = _now(device)
+        collective._since = now(device)
         yield collective
         self._end_span(collective, device)
         self._current = None
         if collective.took_place:
             self._kinds[kind].sent_bytes += sent_bytes
-            if collective._spans:  # a captured collective has no time of its own
+            # A captured collective has no time of its own, and while a CUDA graph is captured no
+            # event may be asked whether it has passed: that would end the capture.
+            if collective._spans:
                 self._unfinished.append(collective)
-            self._read_clocks()
+                self._read_clocks()
 
     @contextmanager
     def untimed(self, device: torch.device) -> Iterator[None]:
@@ -115,13 +119,12 @@ class CommStats:
             return
         self._end_span(collective, device)
         yield
-        collective._since = _now(device)
+        collective._since = now(device)
 
     @staticmethod
     def _end_span(collective: Collective, device: torch.device) -> None:
-        moment = _now(device)
-        if collective._since is not None and moment is not None:
-            collective._spans.append((collective._since, moment))
+        assert collective._since is not None
+        collective._spans.append((collective._since, now(device)))
 
     def _read_clocks(self) -> None:
         """Counts the times of those that have ended."""
@@ -131,7 +134,5 @@ class CommStats:
             self._kinds[collective.kind].durations.add(seconds)
 
 
-def _now(device: torch.device) -> Moment | None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None
-    return now(device)
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -77,31 +77,36 @@ def run_local_experts(
     """
     if not follows_contract(experts):
         return _run_module(experts, x_RH, local_ids_RK, weights_RK)
-    if experts.num_experts == 1 and (not x_RH.is_cuda or x_RH.shape[0] <= _DENSE_ROWS):
-        return _run_one_expert(experts, x_RH, local_ids_RK, weights_RK, all_rows=x_RH.is_cuda)
     if x_RH.is_cuda:
         return run_static(experts, x_RH, local_ids_RK, weights_RK)
+    if experts.num_experts == 1:
+        return _run_one_expert(experts, x_RH, local_ids_RK, weights_RK)
     return _run_chosen(experts, x_RH, local_ids_RK, weights_RK)
 
 
 def _run_one_expert(
-    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor, *, all_rows: bool
+    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One expert needs no sorting: one pair of matrix products over the rows that chose it."""
-    here_RK = local_ids_RK != NOT_HERE
-    rows_e = here_RK.sum().reshape(1)
-    # Where a row chose the expert in several slots, their weights add up.
-    weight_R1 = weights_RK.masked_fill(~here_RK, 0.0).sum(dim=1, keepdim=True)
-    here_R1 = here_RK.any(dim=1, keepdim=True)
-    if all_rows:
-        y_RH = run_single(experts, x_RH) * weight_R1
-        return y_RH.masked_fill(~here_R1, 0.0).to(x_RH.dtype), rows_e
+    here_R1, weight_R1, rows_e = _one_choice(local_ids_RK, weights_RK)
     row_P = here_R1.squeeze(1).nonzero().squeeze(1)
     if row_P.numel() == x_RH.shape[0] > 0:
         return (run_single(experts, x_RH) * weight_R1).to(x_RH.dtype), rows_e
     x_PH = x_RH.index_select(0, row_P)
     y_PH = (run_single(experts, x_PH) if row_P.numel() else x_PH) * weight_R1[row_P]
     return torch.zeros_like(x_RH).index_copy(0, row_P, y_PH.to(x_RH.dtype)), rows_e
+
+
+def _one_choice(local_ids_RK: Tensor, weights_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges each row's choices of a rank's one expert.
+
+    Returns:
+        Whether a row chose it, bool ``[R, 1]``; its weight ``[R, 1]``, the sum of all its slots';
+        and the slots that chose it, int64 ``[1]``.
+    """
+    here_RK = local_ids_RK != NOT_HERE
+    weight_R1 = weights_RK.masked_fill(~here_RK, 0.0).sum(dim=1, keepdim=True)
+    return here_RK.any(dim=1, keepdim=True), weight_R1, here_RK.sum().reshape(1)
 
 
 def _run_chosen(
@@ -141,10 +146,27 @@ def _weighted_sums(y_PH: Tensor, chosen_P: Tensor, order_P: Tensor, weights_RK: 
 def run_static(
     experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Runs all slots, those of other ranks sorted behind the last expert, where nothing is read.
+    """Runs the experts as a GPU does: without a sync, in shapes that depend on R and K alone.
+
+    All slots are gathered, those of other ranks sorted behind the last expert, where nothing is
+    read. With one expert a row has one slot, and where rows are few all of them are multiplied.
 
     Args and result are those of ``run_local_experts``.
     """
+    if experts.num_experts > 1:
+        return _run_all_slots(experts, x_RH, local_ids_RK, weights_RK)
+    here_R1, weight_R1, rows_e = _one_choice(local_ids_RK, weights_RK)
+    if x_RH.shape[0] <= _DENSE_ROWS:
+        y_RH = run_single(experts, x_RH) * weight_R1
+        return y_RH.masked_fill(~here_R1, 0.0).to(x_RH.dtype), rows_e
+    ids_R1 = torch.zeros_like(here_R1, dtype=local_ids_RK.dtype).masked_fill(~here_R1, NOT_HERE)
+    y_RH, _ = _run_all_slots(experts, x_RH, ids_R1, weight_R1)
+    return y_RH, rows_e
+
+
+def _run_all_slots(
+    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor
+) -> tuple[Tensor, Tensor]:
     num_rows, top_k = local_ids_RK.shape
     num_experts = experts.num_experts
     if num_rows == 0:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds_moe_ep.dist import comm_stats
 from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.durations import Durations
 
@@ -59,3 +60,48 @@ def test_collectives_count_by_kind_without_the_work_done_meanwhile():
     assert stats.seconds() == pytest.approx(sum(k.durations.total_s for k in kinds.values()))
     stats.reset()
     assert (stats.calls, stats.sent_bytes, stats.seconds()) == (0, 0, 0.0)
+
+
+def test_no_event_is_asked_anything_while_a_graph_is_captured(monkeypatch):
+    stats, asked = CommStats(), []
+    monkeypatch.setattr(comm_stats, "has_passed", lambda moment: bool(asked.append(moment)))
+    with stats.timed("gather", _CPU, sent_bytes=10):  # it has not passed yet
+        pass
+    assert len(asked) == 1
+    monkeypatch.setattr(comm_stats, "_now", lambda device: None)  # as in a capture
+    with stats.timed("gather", _CPU, sent_bytes=5):
+        pass
+    assert len(asked) == 1 and stats.sent_bytes == 15
+
+
+class _QueuedEvent:
+    """An event of a GPU that has not come to it, and which a capture must not ask."""
+
+    def __init__(self):
+        self.may_be_asked = True
+
+    def query(self):
+        assert self.may_be_asked, "asked during a capture"
+        return False
+
+
+def test_while_a_graph_is_captured_no_event_is_recorded_or_asked(monkeypatch):
+    recorded, is_capturing = [], False
+
+    def record(device):
+        assert not is_capturing, "recorded during a capture"
+        recorded.append(_QueuedEvent())
+        return recorded[-1]
+
+    monkeypatch.setattr(comm_stats, "now", record)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+    stats, gpu = CommStats(), torch.device("cuda")
+    with stats.timed("gather", gpu, sent_bytes=10):
+        pass
+    is_capturing = True
+    for event in recorded:
+        event.may_be_asked = False
+    with stats.timed("gather", gpu, sent_bytes=10), stats.untimed(gpu):
+        pass
+    assert len(recorded) == 2
+    assert stats.sent_bytes == 10

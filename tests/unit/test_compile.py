@@ -16,12 +16,12 @@ from ds_moe_ep.moe import layer
 from ds_moe_ep.moe.experts import run_static
 from tests.helpers.families import FAMILIES
 
-WORLD_SIZE, NUM_TOKENS, STEPS = 4, 3, 3
+NUM_TOKENS, STEPS = 3, 3
 
 
-@pytest.fixture
-def job():
-    yield join_fake_job(1, WORLD_SIZE)
+@pytest.fixture(params=[4, 8], ids=["two experts a rank", "one expert a rank"])
+def job(request):
+    yield join_fake_job(1, request.param)
     dist.destroy_process_group()
 
 
@@ -32,7 +32,7 @@ def test_decode_steps_are_compiled_once_and_in_one_piece(tmp_path, monkeypatch, 
     FAMILIES[family]().save_pretrained(tmp_path)
     # In bfloat16, as compiled grouped products on a CPU want it.
     model = build_own_part(str(tmp_path), job, torch.bfloat16, "allgather")
-    announce(model, NUM_TOKENS, WORLD_SIZE)
+    announce(model, NUM_TOKENS, job.info.world_size)
     cache = StaticCache(config=model.config, max_cache_len=8)
     ids_T1 = torch.full((NUM_TOKENS, 1), 3)
     graphs = CompileCounter()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.adapter import shard_experts
+from ds_moe_ep.moe import expert_gemm as gemm
 from ds_moe_ep.moe.expert_gemm import follows_contract, lay_out_for_cpu
 from ds_moe_ep.moe.experts import NOT_HERE, expert_parameters, run_local_experts, run_static
 from ds_moe_ep.moe.reference import reference_moe
@@ -82,6 +83,25 @@ def test_outputs_and_gradients_equal_the_reference(family: str, ep_size: int, wa
         seen.append([y_RH, x_RH.grad, weights_RK.grad, *(param.grad.clone() for param in slices)])
     for found, wanted in zip(*seen, strict=True):
         torch.testing.assert_close(found, wanted, **FP32)
+
+
+@pytest.mark.parametrize("share_here", [0.0, 0.3, 1.0])
+def test_one_expert_of_many_rows_gathers_each_row_once(share_here: float, monkeypatch) -> None:
+    experts = build_experts("olmoe", ep_size=8)
+    rows = routed(experts, 600, share_here)  # more than are multiplied whether they chose it or not
+    gathered = []
+    run_grouped = gemm.run_grouped
+
+    def watched(module: nn.Module, x_PH: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        gathered.append(len(x_PH))
+        return run_grouped(module, x_PH, *args, **kwargs)
+
+    monkeypatch.setattr("ds_moe_ep.moe.experts.run_grouped", watched)
+    with torch.no_grad():
+        y_RH, rows_e = run_static(experts, *rows)
+        torch.testing.assert_close(y_RH, expected(experts, *rows), **FP32)
+    assert rows_e.tolist() == [int((rows[1] == 0).sum())]
+    assert gathered == [600]
 
 
 @pytest.mark.parametrize("num_rows", [0, 5])
