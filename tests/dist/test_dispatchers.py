@@ -16,7 +16,7 @@ from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
 from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.moe.auto import Auto
-from ds_moe_ep.moe.cost_model import LinkPrices
+from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, Price
 from ds_moe_ep.moe.dispatch import DISPATCHERS, TWO_LEVEL, Links, make_dispatcher, make_links
 from ds_moe_ep.moe.experts import NOT_HERE, run_local_experts
 from ds_moe_ep.moe.probe import measure_links
@@ -29,7 +29,16 @@ FLAT = [name for name in DISPATCHERS if name not in TWO_LEVEL]
 # Four ranks are two nodes of two; two ranks have no second level.
 # The tokens of every rank are announced or not; rows go by gloo or by memory that the ranks share.
 WAYS = ("announced", "unannounced", "memory")
-DISPATCHERS_OF_WORLD = {2: [*FLAT, "auto"], 4: [*DISPATCHERS, "auto"]}
+# "auto: NAME" is auto with prices that make that candidate the cheapest.
+AUTO = {2: ["alltoall", "allgather"], 4: ["alltoall", "allgather", *TWO_LEVEL]}
+DISPATCHERS_OF_WORLD = {
+    world_size: [
+        *(FLAT if world_size == 2 else DISPATCHERS),
+        "auto",
+        *(f"auto: {n}" for n in names),
+    ]
+    for world_size, names in AUTO.items()
+}
 
 
 class ScaleExperts(nn.Module):
@@ -93,8 +102,10 @@ class Ranks:
         self.top_k = min(TOP_K, self.num_experts)
         self.comm, self.announced = links.flat, announced
         self.is_replicated = dispatcher == "allreduce"  # all ranks have the tokens of rank 0
-        if dispatcher == "auto":
-            self.dispatcher = Auto(links, measured(links), num_local)
+        if dispatcher.startswith("auto"):
+            _, _, chosen = dispatcher.partition(": ")
+            prices = prices_for(chosen, links) if chosen else measured(links)
+            self.dispatcher = Auto(links, prices, num_local)
         else:
             self.dispatcher = make_dispatcher(dispatcher, links, num_local)
 
@@ -152,52 +163,84 @@ def measured(links: Links) -> LinkPrices:
     return measure_links(links, torch.device("cpu"))
 
 
+def prices_for(chosen: str, links: Links) -> LinkPrices:
+    """Prices of latency alone: of one kind of collective in one set of groups, next to nothing."""
+    kind, _, levels = chosen.partition("-")
+
+    def prices(comm: Communicator | None, is_cheap: bool) -> GroupPrices | None:
+        if comm is None:
+            return None
+        exchange, gather = (
+            Price(1e-9 if is_cheap and kind == name else 1.0, 0.0)
+            for name in ("alltoall", "allgather")
+        )
+        return GroupPrices(comm.size, 0.0, exchange, gather, gather)
+
+    flat = prices(links.flat, not levels)
+    assert flat is not None
+    return LinkPrices(
+        flat, across=prices(links.across, bool(levels)), within=prices(links.within, bool(levels))
+    )
+
+
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
+# An output is a sum of a few terms of order one, and a gradient of a few more. Each is rounded to
+# bf16's 8 bits (2^-8 = 0.4%) a few times on the way: what an expert computes from rows, its weights
+# and activations, the rows that come back, the sum. Five such roundings are 2%; 3% is the bound, of
+# the value or, where terms cancel out, of one.
+BF16 = {"rtol": 3e-2, "atol": 3e-2}
 
 
-def identity_gives_the_input_back(at: Ranks) -> None:
-    x_TH, ids_TK, _ = at.tokens(7)
+def identity_gives_the_input_back(at: Ranks, dtype=torch.float32, **tolerance) -> None:
+    x_TH, ids_TK, _ = at.tokens(7, dtype)
     weights_TK = torch.full(ids_TK.shape, 1 / at.top_k)
     out_TH, _ = at.dispatch(IdentityExperts(0, at.num_local), x_TH, ids_TK, weights_TK)
-    torch.testing.assert_close(out_TH, x_TH, **FP32)
+    torch.testing.assert_close(out_TH.float(), x_TH.float(), **(tolerance or FP32))
 
 
-def the_right_experts_compute(at: Ranks) -> None:
-    x_TH, ids_TK, weights_TK = at.tokens(7)
+def the_right_experts_compute(at: Ranks, dtype=torch.float32, **tolerance) -> None:
+    x_TH, ids_TK, weights_TK = at.tokens(7, dtype)
     experts = ScaleExperts(at.rank * at.num_local, at.num_local)
     out_TH, _ = at.dispatch(experts, x_TH, ids_TK, weights_TK)
     scale_T1 = ((ids_TK + 1) * weights_TK).sum(dim=1, keepdim=True)
-    torch.testing.assert_close(out_TH, x_TH * scale_T1, **FP32)
+    torch.testing.assert_close(out_TH.float(), x_TH * scale_T1, **(tolerance or FP32))
 
 
-def random_routing(at: Ranks) -> None:
-    at.check(13, **FP32)
+def random_routing(at: Ranks, dtype=torch.float32, **tolerance) -> None:
+    at.check(13, dtype=dtype, **(tolerance or FP32))
 
 
-def unequal_counts(at: Ranks) -> None:
-    at.check(1 + 5 * at.rank, **FP32)
+def unequal_counts(at: Ranks, dtype=torch.float32, **tolerance) -> None:
+    at.check(1 + 5 * at.rank, dtype=dtype, **(tolerance or FP32))
 
 
-def a_rank_without_tokens(at: Ranks) -> None:
-    at.check(0 if at.rank == 1 else 6, **FP32)
+def a_rank_without_tokens(at: Ranks, dtype=torch.float32, **tolerance) -> None:
+    at.check(0 if at.rank == 1 else 6, dtype=dtype, **(tolerance or FP32))
 
 
-def only_one_rank_has_tokens(at: Ranks) -> None:
-    at.check(9 if at.rank == at.world_size - 1 else 0, **FP32)
+def only_one_rank_has_tokens(at: Ranks, dtype=torch.float32, **tolerance) -> None:
+    at.check(9 if at.rank == at.world_size - 1 else 0, dtype=dtype, **(tolerance or FP32))
 
 
-def no_rank_has_tokens(at: Ranks) -> None:
-    assert at.check(0, **FP32).sum() == 0
+def no_rank_has_tokens(at: Ranks, dtype=torch.float32, **tolerance) -> None:
+    assert at.check(0, dtype=dtype, **(tolerance or FP32)).sum() == 0
 
 
-def all_tokens_on_one_expert(at: Ranks) -> None:
-    rows_e = at.check(8, ids_TK=torch.full((8, at.top_k), at.num_experts - 1), **FP32)
+def all_tokens_on_one_expert(at: Ranks, dtype=torch.float32, **tolerance) -> None:
+    rows_e = at.check(
+        8, ids_TK=torch.full((8, at.top_k), at.num_experts - 1), dtype=dtype, **(tolerance or FP32)
+    )
     assert (rows_e.sum() > 0) == (at.rank == at.world_size - 1)
 
 
-def bfloat16(at: Ranks) -> None:
-    # Three roundings to bf16 (2^-8 each) on the way of a sum of a few terms of order one.
-    at.check(13, dtype=torch.bfloat16, rtol=3e-2, atol=3e-2)
+def bf16(case: Callable[..., None]) -> Callable[[Ranks], None]:
+    """The same case in bf16."""
+
+    def run(at: Ranks) -> None:
+        case(at, dtype=torch.bfloat16, **BF16)
+
+    run.__name__ = f"{case.__name__}_in_bf16"
+    return run
 
 
 def many_tokens(at: Ranks) -> None:
@@ -224,23 +267,24 @@ def rows_that_need_no_expert(at: Ranks) -> None:
     torch.testing.assert_close(out_TH, x_TH * scale_T1, **FP32)
 
 
-def rows_are_counted_first(at: Ranks) -> None:
+def rows_are_counted_first(at: Ranks, dtype=torch.float32, **tolerance) -> None:
     """What alltoall does with batches that are too large to be sent to all ranks."""
     dispatcher = getattr(at.dispatcher, "candidates", {}).get("alltoall", at.dispatcher)
     for each in (dispatcher, getattr(dispatcher, "across", None)):
         if hasattr(each, "send_to_all_bytes"):
             each.send_to_all_bytes = 0
     at.dispatcher = dispatcher
-    at.check(13, **FP32)
+    at.check(13, dtype=dtype, **(tolerance or FP32))
 
 
-def backward(at: Ranks) -> None:
-    full = gated_experts(at.num_experts, torch.float32)
+def backward(at: Ranks, dtype=torch.float32, **tolerance) -> None:
+    tolerance = tolerance or FP32
+    full = gated_experts(at.num_experts, dtype)
     local = local_part(full, at.rank * at.num_local, at.num_local)
     # A rank without tokens takes part in backward too.
     count = 0 if at.rank == 0 and not at.is_replicated else 5
-    x_TH, ids_TK, weights_TK = at.tokens(count)
-    out_grad_TH = torch.linspace(-1, 1, count * HIDDEN).view(count, HIDDEN)
+    x_TH, ids_TK, weights_TK = at.tokens(count, dtype)
+    out_grad_TH = torch.linspace(-1, 1, count * HIDDEN).view(count, HIDDEN).to(dtype)
 
     def gradients(run: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         x, weights = x_TH.clone().requires_grad_(), weights_TK.clone().requires_grad_()
@@ -258,37 +302,48 @@ def backward(at: Ranks) -> None:
     for total in totals.values():
         at.sum_over_tokens(total)  # the reference's experts saw this rank's tokens only
     for found, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(found, wanted, **FP32)
+        torch.testing.assert_close(found, wanted, **tolerance)
     for name, total in totals.items():
         mine = total[at.rank * at.num_local : (at.rank + 1) * at.num_local]
         found = getattr(local, name).grad
-        torch.testing.assert_close(torch.zeros_like(mine) if found is None else found, mine, **FP32)
+        torch.testing.assert_close(
+            torch.zeros_like(mine) if found is None else found, mine, **tolerance
+        )
 
 
+_UNEQUAL = (unequal_counts, a_rank_without_tokens, only_one_rank_has_tokens)
+_IN_BOTH_TYPES = (
+    identity_gives_the_input_back,
+    the_right_experts_compute,
+    random_routing,
+    no_rank_has_tokens,
+    all_tokens_on_one_expert,
+    rows_are_counted_first,
+    backward,
+    *_UNEQUAL,
+)
 CASES = {
     case.__name__: case
     for case in (
-        identity_gives_the_input_back,
-        the_right_experts_compute,
-        random_routing,
-        no_rank_has_tokens,
-        all_tokens_on_one_expert,
-        bfloat16,
+        *_IN_BOTH_TYPES,
+        *map(bf16, _IN_BOTH_TYPES),
         many_tokens,
         rows_that_need_no_expert,
-        rows_are_counted_first,
-        backward,
-        # Not for a replicated batch:
-        unequal_counts,
-        a_rank_without_tokens,
-        only_one_rank_has_tokens,
     )
 }
-UNEQUAL = ("unequal_counts", "a_rank_without_tokens", "only_one_rank_has_tokens")
+# Not for a replicated batch.
+UNEQUAL = {case.__name__ for each in _UNEQUAL for case in (each, bf16(each))}
 
 
 def cases_of(dispatcher: str) -> list[str]:
     return [name for name in CASES if dispatcher != "allreduce" or name not in UNEQUAL]
+
+
+def _check_choice(at: Ranks, dispatcher: str, *, is_announced: bool) -> None:
+    """Forced prices choose what they are meant to, where tokens are known to all."""
+    _, _, chosen = dispatcher.partition(": ")
+    if chosen and isinstance(at.dispatcher, Auto):
+        assert set(at.dispatcher.calls) == {chosen if is_announced else "alltoall"}
 
 
 def run_all_cases(rank: int, world_size: int) -> dict[tuple[Any, ...], str]:
@@ -318,6 +373,7 @@ def run_all_cases(rank: int, world_size: int) -> dict[tuple[Any, ...], str]:
                     )
                     try:
                         CASES[name](at)
+                        _check_choice(at, dispatcher, is_announced=way != "unannounced")
                     except AssertionError:
                         failed[dispatcher, num_local, way, name] = traceback.format_exc()
     return failed
