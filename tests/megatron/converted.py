@@ -28,6 +28,7 @@ __all__ = ["CASES", "load_converted", "one_parser", "save_converted"]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {}),
+    "olmoe, one expert a rank at EP4": ("olmoe", {"num_experts": 4}),
     "olmoe, as many keys as queries": ("olmoe", {"num_key_value_heads": 4}),
     "mixtral": ("mixtral", {"sliding_window": None}),
     "qwen2_moe": ("qwen2_moe", {}),
