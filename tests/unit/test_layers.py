@@ -117,6 +117,13 @@ def imports_a_library_of_a_higher_layer(module: str, tree: ast.Module) -> Iterat
             yield f"{line}: layer {_layer(module)} imports {library}"
 
 
+def imports_megatron_outside_of_its_folder(module: str, tree: ast.Module) -> Iterator[str]:
+    if not f"{module}.".startswith("ds_moe_ep.megatron."):
+        for line, name in _imports(tree):
+            if name.split(".")[0] == "megatron":
+                yield f"{line}: imports {name}"
+
+
 def has_effects_on_import(module: str, tree: ast.Module) -> Iterator[str]:
     for node in _run_on_import(tree):
         name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
@@ -158,6 +165,7 @@ def says_not_what_is_public(module: str, tree: ast.Module) -> Iterator[str]:
 _RULES: list[_Rule] = [
     imports_from_a_higher_layer,
     imports_a_library_of_a_higher_layer,
+    imports_megatron_outside_of_its_folder,
     has_effects_on_import,
     says_not_what_is_public,
 ]
@@ -197,6 +205,19 @@ def test_no_module(rule):
             "ds_moe_ep.config.run",
             "import yaml, json\nif x:\n    import torch.nn as nn\nfrom ds_moe_ep import plan\n",
             ["3: layer 2 imports torch"],
+        ),
+        (
+            imports_megatron_outside_of_its_folder,
+            "ds_moe_ep.config.megatron",
+            "from ds_moe_ep.megatron import check\ndef f():\n    import megatron.core\n"
+            "    from megatron import training\n",
+            ["3: imports megatron.core", "4: imports megatron"],
+        ),
+        (
+            imports_megatron_outside_of_its_folder,
+            "ds_moe_ep.megatron.check",
+            "from megatron.training import arguments\n",
+            [],
         ),
         (
             has_effects_on_import,
