@@ -1,8 +1,9 @@
 """Imports megatron-core where it would not import, and lets it run on a machine without a GPU.
 
-Everything put in the place of something else is listed here, is there only as long as the context
-that put it there, and on a machine with a GPU nothing of CUDA is replaced. What megatron-core
-computes is not touched.
+Everything put in the place of something else is listed here, and is there only as long as the
+context that put it there. A model that runs on a GPU has nothing replaced; one built on the meta
+device, as `ds-moe-ep megatron check` does, has it everywhere, since it must not touch a GPU. What
+megatron-core computes is not touched.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from ds_moe_ep.errors import MegatronError
 __all__ = ["INSTALL", "import_megatron", "megatron_stand_ins"]
 
 INSTALL = "pip install --no-deps --ignore-requires-python megatron-core==0.19.2"
-"""It needs torch, numpy and packaging only, and of Python 3.12 one name (`import_megatron`)."""
+"""For Python 3.11 or newer: of 3.12 it needs one name (`import_megatron`), and there are no wheels
+for 3.10. Of packages it needs torch, numpy and packaging only."""
 
 # Whatever these import in turn is imported with them.
 _ENTRY_POINTS = (
@@ -42,7 +44,10 @@ def import_megatron() -> None:
         MegatronError: It is not installed, or does not import.
     """
     if not (_has("megatron") and _has("megatron.training")):
-        raise MegatronError(f"megatron-core 0.17 or newer is not installed. To have it: {INSTALL}")
+        raise MegatronError(
+            "megatron-core 0.17 or newer is not installed. To have it, with Python 3.11 or newer: "
+            f"{INSTALL}"
+        )
     import torch
 
     with contextlib.ExitStack() as stack:
@@ -72,7 +77,7 @@ def megatron_stand_ins(device: str | None = None) -> Iterator[None]:
     Args:
         device: What takes the place of the current CUDA device: "cpu", or "meta" for a model
             without memory. By default "cpu" where there is no GPU; where there is one, it is used
-            and nothing is replaced.
+            and nothing is replaced once megatron-core is imported.
 
     Raises:
         MegatronError: As `import_megatron`.

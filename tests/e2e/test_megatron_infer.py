@@ -12,11 +12,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ds_moe_ep.errors import MegatronError
-from ds_moe_ep.megatron.stand_ins import INSTALL, import_megatron
+from ds_moe_ep.megatron.stand_ins import INSTALL
 from tests.helpers import launch_infer, run_command
 from tests.helpers.families import VOCAB_SIZE
 from tests.helpers.launch import REPO, free_port
+from tests.helpers.megatron import require_megatron
 
 pytestmark = pytest.mark.slow
 
@@ -31,10 +31,7 @@ _PROMPTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def megatron_is_installed():
-    try:
-        import_megatron()
-    except MegatronError as error:
-        pytest.skip(str(error))
+    require_megatron()
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.errors import MegatronError
-from ds_moe_ep.megatron.stand_ins import import_megatron, megatron_stand_ins
+from ds_moe_ep.megatron.stand_ins import megatron_stand_ins
+from tests.helpers.megatron import require_megatron
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,10 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def megatron_is_installed() -> None:
-    try:
-        import_megatron()
-    except MegatronError as error:
-        pytest.skip(str(error))
+    require_megatron()
 
 
 @pytest.fixture(autouse=True)
