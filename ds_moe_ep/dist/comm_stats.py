@@ -104,11 +104,8 @@ class CommStats:
         self._current = None
         if collective.took_place:
             self._kinds[kind].sent_bytes += sent_bytes
-            # A captured collective has no time of its own, and while a CUDA graph is captured no
-            # event may be asked whether it has passed: that would end the capture.
-            if collective._spans:
-                self._unfinished.append(collective)
-                self._read_clocks()
+            self._unfinished.append(collective)
+            self._read_clocks()
 
     @contextmanager
     def untimed(self, device: torch.device) -> Iterator[None]:

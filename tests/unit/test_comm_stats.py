@@ -62,18 +62,6 @@ def test_collectives_count_by_kind_without_the_work_done_meanwhile():
     assert (stats.calls, stats.sent_bytes, stats.seconds()) == (0, 0, 0.0)
 
 
-def test_no_event_is_asked_anything_while_a_graph_is_captured(monkeypatch):
-    stats, asked = CommStats(), []
-    monkeypatch.setattr(comm_stats, "has_passed", lambda moment: bool(asked.append(moment)))
-    with stats.timed("gather", _CPU, sent_bytes=10):  # it has not passed yet
-        pass
-    assert len(asked) == 1
-    monkeypatch.setattr(comm_stats, "_now", lambda device: None)  # as in a capture
-    with stats.timed("gather", _CPU, sent_bytes=5):
-        pass
-    assert len(asked) == 1 and stats.sent_bytes == 15
-
-
 class _QueuedEvent:
     """An event of a GPU that has not come to it, and which a capture must not ask."""
 
