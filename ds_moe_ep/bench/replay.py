@@ -21,7 +21,7 @@ from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 
-__all__ = ["TABLE", "prefill_flops"]
+__all__ = ["TABLE", "capture", "prefill_flops"]
 
 _MS = 1000.0
 _STEPS = 8  # decode steps of a round, for which the cache has room after the context
@@ -118,7 +118,7 @@ def _time_decode(
         torch._dynamo.reset()  # what was compiled for other shapes counts towards a limit
         compiled = torch.compile(model, dynamic=False)
         steps["compiled"] = functools.partial(compiled, ids_T1, past_key_values=cache)
-        steps["CUDA graph"] = _capture(steps["eager"], rewind)
+        steps["CUDA graph"] = capture(steps["eager"], rewind)
 
     def run(step: Callable[[], object]) -> None:
         for _ in range(_STEPS):
@@ -134,8 +134,16 @@ def _time_decode(
     )
 
 
-def _capture(step: Callable[[], object], rewind: Callable[[], None]) -> Callable[[], None]:
-    """Returns a CUDA graph of a step, which was called before."""
+def capture(step: Callable[[], object], rewind: Callable[[], None]) -> Callable[[], None]:
+    """Captures a step in a CUDA graph.
+
+    Args:
+        step: The step; it was called before.
+        rewind: Takes back what a step changed.
+
+    Returns:
+        What replays it.
+    """
     rewind()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -12,6 +12,7 @@ from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.config.deepspeed import inference_config
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.groups import RankInfo, init_distributed
+from ds_moe_ep.dist.transport import Transport
 from ds_moe_ep.engine.loading import init_inference
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.plan import ParallelPlan
@@ -98,3 +99,18 @@ def test_a_captured_layer_computes_new_rows_when_it_is_replayed(tmp_path, device
                 place.copy_(value)
             graph.replay()
             torch.testing.assert_close(captured, layer(*fresh), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["gather", "exchange", "reduce", "sum"])
+def test_nccl_brings_rows(device, way) -> None:
+    transport = Transport(torch.distributed.group.WORLD)  # a Communicator skips groups of one
+    rows = torch.randn((5, 8), device=device)
+    brought = {
+        "gather": lambda: transport.gather(rows, [5]),
+        "exchange": lambda: transport.exchange(rows, [5], [5]),
+        "reduce": lambda: transport.reduce(rows, [5]),
+        "sum": lambda: transport.sum(rows),
+    }[way]()
+    assert brought.data_ptr() != rows.data_ptr()
+    torch.testing.assert_close(brought, rows, rtol=0, atol=0)
+    assert transport.stats.calls == 1
