@@ -174,7 +174,9 @@ _DEEPSEEK: dict[str, Fate] = {
     "attention_bias": _NO_BIAS,
     "pretraining_tp": _REMOTE,
     "ep_size": _REMOTE,
-    "quantization_config": WithoutEffect("how weights are stored, not what they are"),
+    # Rounded activations would change logits. `convert` refuses quantized weights, so only weights
+    # that were dequantized first reach Megatron, and these arguments are for them.
+    "quantization_config": WithoutEffect("of the published weights; the arguments are for bf16"),
 }
 
 FIELDS: dict[str, dict[str, Fate]] = {
