@@ -407,3 +407,37 @@ def test_dispatcher(
     for rank, failed in enumerate(failures(world_size)):
         key = (dispatcher, num_local, way, case)
         assert key not in failed, f"rank {rank}: {failed[key]}"
+
+
+def check_bytes_between_nodes(rank: int, world_size: int) -> None:
+    """Counts what two nodes of two ranks send each other for several experts of one node."""
+    node_groups = create_node_groups(world_size, [each // 2 for each in range(world_size)])
+    assert node_groups is not None
+    links = Links(
+        Communicator(dist.group.WORLD),
+        Communicator(node_groups.across),
+        Communicator(node_groups.within),
+    )
+    num_local, num_tokens = 4, 6
+    # Experts 0 to 7 are on node 0. The first four tokens want both ranks of the other node, and two
+    # experts of one of them; the last two tokens stay.
+    elsewhere, here = (8, 0) if rank < 2 else (0, 8)
+    ids_TK = torch.tensor([[0, 1, 4]] * num_tokens) + elsewhere
+    ids_TK[4:] += here - elsewhere
+    x_TH = torch.ones(num_tokens, HIDDEN)
+    weights_TK = torch.full(ids_TK.shape, 1 / 3)
+    experts = partial(run_local_experts, IdentityExperts(0, num_local))
+    out_TH, _ = make_dispatcher("alltoall-2level", links, num_local)(
+        experts, x_TH, ids_TK, weights_TK
+    )
+    assert links.across is not None
+    exchanged = links.across.stats.by_kind["exchange"]
+    torch.testing.assert_close(out_TH, x_TH, **FP32)
+    # A row goes with three ids and three weights, each 12 bytes that take 16; its output returns.
+    row_bytes = HIDDEN * 4
+    assert exchanged.durations.count == 2
+    assert exchanged.sent_bytes == 4 * (row_bytes + 16 + 16) + 4 * row_bytes
+
+
+def test_a_row_crosses_between_nodes_once_for_all_experts_there(tmp_path):
+    run_ranks(check_bytes_between_nodes, 4, tmp_path)
