@@ -1,7 +1,12 @@
 """The cost model's arithmetic: fits to known lines, and predictions counted by hand."""
 
-import pytest
+from unittest import mock
 
+import pytest
+import torch
+
+from ds_moe_ep.dist.collectives import Communicator
+from ds_moe_ep.moe import probe
 from ds_moe_ep.moe.cost_model import (
     GroupPrices,
     LayerShape,
@@ -117,3 +122,19 @@ def test_two_levels_add_up():
     # Place 0 of each node has gathered eight rows, of which a half wanted the node.
     assert predicted["allgather-2level"] == pytest.approx(2 + 8 * 192)
     assert predicted["alltoall-2level"] == pytest.approx(2 + 8 / 2 * 192 / 2)
+
+
+@pytest.mark.parametrize(
+    ("run_s", "num_rounds"),
+    [(0.001, 5), (0.06, 3), (0.1, 2), (4.0, 2)],  # three runs a round, until half a second
+)
+def test_the_probe_stops_after_half_a_second_but_not_before_two_rounds(run_s, num_rounds):
+    now_ns = 0
+
+    def run():
+        nonlocal now_ns
+        now_ns += int(run_s * 1e9)
+
+    with mock.patch.object(probe.time, "perf_counter_ns", lambda: now_ns):
+        (seconds,) = probe._time([run], Communicator(None), torch.device("cpu"))
+    assert seconds == [pytest.approx(run_s)] * 3 * num_rounds
