@@ -172,7 +172,9 @@ def _time_prefill(model: PreTrainedModel, num_tokens: int, rounds: int) -> tuple
 
 
 def _to_markdown(results: Sequence[Result]) -> str:
-    titles = ["phase", "tokens a rank", "context", "mode", "ms", "floor, ms", "share of the floor"]
+    titles = ["phase", "tokens a rank", "context", "mode", "ms", "eager / mode"]
+    titles += ["floor, ms", "share of the floor"]
+    eager_s = _eager_seconds(results)
     rows = []
     for result in results:
         seconds, floor_s = result["seconds"], result["floor_s"]
@@ -180,6 +182,7 @@ def _to_markdown(results: Sequence[Result]) -> str:
             [
                 *(result["phase"], f"{result['tokens']:,}", result["context"], result["mode"]),
                 with_range(seconds, scale=_MS),
+                f"{eager_s[result['phase'], result['tokens']] / seconds['median']:.2f}",
                 f"{floor_s * _MS:.2f} ({result['floor']})",
                 f"{floor_s / seconds['median']:.0%}",
             ]
@@ -198,8 +201,44 @@ def _to_markdown(results: Sequence[Result]) -> str:
         "among them, and its experts) at the rate of a copy, "
         f"{one['bytes_per_s'] / 1e9:,.1f} GB/s measured here; the matrix products of the pass at "
         f"the rate of a large one, {one['flops'] / 1e12:,.2f} TFLOP/s measured here."
-        + ("" if one["dtype"] == "bfloat16" else _NO_GPU)
+        + (_bars(results) if one["dtype"] == "bfloat16" else _NO_GPU)
     )
+
+
+def _eager_seconds(results: Sequence[Result]) -> dict[tuple[str, int], float]:
+    """Returns the eager time of each phase and number of tokens."""
+    return {
+        (each["phase"], each["tokens"]): each["seconds"]["median"]
+        for each in results
+        if each["mode"] == "eager"
+    }
+
+
+def _bars(results: Sequence[Result]) -> str:
+    """Says of each bar whether all rows that it is about meet it."""
+    eager_s = _eager_seconds(results)
+    steps, ratios, shares = [], [], []
+    for each in results:
+        phase, tokens, seconds = each["phase"], each["tokens"], each["seconds"]["median"]
+        if phase == "prefill":
+            shares.append(each["floor_s"] / seconds)
+        elif each["mode"] == "CUDA graph":
+            ratios.append(eager_s[phase, tokens] / seconds)
+            steps += [seconds * _MS] if tokens == _BAR_TOKENS else []
+    bars = [
+        (f"a graph's step of {_BAR_TOKENS} tokens at most {_MOST_MS} ms on an H200", steps, None),
+        (f"a graph at least {_LEAST_RATIO} times as fast as eager", ratios, _LEAST_RATIO),
+        (f"prefill at least {_LEAST_SHARE:.0%} of the measured rate", shares, _LEAST_SHARE),
+    ]
+    verdicts = []
+    for what, found, least in bars:
+        met = max(found, default=0) <= _MOST_MS if least is None else min(found, default=0) >= least
+        verdicts.append(f"{what}: {('met' if met else '**not met**') if found else 'no such row'}")
+    return f"\n\nBars: {'; '.join(verdicts)}."
+
+
+_BAR_TOKENS, _MOST_MS = 8, 1.2
+_LEAST_RATIO, _LEAST_SHARE = 4.0, 0.5
 
 
 _NO_GPU = (

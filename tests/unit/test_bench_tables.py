@@ -139,20 +139,53 @@ def test_a_rank_outside_of_the_job_is_refused(tmp_path):
         replay.TABLE.prepare(asked, tmp_path)
 
 
-def test_a_replay_shows_its_share_of_the_floor():
-    result = {
+def replayed(phase, tokens, mode, ms, floor_s):
+    return {
         **{"model": "olmoe", "world_size": 64, "rank": 5, "dtype": "bfloat16"},
         **{"weight_bytes": 1_150_000_000, "bytes_per_s": 4.3e12, "flops": 7.9e14},
-        **{"phase": "decode", "tokens": 8, "context": 512, "mode": "CUDA graph"},
-        **{"floor": "weights", "floor_s": 0.00027, "seconds": spread(1.08)},
+        **{"phase": phase, "tokens": tokens, "context": 512, "mode": mode},
+        **{"floor": "weights", "floor_s": floor_s, "seconds": spread(ms)},
     }
-    text = replay.TABLE.to_markdown([result])
-    assert cells(text, 2) == [
-        *("decode", "8", "512", "CUDA graph", "1.08 (0.54 to 2.16)", "0.27 (weights)", "25%"),
+
+
+def test_a_replay_shows_its_share_of_the_floor():
+    results = [
+        replayed("decode", 8, "eager", 5.4, 0.00027),
+        replayed("decode", 8, "CUDA graph", 1.08, 0.00027),
+    ]
+    text = replay.TABLE.to_markdown(results)
+    assert cells(text, 3) == [
+        *("decode", "8", "512", "CUDA graph", "1.08 (0.54 to 2.16)", "5.00"),
+        *("0.27 (weights)", "25%"),
     ]
     assert "Rank 5 of 64 of olmoe" in text
     assert "no GPU" not in text
-    assert "There was no GPU" in replay.TABLE.to_markdown([result | {"dtype": "float32"}])
+    assert "prefill at least 50% of the measured rate: no such row." in text
+    without = replay.TABLE.to_markdown([one | {"dtype": "float32"} for one in results])
+    assert "There was no GPU" in without and "Bars" not in without
+
+
+@pytest.mark.parametrize(
+    ("graph_ms", "other_graph_ms", "prefill_ms", "verdicts"),
+    [
+        (1.2, 1.25, 200.0, ["met", "met", "met"]),
+        (1.21, 1.0, 200.0, ["**not met**", "met", "met"]),
+        (1.0, 1.26, 200.0, ["met", "**not met**", "met"]),
+        (1.0, 1.0, 201.0, ["met", "met", "**not met**"]),
+    ],
+)
+def test_a_replay_says_which_bars_are_met(graph_ms, other_graph_ms, prefill_ms, verdicts):
+    text = replay.TABLE.to_markdown(
+        [
+            replayed("decode", 8, "eager", 5.0, 0.00027),
+            replayed("decode", 8, "CUDA graph", graph_ms, 0.00027),
+            replayed("decode", 32, "eager", 5.0, 0.00027),
+            replayed("decode", 32, "CUDA graph", other_graph_ms, 0.00027),
+            replayed("prefill", 4096, "eager", prefill_ms, 0.1),
+        ]
+    )
+    bars = text.splitlines()[-1].removeprefix("Bars: ").removesuffix(".").split("; ")
+    assert [bar.rsplit(": ", 1)[1] for bar in bars] == verdicts
 
 
 def test_placed_experts_are_compared_with_contiguous_ones():
