@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import traceback
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -18,7 +18,7 @@ from unittest import mock
 from ds_moe_ep.errors import MegatronError
 from ds_moe_ep.megatron.own_checks import own_problems
 
-__all__ = ["as_command_line", "parse_arguments", "read_arguments", "reason_of"]
+__all__ = ["as_command_line", "one_parser", "parse_arguments", "read_arguments", "reason_of"]
 
 
 def read_arguments(path: Path) -> list[str]:
@@ -76,6 +76,20 @@ def parse_arguments(words: Sequence[str], *, rank: int, world_size: int) -> Name
         except Exception as error:  # of any kind: mostly assertions
             raise MegatronError(f"Megatron refuses these arguments: {reason_of(error)}") from error
     return parsed
+
+
+@contextlib.contextmanager
+def one_parser() -> Iterator[None]:
+    """Has Megatron's `parse_args` use one parser for a while instead of making one for each call.
+
+    The parser is Megatron's and keeps nothing of what it has parsed. To make one takes long, as the
+    sources of Megatron's classes are read for its help. Call it within `megatron_stand_ins`.
+    """
+    from megatron.training import arguments
+
+    parser = arguments.add_megatron_arguments(ArgumentParser(allow_abbrev=False))
+    with mock.patch.object(arguments, "add_megatron_arguments", lambda given: parser):
+        yield
 
 
 def reason_of(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from unittest import mock
 
 from ds_moe_ep.errors import MegatronError
-from ds_moe_ep.megatron.arguments import as_command_line, read_arguments, reason_of
+from ds_moe_ep.megatron.arguments import as_command_line, one_parser, read_arguments, reason_of
 from ds_moe_ep.megatron.check_report import OWN_CHECKS, STAGES, CheckReport, GroupSizes
 from ds_moe_ep.megatron.own_checks import own_problems
 from ds_moe_ep.megatron.ownership import RankPart, rank_part
@@ -47,7 +47,7 @@ def check_arguments(file: Path, world_size: int, ranks: Iterable[int] | None = N
     if "--yaml-cfg" in words:
         raise MegatronError(f"--args {file}: --yaml-cfg is not followed. Give the arguments here.")
     report = CheckReport(world_size)
-    with megatron_stand_ins("meta"), _quiet():
+    with megatron_stand_ins("meta"), _quiet(), one_parser():
         try:
             for rank in range(world_size) if ranks is None else ranks:
                 _check_rank(words, rank, report)

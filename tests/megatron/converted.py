@@ -4,13 +4,10 @@ Saved by Hugging Face, converted to torch_dist, described by generated arguments
 parser reads, and loaded by Megatron's own loading: nothing is put in place by hand.
 """
 
-import contextlib
 import json
-from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +21,7 @@ from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import build_tiny
 
-__all__ = ["CASES", "load_converted", "one_parser", "save_converted"]
+__all__ = ["CASES", "load_converted", "save_converted"]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {}),
@@ -91,13 +88,3 @@ def load_converted(
     model = build_model(args, torch.device("cpu"))
     load_weights(model, open_torch_dist(folder / "checkpoint"))
     return model
-
-
-@contextlib.contextmanager
-def one_parser() -> Iterator[None]:
-    """Has Megatron's parser made once: it reads the sources of Megatron's classes for it."""
-    from megatron.training import arguments
-
-    parser = arguments.add_megatron_arguments(ArgumentParser(allow_abbrev=False))
-    with mock.patch.object(arguments, "add_megatron_arguments", lambda given: parser):
-        yield

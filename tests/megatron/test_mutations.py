@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ds_moe_ep.errors import CheckpointError, MegatronError
-from ds_moe_ep.megatron.arguments import parse_arguments, read_arguments
+from ds_moe_ep.megatron.arguments import one_parser, parse_arguments, read_arguments
 from ds_moe_ep.megatron.model import start_model_parallel
 from ds_moe_ep.megatron.score import megatron_logits
 from tests.helpers.families import VOCAB_SIZE
-from tests.megatron.converted import load_converted, one_parser, save_converted
+from tests.megatron.converted import load_converted, save_converted
 
 TOLERANCE = 5e-6
 NOTICED = 20 * TOLERANCE

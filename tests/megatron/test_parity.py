@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_moe_ep.megatron.arguments import parse_arguments, read_arguments
+from ds_moe_ep.megatron.arguments import one_parser, parse_arguments, read_arguments
 from ds_moe_ep.megatron.model import start_model_parallel
 from ds_moe_ep.megatron.score import megatron_logits
 from ds_moe_ep.megatron.stand_ins import megatron_stand_ins
 from tests.helpers import run_ranks
 from tests.helpers.families import VOCAB_SIZE
-from tests.megatron.converted import CASES, load_converted, one_parser, save_converted
+from tests.megatron.converted import CASES, load_converted, save_converted
 
 WORLD_SIZE = 4
 TOLERANCE = 5e-6
