@@ -147,7 +147,10 @@ def _part(args: Namespace, rank: int) -> RankPart:
         # Tables of stretched positions take long to make, and have no parameters.
         args.rope_type = "rope"
         args.spec = args.spec or ["ds_moe_ep.megatron.layer_specs", "mla_layers"]
-    return rank_part(build_model(args, torch.device("meta")), rank)
+    meta = torch.device("meta")
+    with meta:  # Megatron makes routers' weights on the CPU, whatever it is told
+        model = build_model(args, meta)
+    return rank_part(model, rank)
 
 
 @contextlib.contextmanager

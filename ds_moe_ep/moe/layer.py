@@ -120,7 +120,9 @@ class DispatchedExperts(nn.Module):
         output_TH, rows_e = self.dispatcher(
             compute, x_TH, topk_ids_TK, topk_weights_TK, self._num_tokens_W, meanwhile
         )
-        self.tokens_per_expert = self.tokens_per_expert.to(rows_e.device)
+        if self.tokens_per_expert.device != rows_e.device:
+            with torch.inference_mode(False):  # later passes may be in another mode
+                self.tokens_per_expert = self.tokens_per_expert.to(rows_e.device)
         self.tokens_per_expert += rows_e  # in place: each replay of a CUDA graph counts its rows
         return output_TH
 

@@ -12,7 +12,7 @@ from ds_moe_ep.errors import MegatronError
 from ds_moe_ep.megatron.arguments import read_arguments
 from ds_moe_ep.megatron.check import check_arguments
 from ds_moe_ep.megatron.check_report import OWN_CHECKS, STAGES, GroupSizes
-from ds_moe_ep.model_spec import model_spec_from_config
+from ds_moe_ep.model_spec import model_spec_from_config, read_model_spec
 from ds_moe_ep.placement import make_placement
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.launch import REPO
@@ -108,10 +108,31 @@ def test_every_family_passes_and_experts_lie_where_the_plan_says(config, plan, o
             assert (part.dense_params, part.expert_params) == (spec.num_dense_params, share)
 
 
-def test_all_64_ranks_of_the_committed_olmoe(capsys):
+COMMITTED = sorted(path.parent.name for path in REPO.glob("configs/*/megatron.args"))
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_all_64_ranks_of_committed_arguments_in_a_minute(name):
+    folder = REPO / "configs" / name
     began_s = time.process_time()
-    assert main(["megatron", "check", "--args", str(OLMOE_ARGS), "--world", "64"]) == 0
+    report = check_arguments(folder / "megatron.args", 64)
     assert time.process_time() - began_s < 60
+    assert report.problems == {} and report.not_reached == ()
+    spec = read_model_spec(folder)
+    placement = make_placement(EP64, spec)
+    own = {layer: {rank: [] for rank in range(64)} for layer in spec.moe_layers}
+    for layer in spec.moe_layers:
+        for expert in range(spec.num_experts):
+            own[layer][placement.owner(layer, expert)].append(expert)
+    assert [part.rank for part in report.ranks] == list(range(64))
+    for part in report.ranks:
+        assert part.experts == {layer: tuple(own[layer][part.rank]) for layer in own}
+        assert part.dense_params == spec.num_dense_params
+        assert part.expert_params == spec.num_expert_params // 64
+
+
+def test_what_the_command_says_of_the_committed_olmoe(capsys):
+    assert main(["megatron", "check", "--args", str(OLMOE_ARGS), "--world", "64"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
     lines = said.out.splitlines()
