@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     tables = parser.add_subparsers(dest="table", required=True, metavar="TABLE")
-    command = tables.add_parser("bars", help="What must be reached, and whether it is")
+    command = tables.add_parser(
+        "bars", help="What must be reached, and whether it is", allow_abbrev=False
+    )
     _add_out_argument(command, bars.DOCUMENT)
     for table in _TABLES.values():
         command = tables.add_parser(table.name, help=table.heading, allow_abbrev=False)
