@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep import heap
+from ds_moe_ep.bench.floors import wait
 from ds_moe_ep.bench.generate_sides import PAD, GenerateSide, one_process, ours, transformers_ep
 from ds_moe_ep.bench.memory import PeakMemory
 from ds_moe_ep.bench.models import SHAPES, write_model
@@ -75,15 +76,18 @@ def _build(
     """Loads a side's model and generates with it once.
 
     Returns:
-        The side, and what each rank's process has grown by at most.
+        The side, and what each rank's process, or its tensors on a GPU, have grown by at most.
     """
     heap.release_freed_memory()
-    with PeakMemory() as before:
-        pass
+    on_gpu = job.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(job.device)
+    before_bytes = torch.cuda.memory_allocated(job.device) if on_gpu else PeakMemory.now()
     with PeakMemory() as peak:
         side = build()
         side(prompts_BS, num_new)
-    return side, job.all_gather(peak.num_bytes - before.num_bytes)
+    peak_bytes = torch.cuda.max_memory_allocated(job.device) if on_gpu else peak.num_bytes
+    return side, job.all_gather(peak_bytes - before_bytes)
 
 
 def _prompts(args: argparse.Namespace, batch: int) -> Tensor:
@@ -104,9 +108,13 @@ def _measure_batch(
     prompts_BS = _prompts(args, batch)
     _check_equal(job, sides, prompts_BS, args.new_tokens)
 
+    def run(side: GenerateSide, num_new: int) -> None:
+        side(prompts_BS, num_new)
+        wait(job.device)
+
     def seconds(num_new: int) -> dict[str, dict[str, float]]:
         found = time_in_turn(
-            {name: functools.partial(side, prompts_BS, num_new) for name, side in sides.items()},
+            {name: functools.partial(run, side, num_new) for name, side in sides.items()},
             args.rounds,
             wait_for_all=lambda: job.wait_for_all(args.timeout, "generating"),
             slowest=lambda taken: max(job.all_gather(taken)),
@@ -176,7 +184,8 @@ def _to_markdown(results: Sequence[Result]) -> str:
         "that of the tokens after it (a difference of medians); "
         f"{sizes['prefill_s'][_OURS]['num_rounds']} rounds of each. "
         "Memory is what loading the model and generating for most prompts add to a process, by "
-        "its proportional set size: weights, caches, temporary tensors; not Python and libraries."
+        "its proportional set size: weights, caches, temporary tensors; not Python and "
+        "libraries. Of a GPU's it is what torch's allocator gave out."
     )
 
 

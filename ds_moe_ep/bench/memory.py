@@ -27,6 +27,11 @@ class PeakMemory:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
+    @staticmethod
+    def now() -> int:
+        """Returns what this process holds at this moment."""
+        return _proportional_bytes()
+
     def __enter__(self) -> PeakMemory:
         self._thread.start()
         return self

@@ -124,12 +124,11 @@ class _Loaded:
 
 def _load(args: argparse.Namespace, job: Job, folder: Path, batch: int) -> _Loaded:
     heap.release_freed_memory()
-    with PeakMemory() as before:
-        pass
+    before_bytes = PeakMemory.now()
     with PeakMemory() as peak:
         model, side = load_ours(folder, job, "auto")
         side(_prompts(args, batch), 1 + args.new_tokens)
-    return _Loaded(model, side, peak.num_bytes - before.num_bytes)
+    return _Loaded(model, side, peak.num_bytes - before_bytes)
 
 
 def _held_bytes(model: PreTrainedModel) -> int:
