@@ -79,12 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--dtype", help="type of the weights at run time (default: the model's)")
     config.add_argument(
         "--megatron-transformer-impl",
+        "--transformer-impl",
         choices=TRANSFORMER_IMPLS,
         default=TRANSFORMER_IMPLS[0],
         help="layers that megatron.args asks for (default: %(default)s)",
     )
     config.add_argument(
         "--megatron-grouped-gemm",
+        "--grouped-gemm",
         action="store_true",
         help="let Megatron compute a rank's experts in one multiplication",
     )

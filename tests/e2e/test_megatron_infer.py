@@ -57,9 +57,13 @@ def files(job: Path, output: Path) -> list[str | Path]:
     return [*args, "--input", job / "in.jsonl", "--output", output]
 
 
+def records_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
 def assert_scores_of_hugging_face(output: Path, model: Path, prompts=None) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    records = [json.loads(line) for line in output.read_text().splitlines()]
+    records = records_of(output)
     prompts = prompts or _PROMPTS
     assert [record["id"] for record in records] == list(prompts)
     for record, token_ids in zip(records, prompts.values(), strict=True):
@@ -93,6 +97,20 @@ def test_torchrun_starts_it_with_the_other_dispatcher(job, tiny_model, tmp_path)
     result = run_command([*command, "--dispatcher", "allgather"], env=_CPU, timeout_s=240)
     assert result.returncode == 0, result.stdout + result.stderr
     assert_scores_of_hugging_face(output, tiny_model("olmoe"))
+
+
+def test_infer_py_reads_and_writes_the_same_files(job, tiny_model, tmp_path):
+    ours, megatrons = tmp_path / "ours.jsonl", tmp_path / "megatrons.jsonl"
+    args = ["--model", tiny_model("olmoe"), "--input", job / "in.jsonl", "--output", ours]
+    for result in (
+        launch_infer([*args, "--task", "score"], num_ranks=2, timeout_s=240, is_forked=True),
+        one_rank([*files(job, megatrons), "--ep-size", "1"]),
+    ):
+        assert result.returncode == 0, result.stdout + result.stderr
+    for own, other in zip(*map(records_of, (ours, megatrons)), strict=True):
+        assert list(own) == list(other)
+        assert (own["id"], own["num_tokens"]) == (other["id"], other["num_tokens"])
+        assert own["token_logprobs"] == pytest.approx(other["token_logprobs"], rel=1e-5, abs=1e-6)
 
 
 def test_ranks_without_prompts_lend_their_experts(job, tiny_model, write_prompts, tmp_path):

@@ -174,14 +174,15 @@ def test_local_layers_and_grouped_experts():
         MegatronOptions("local", grouped_gemm=True)
 
 
-def test_the_options_of_the_command(tmp_path, capsys):
+@pytest.mark.parametrize("prefix", ["--megatron-", "--"])
+def test_the_options_of_the_command(prefix, tmp_path, capsys):
     model = REPO / "configs" / "qwen3-30b-a3b-ep64" / "config.json"
     command = ["config", "--model", str(model), "--num-gpus", "64", "--out", str(tmp_path)]
-    assert main([*command, "--megatron-transformer-impl", "local"]) == 0
+    assert main([*command, f"{prefix}transformer-impl", "local"]) == 0
     assert "--transformer-impl local\n" in (tmp_path / "megatron.args").read_text()
-    assert main([*command, "--megatron-grouped-gemm"]) == 0
+    assert main([*command, f"{prefix}grouped-gemm"]) == 0
     assert "--moe-grouped-gemm\n" in (tmp_path / "megatron.args").read_text()
-    both = ["--megatron-grouped-gemm", "--megatron-transformer-impl", "local"]
+    both = [f"{prefix}grouped-gemm", f"{prefix}transformer-impl", "local"]
     assert main([*command, *both]) == 2
     assert "ConfigError: --megatron-grouped-gemm with" in capsys.readouterr().err
 
