@@ -40,6 +40,10 @@ def start(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # As a terminal starts it, however these tests were started.
+            preexec_fn=lambda: [
+                signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)
+            ],
         )
         started.append(process)
         sleeper = psutil.Process(int(process.stdout.readline()))
