@@ -6,6 +6,7 @@ That what is loaded computes what Hugging Face does is tested in test_parity.py.
 import multiprocessing
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.helpers import run_ranks
 from tests.helpers.families import NUM_EXPERTS, build_tiny
 from tests.helpers.families.megatron import MEGATRON_CASES
 
+SAVE = "--no-save-optim --no-save-rng --ckpt-format torch_dist --save-interval 1 --save".split()
 LOAD = "--finetune --no-load-optim --no-load-rng --dist-ckpt-strictness raise_all --load".split()
 
 
@@ -57,7 +59,7 @@ def load_and_save(
             whole.setdefault(case, model)
             assert_holds_its_part(model, whole[case], ep_size)
             if f"ep{ep_size}" not in saved_before:
-                save_by_megatron(model, folder / case / f"ep{ep_size}")
+                save_by_megatron(model, hf, ep_size, folder / case / f"ep{ep_size}")
         parallel_state.destroy_model_parallel()
 
 
@@ -83,28 +85,26 @@ def empty_model(hf, ep_size):
 
 
 def load_by_megatron(model, hf, ep_size, folder):
-    from megatron.core import dist_checkpointing
     from megatron.training import checkpointing, global_vars
 
-    if not (folder / "latest_checkpointed_iteration.txt").is_file():  # as `save_by_megatron` does
-        state = dist_checkpointing.load(model.sharded_state_dict(), str(folder), strict="raise_all")
-        model.load_state_dict(state)
-        return
     global_vars.set_args(parsed(hf, ep_size, *LOAD, str(folder)))
     iteration, _ = checkpointing.load_checkpoint([model], None, None)
     assert iteration == 0
     global_vars.unset_global_variables()
 
 
-def save_by_megatron(model, folder):
-    from megatron.core import dist_checkpointing
+def save_by_megatron(model, hf, ep_size, folder):
+    """Saves as Megatron's training does, but for the optimizer, which needs a GPU."""
+    from megatron.training import checkpointing, global_vars
 
-    if dist.get_rank() == 0:
-        folder.mkdir()
-    dist.barrier()
     # Megatron's writer starts processes, which a daemon may not, as every rank here is one.
     multiprocessing.current_process()._config["daemon"] = False
-    dist_checkpointing.save(model.sharded_state_dict(), str(folder))
+    global_vars.set_args(parsed(hf, ep_size, *SAVE, str(folder)))
+    with mock.patch.object(
+        torch.cuda, "get_rng_state", torch.get_rng_state
+    ):  # asked for all the same
+        checkpointing.save_checkpoint(100, [model], None, None, 0)
+    global_vars.unset_global_variables()
 
 
 def assert_holds_its_part(model, whole, ep_size):
