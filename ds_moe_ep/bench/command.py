@@ -159,10 +159,10 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
             results = table.measure(args, table.start(args), work)
     command = shlex.join(["python", os.path.join("launch", script.name), *argv])
     name, heading = table.name, table.heading
-    if variant := table.variant(args):
-        name, heading = f"{name}-{variant[0]}", f"{heading}, {variant[1]}"
     if args.hostfile:
         name, heading = f"{name}-hosts", f"{heading}, on {read_hostfile(args.hostfile).describe()}"
+    elif variant := table.variant(args):
+        name, heading = f"{name}-{variant[0]}", f"{heading}, {variant[1]}"
     text = table.to_markdown(results)
     report = Report(name, heading, command, text, results, document=table.document)
     report.write(args.out)

@@ -33,7 +33,7 @@ class Table:
             it, ranks are launched.
         document: The file in docs/ that its section stands in.
         variant: Tells, by what it was asked, the ending of the section's name and of its heading
-            where a section of its own is due; None where it is not.
+            where a section of its own is due on this machine; None where it is not.
     """
 
     name: str

@@ -133,4 +133,5 @@ def test_two_ranks_train_as_one_process_does(tmp_path):
             for key, tensor in actual.items():
                 is_cut = key in experts
                 wanted = expected[key][first : first + num_local] if is_cut else expected[key]
-                torch.testing.assert_close(tensor, wanted, rtol=1e-4, atol=1e-6)
+                # Sums in another order: 3e-6 on some CPUs after four steps of 0.5 times a gradient.
+                torch.testing.assert_close(tensor, wanted, rtol=1e-4, atol=1e-5)
