@@ -81,6 +81,15 @@ class Job:
         assert self.output.read_bytes() == expected
         return result.stdout
 
+    def resume_and_run_undisturbed(self) -> tuple[bytes, bytes]:
+        """Returns what it writes that goes on on 2 ranks, and what an undisturbed run does."""
+        result = self.launch(2)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "resuming: " in result.stdout
+        written = self.output.read_bytes()
+        self.output.unlink()
+        return written, self.run_undisturbed()
+
     def seconds_since_fault(self) -> float:
         return time.time() - self.mark.stat().st_mtime
 

@@ -169,12 +169,7 @@ def _break_and_resume(job: Job, *args: str) -> tuple[bytes, bytes]:
     broken = job.launch(4, fault="2,batch 2,1,SIGKILL")
     assert broken.returncode == 1, broken.stdout + broken.stderr
     assert job.finished()
-    result = job.launch(2)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "resuming: " in result.stdout
-    written = job.output.read_bytes()
-    job.output.unlink()
-    return written, job.run_undisturbed()
+    return job.resume_and_run_undisturbed()
 
 
 def test_sampling_goes_on_as_if_nothing_had_happened(faulty_job, undisturbed):

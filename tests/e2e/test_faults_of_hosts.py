@@ -115,12 +115,8 @@ def test_a_host_that_is_cut_off_is_named_and_the_job_goes_on_without_it(faulty_j
     assert ended_in_time("a host is cut off", took_s, _TIMEOUT_S + 20), output
     assert job.processes() == [], output
     assert job.finished()
-    result = job.launch(2)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "resuming: " in result.stdout
-    written = job.output.read_bytes()
-    job.output.unlink()
-    assert written == job.run_undisturbed()
+    written, undisturbed = job.resume_and_run_undisturbed()
+    assert written == undisturbed
 
 
 # Listens where rank 0 is to, and takes calls in silence.
