@@ -37,18 +37,23 @@ GenerateSide = Callable[[Tensor, int], "Tensor | None"]
 of all prompts on rank 0 and None elsewhere."""
 
 
-def ours(folder: Path, job: Job, dispatcher: str) -> GenerateSide:
+def ours(
+    folder: Path, job: Job, dispatcher: str, dtype: torch.dtype = torch.float32
+) -> GenerateSide:
     """Returns generation with experts spread over all ranks, as infer.py runs it."""
-    return load_ours(folder, job, dispatcher)[1]
+    return load_ours(folder, job, dispatcher, dtype)[1]
 
 
-def load_ours(folder: Path, job: Job, dispatcher: str) -> tuple[PreTrainedModel, GenerateSide]:
+def load_ours(
+    folder: Path, job: Job, dispatcher: str, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, GenerateSide]:
     """Returns a rank's part of a model with experts spread over all ranks, and its generation."""
     info = job.info
     model, report = load_expert_parallel_model(
         folder,
         ParallelPlan(info.world_size),
         ep_rank=info.rank,
+        dtype=dtype,
         device=job.device,
         dispatcher=dispatcher,
     )
@@ -77,7 +82,7 @@ def load_ours(folder: Path, job: Job, dispatcher: str) -> tuple[PreTrainedModel,
     return model, generate
 
 
-def transformers_ep(folder: Path, job: Job) -> GenerateSide:
+def transformers_ep(folder: Path, job: Job, dtype: torch.dtype = torch.float32) -> GenerateSide:
     """Returns generation with transformers' own expert parallelism.
 
     Ranks with batches of their own need its FSDP, so the dense weights are gathered every pass.
@@ -85,7 +90,7 @@ def transformers_ep(folder: Path, job: Job) -> GenerateSide:
     size = job.info.world_size
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32,
+        dtype=dtype,
         distributed_config=DistributedConfig(ep_size=size, fsdp_size=size),
     ).eval()
     return lambda prompts_BS, num_new: complete(
@@ -93,12 +98,14 @@ def transformers_ep(folder: Path, job: Job) -> GenerateSide:
     )
 
 
-def one_process(folder: Path, job: Job, experts_implementation: str) -> GenerateSide:
+def one_process(
+    folder: Path, job: Job, experts_implementation: str, dtype: torch.dtype = torch.float32
+) -> GenerateSide:
     """Returns generation of the whole batch by rank 0 alone, with a thread for every core."""
     model = None
     if job.info.rank == 0:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation=experts_implementation
+            folder, dtype=dtype, experts_implementation=experts_implementation
         )
         model = model.to(job.device).eval()
 

@@ -91,11 +91,12 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     del model
     model = build_own_part(args.model, job, dtype, "alltoall")
     announce(model, args.prefill, args.world)
-    spread, expert_rows = _time_prefill(model, args.prefill, args.rounds)
+    spreads, expert_rows = _time_prefill(model, args.prefill, args.rounds)
     flops = prefill_flops(read_model_spec(args.model), args.prefill, expert_rows)
-    what = {"phase": "prefill", "tokens": args.prefill, "context": 0, "mode": "eager"}
     floor = {"floor": "products", "floor_s": flops / about["flops"]}
-    results.append({**about, **what, **floor, "seconds": vars(spread)})
+    for mode, spread in spreads.items():
+        what = {"phase": "prefill", "tokens": args.prefill, "context": 0, "mode": mode}
+        results.append({**about, **what, **floor, "seconds": vars(spread)})
     return results
 
 
@@ -118,7 +119,9 @@ def _time_decode(
         torch._dynamo.reset()  # what was compiled for other shapes counts towards a limit
         compiled = torch.compile(model, dynamic=False)
         steps["compiled"] = functools.partial(compiled, ids_T1, past_key_values=cache)
-        steps["CUDA graph"] = capture(steps["eager"], rewind)
+        steps["compiled"]()
+        for mode in ("eager", "compiled"):
+            steps[f"{mode}, CUDA graph"] = capture(steps[mode], rewind)
 
     def run(step: Callable[[], object]) -> None:
         for _ in range(_STEPS):
@@ -156,19 +159,27 @@ def capture(step: Callable[[], object], rewind: Callable[[], None]) -> Callable[
     return cast(Callable[[], None], graph.replay)
 
 
-def _time_prefill(model: PreTrainedModel, num_tokens: int, rounds: int) -> tuple[Spread, int]:
-    vocabulary = model.config.vocab_size
-    ids_1T = torch.randint(vocabulary, (1, num_tokens), device=model.device)
+def _time_prefill(
+    model: PreTrainedModel, num_tokens: int, rounds: int
+) -> tuple[dict[str, Spread], int]:
+    ids_1T = torch.randint(model.config.vocab_size, (1, num_tokens), device=model.device)
+    passes: dict[str, Callable[..., object]] = {"eager": model}
+    if model.device.type == "cuda":
+        torch._dynamo.reset()
+        passes["compiled"] = torch.compile(model, dynamic=False)
 
-    def run() -> None:
-        model(ids_1T, logits_to_keep=1)
+    def run(forward: Callable[..., object]) -> None:
+        forward(ids_1T, logits_to_keep=1, use_cache=False)
         wait(model.device)
 
-    run()
+    sides = {mode: functools.partial(run, forward) for mode, forward in passes.items()}
+    sides["eager"]()
     expert_rows = sum(
         int(layer.deepspeed_moe.tokens_per_expert.sum()) for layer in moe_layers(model)
     )
-    return time_in_turn({"eager": run}, rounds)["eager"], expert_rows
+    for side in sides.values():
+        side()
+    return time_in_turn(sides, rounds), expert_rows
 
 
 def _to_markdown(results: Sequence[Result]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ds_moe_ep.dist.collectives import Communicator, Meanwhile
 from ds_moe_ep.moe.allgather import AllGather
@@ -24,8 +25,9 @@ _SEND_TO_ALL_BYTES = 2**20
 class AllToAll:
     """Sends each token once to every rank that owns one of its experts, and sums what comes back.
 
-    A row carries its expert ids and routing weights, so one message goes out and one comes back,
-    and a token that chose several experts of one rank is sent, and its weighted sum returned, once.
+    A row carries its expert ids and routing weights (to a rank of one expert, the weight alone), so
+    one message goes out and one comes back, and a token that chose several experts of one rank is
+    sent, and its weighted sum returned, once.
     A third, small one before them tells the numbers of rows. Small batches are spared it: where the
     tokens of each rank are known, and few, every rank gets every row.
 
@@ -63,45 +65,57 @@ class AllToAll:
             return self._send_to_all(
                 compute, x_TH, topk_ids_TK, topk_weights_TK, num_tokens_W, meanwhile
             )
-        token_S, local_ids_SK, send_counts_W = self._route(topk_ids_TK)
-        # Weights travel as float32: it holds every routing dtype exactly, and a rank without tokens
-        # need not know which.
-        sent = (x_TH[token_S], local_ids_SK, topk_weights_TK[token_S].float())
+        token_S, routing_S, send_counts_W = self._route(topk_ids_TK, topk_weights_TK)
         send_counts, recv_counts = self.comm.exchange_counts(send_counts_W)
 
-        x_RH, local_ids_RK, weights_RK = self.comm.exchange_rows(
-            sent, send_counts, recv_counts, meanwhile
+        x_RH, *ids, weights_RK = self.comm.exchange_rows(
+            (x_TH[token_S], *routing_S), send_counts, recv_counts, meanwhile
         )
-        y_RH, tokens_per_expert = compute(x_RH, local_ids_RK, weights_RK)
+        y_RH, tokens_per_expert = compute(x_RH, ids[0] if ids else None, weights_RK)
         (y_SH,) = self.comm.exchange_rows((y_RH,), recv_counts, send_counts)
-
-        sum_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-        return sum_TH.index_add(0, token_S, y_SH.float()).to(x_TH.dtype), tokens_per_expert
+        return _sum_by_token(y_SH, token_S, x_TH), tokens_per_expert
 
     def _are_few(self, num_tokens_W: Sequence[int], x_TH: Tensor) -> bool:
         row_bytes = x_TH.shape[1] * x_TH.element_size()
         return max(num_tokens_W) * (self.comm.size - 1) * row_bytes <= self.send_to_all_bytes
 
-    def _route(self, topk_ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _route(
+        self, topk_ids_TK: Tensor, topk_weights_TK: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Lists the rows to send, rank after rank.
 
         Returns:
-            Token of each row ``[S]``, local expert ids of its slots int32 ``[S, K]``, rows for each
-            rank ``[W]``.
+            Token of each row ``[S]``; what it tells of its routing: local expert ids int32 and
+            weights ``[S, K]``, or where a rank has one expert, the weight for that ``[S, 1]``; and
+            rows for each rank ``[W]``.
         """
-        size = self.comm.size
+        size, num_tokens = self.comm.size, topk_ids_TK.shape[0]
+        # float32 holds every routing dtype exactly, and a rank without tokens need not know which.
+        weights_TK = topk_weights_TK.float()
         owner_TK = topk_ids_TK.long() // self.num_local_experts
         owner_TK = owner_TK.masked_fill(topk_ids_TK == NOT_HERE, size)  # of none of these ranks
         wanted_TW = torch.zeros(
-            (topk_ids_TK.shape[0], size + 1), dtype=torch.bool, device=topk_ids_TK.device
+            (num_tokens, size + 1), dtype=torch.bool, device=topk_ids_TK.device
         ).scatter_(1, owner_TK, True)[:, :size]
         rank_S, token_S = wanted_TW.t().nonzero(
             as_tuple=True
         )  # rank-major; a device-to-host sync on a GPU
+        send_counts_W = wanted_TW.sum(dim=0)
+        if self.num_local_experts == 1:
+            weights_TW = weights_TK.new_zeros((num_tokens, size + 1))
+            weights_TW = weights_TW.scatter_add(1, owner_TK, weights_TK)
+            return token_S, (weights_TW[token_S, rank_S][:, None],), send_counts_W
         local_ids_SK = topk_ids_TK[token_S] - rank_S[:, None] * self.num_local_experts
-        elsewhere_SK = owner_TK[token_S] != rank_S[:, None]
-        return (
-            token_S,
-            local_ids_SK.masked_fill_(elsewhere_SK, NOT_HERE).int(),
-            wanted_TW.sum(dim=0),
-        )
+        local_ids_SK.masked_fill_(owner_TK[token_S] != rank_S[:, None], NOT_HERE)
+        return token_S, (local_ids_SK.int(), weights_TK[token_S]), send_counts_W
+
+
+def _sum_by_token(y_SH: Tensor, token_S: Tensor, x_TH: Tensor) -> Tensor:
+    """Sums in float32 the rows that came back for each token, in the shape and dtype of `x_TH`."""
+    if not y_SH.is_cuda or y_SH.shape[0] == 0:
+        sum_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+        return sum_TH.index_add(0, token_S, y_SH.float()).to(x_TH.dtype)
+    # There index_add adds in any order, to rows widened to float32; this reads each row once.
+    sorted_S, row_S = token_S.sort(stable=True)
+    first_T = torch.searchsorted(sorted_S, torch.arange(x_TH.shape[0], device=token_S.device))
+    return functional.embedding_bag(row_S, y_SH, first_T, mode="sum").to(x_TH.dtype)

@@ -59,7 +59,6 @@ def run_grouped(
     x_PH: Tensor,
     expert_P: Tensor,
     offsets_e: Tensor,
-    *,
     unread_P1: Tensor | None = None,
 ) -> Tensor:
     """Computes expert ``expert_P[p]`` of row p, for rows sorted by expert.
@@ -67,29 +66,37 @@ def run_grouped(
     Args:
         experts: Module that follows the contract.
         x_PH: Rows, at least one.
-        expert_P: Local expert of each row, ascending.
+        expert_P: Local expert of each row, ascending; for rows of none, the number of experts.
         offsets_e: Where the rows of each expert end, int32.
-        unread_P1: True for rows behind the last offset, which belong to no expert: nothing is
-            computed for them, and they get no gradient.
+        unread_P1: True for the rows of no expert, behind the last offset: nothing is computed for
+            them, and they get no gradient. None if there can be none.
 
     Returns:
-        The unweighted outputs ``[P, H]``.
+        The unweighted outputs ``[P, H]``, zero for rows of no expert.
     """
+    is_training = torch.is_grad_enabled()
+    if experts.has_bias and unread_P1 is not None:
+        expert_P = expert_P.clamp(max=experts.num_experts - 1)
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not experts.is_transposed:
             weight = weight.transpose(1, 2)
         out = functional.grouped_mm(rows.to(weight.dtype), weight, offs=offsets_e)
-        if bias is not None:
-            out = out + bias[expert_P]
-        # The kernel leaves unread rows, and their gradients, as it finds the memory: NaN, perhaps.
-        return out if unread_P1 is None else out.masked_fill(unread_P1, 0.0)
+        return out if bias is None else out + bias[expert_P]
 
-    if unread_P1 is not None:
-        x_PH = x_PH.masked_fill(unread_P1, 0.0)  # its backward clears their gradients
+    def clear(rows: Tensor) -> Tensor:
+        if unread_P1 is None:
+            return rows
+        return (rows.masked_fill if is_training else rows.masked_fill_)(unread_P1, 0.0)
+
+    # The kernel leaves unread rows as it finds the memory: NaN, perhaps. No other row hears of it
+    # before the last product; but their gradients would, so each product's have to be cleared.
+    if is_training:
+        x_PH = clear(x_PH)
     bias_up, bias_down = _biases(experts)
-    h_PI = _activate(experts, product(x_PH, _up_projection(experts), bias_up))
-    return _normalise(experts, product(h_PI, experts.down_proj, bias_down))
+    up_PI = product(x_PH, _up_projection(experts), bias_up)
+    h_PI = _activate(experts, clear(up_PI) if is_training else up_PI)
+    return _normalise(experts, clear(product(h_PI, experts.down_proj, bias_down)))
 
 
 def run_single(experts: nn.Module, x_PH: Tensor) -> Tensor:

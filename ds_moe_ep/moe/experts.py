@@ -27,7 +27,7 @@ __all__ = [
     "run_static",
 ]
 
-Compute = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Compute = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
 """What a dispatcher brings rows to: some experts' ``run_local_experts``, or another dispatcher."""
 
 # Anything else in an experts module (a norm, say) belongs to all experts.
@@ -57,7 +57,7 @@ def local_ids(ids_RK: Tensor, rank: int, num_local_experts: int) -> Tensor:
 
 
 def run_local_experts(
-    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor
+    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor | None, weights_RK: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sums, for each row, the weighted outputs of its experts on this rank.
 
@@ -68,20 +68,32 @@ def run_local_experts(
         experts: Module with transformers' experts contract ``(x [P, H], ids [P, 1], weights [P, 1])
             -> [P, H]`` that holds the e experts of this rank.
         x_RH: Rows.
-        local_ids_RK: Local expert ids, ``NOT_HERE`` where the slot's expert lives elsewhere.
-        weights_RK: Routing weights.
+        local_ids_RK: Local expert ids, ``NOT_HERE`` where the slot's expert lives elsewhere; None
+            where a rank has one expert, and all rows are for that.
+        weights_RK: Routing weights; without ids ``[R, 1]``.
 
     Returns:
         The sums ``[R, H]`` in x's dtype, and the number of rows each local expert got, int64
         ``[e]``.
     """
     if not follows_contract(experts):
+        if local_ids_RK is None:
+            local_ids_RK = torch.zeros_like(weights_RK, dtype=torch.int64)
         return _run_module(experts, x_RH, local_ids_RK, weights_RK)
+    if local_ids_RK is None:
+        rows_e = torch.full((1,), x_RH.shape[0], dtype=torch.int64, device=x_RH.device)
+        return _weigh(run_single(experts, x_RH), weights_RK, x_RH.dtype), rows_e
     if x_RH.is_cuda:
         return run_static(experts, x_RH, local_ids_RK, weights_RK)
     if experts.num_experts == 1:
         return _run_one_expert(experts, x_RH, local_ids_RK, weights_RK)
     return _run_chosen(experts, x_RH, local_ids_RK, weights_RK)
+
+
+def _weigh(y_PH: Tensor, weights_P1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplies rows by float32 weights; without gradients in one pass over them, in place."""
+    weighted_PH = y_PH * weights_P1 if torch.is_grad_enabled() else y_PH.mul_(weights_P1)
+    return weighted_PH.to(dtype)
 
 
 def _run_one_expert(
@@ -91,10 +103,11 @@ def _run_one_expert(
     here_R1, weight_R1, rows_e = _one_choice(local_ids_RK, weights_RK)
     row_P = here_R1.squeeze(1).nonzero().squeeze(1)
     if row_P.numel() == x_RH.shape[0] > 0:
-        return (run_single(experts, x_RH) * weight_R1).to(x_RH.dtype), rows_e
+        return _weigh(run_single(experts, x_RH), weight_R1, x_RH.dtype), rows_e
     x_PH = x_RH.index_select(0, row_P)
-    y_PH = (run_single(experts, x_PH) if row_P.numel() else x_PH) * weight_R1[row_P]
-    return torch.zeros_like(x_RH).index_copy(0, row_P, y_PH.to(x_RH.dtype)), rows_e
+    y_PH = run_single(experts, x_PH) if row_P.numel() else x_PH
+    y_PH = _weigh(y_PH, weight_R1[row_P], x_RH.dtype)
+    return torch.zeros_like(x_RH).index_copy(0, row_P, y_PH), rows_e
 
 
 def _one_choice(local_ids_RK: Tensor, weights_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,8 +170,8 @@ def run_static(
         return _run_all_slots(experts, x_RH, local_ids_RK, weights_RK)
     here_R1, weight_R1, rows_e = _one_choice(local_ids_RK, weights_RK)
     if x_RH.shape[0] <= _DENSE_ROWS:
-        y_RH = run_single(experts, x_RH) * weight_R1
-        return y_RH.masked_fill(~here_R1, 0.0).to(x_RH.dtype), rows_e
+        y_RH = _weigh(run_single(experts, x_RH), weight_R1, x_RH.dtype)
+        return y_RH.masked_fill(~here_R1, 0.0), rows_e
     ids_R1 = torch.zeros_like(here_R1, dtype=local_ids_RK.dtype).masked_fill(~here_R1, NOT_HERE)
     y_RH, _ = _run_all_slots(experts, x_RH, ids_R1, weight_R1)
     return y_RH, rows_e
@@ -172,21 +185,17 @@ def _run_all_slots(
     if num_rows == 0:
         nothing_RH = (x_RH * weights_RK.sum(dim=1, keepdim=True)).to(x_RH.dtype)
         return nothing_RH, torch.zeros(num_experts, dtype=torch.int64, device=x_RH.device)
-    ids_S = local_ids_RK.flatten()
-    expert_S, slot_S = ids_S.masked_fill(ids_S == NOT_HERE, num_experts).sort()
+    # NOT_HERE, which is -1, becomes one more expert behind the last.
+    expert_S, slot_S = (local_ids_RK.flatten() % (num_experts + 1)).sort()
     offsets_e = _offsets(expert_S, num_experts)
     elsewhere_S1 = (expert_S == num_experts)[:, None]
     y_SH = run_grouped(
-        experts,
-        x_RH.index_select(0, slot_S // top_k),
-        expert_S.clamp(max=num_experts - 1),
-        offsets_e,
-        unread_P1=elsewhere_S1,
+        experts, x_RH.index_select(0, slot_S // top_k), expert_S, offsets_e, elsewhere_S1
     )
-    weighted_SH = (y_SH * weights_RK.flatten()[slot_S, None]).masked_fill(elsewhere_S1, 0.0)
     # Back in the order of slots and summed there: unlike index_add on a GPU, always in one order.
-    in_order_SH = torch.zeros_like(weighted_SH).index_copy(0, slot_S, weighted_SH)
-    sum_RH = in_order_SH.view(num_rows, top_k, -1).sum(dim=1, dtype=torch.float32)
+    in_order_SH = torch.empty_like(y_SH).index_copy(0, slot_S, y_SH)
+    weighted_RKH = in_order_SH.view(num_rows, top_k, -1) * weights_RK[:, :, None]
+    sum_RH = weighted_RKH.sum(dim=1, dtype=torch.float32)
     return sum_RH.to(x_RH.dtype), _counts(offsets_e)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ds_moe_ep.adapter import shard_experts
 from ds_moe_ep.moe import expert_gemm as gemm
@@ -83,6 +84,39 @@ def test_outputs_and_gradients_equal_the_reference(family: str, ep_size: int, wa
         seen.append([y_RH, x_RH.grad, weights_RK.grad, *(param.grad.clone() for param in slices)])
     for found, wanted in zip(*seen, strict=True):
         torch.testing.assert_close(found, wanted, **FP32)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("family", [family for family in LAYOUTS if family != NO_WAY[0]])
+def test_what_the_kernel_leaves_in_rows_of_other_ranks_reaches_none(
+    family: str, is_training: bool, monkeypatch
+) -> None:
+    experts = build_experts(family)
+    product = functional.grouped_mm
+
+    def leaving(rows: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+        is_unread_P = torch.arange(len(rows)) >= offs[-1]
+        return product(rows, weight, offs=offs).masked_fill(is_unread_P[:, None], torch.nan)
+
+    monkeypatch.setattr(functional, "grouped_mm", leaving)
+    rows = routed(experts, 11, share_here=0.4)
+    with torch.set_grad_enabled(is_training):
+        y_RH, _ = run_static(experts, *rows)
+    torch.testing.assert_close(y_RH, expected(experts, *rows), **FP32)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 9])
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_rows_without_ids_are_for_the_only_expert(family: str, num_rows: int) -> None:
+    experts = build_experts(family, ep_size=8)
+    x_RH, _, weights_RK = routed(experts, num_rows, share_here=1.0)
+    weights_R1 = weights_RK[:, :1]
+    wanted_RH = expected(experts, x_RH, torch.zeros(num_rows, 1, dtype=torch.int64), weights_R1)
+    for is_training in (False, True):
+        with torch.set_grad_enabled(is_training):
+            y_RH, rows_e = run_local_experts(experts, x_RH, None, weights_R1)
+        torch.testing.assert_close(y_RH, wanted_RH, **FP32)
+        assert rows_e.tolist() == [num_rows]
 
 
 @pytest.mark.parametrize("share_here", [0.0, 0.3, 1.0])
