@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.adapter import adapt, moe_layers
-from ds_moe_ep.dist import shared_memory
+from ds_moe_ep.dist.meeting import Meeting
 from ds_moe_ep.dist.node_groups import NodeGroups, create_node_groups, open_within_nodes
 from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, Price
@@ -28,7 +28,7 @@ FP32 = {"rtol": 1e-5, "atol": 1e-6}
 def recorded() -> Iterator[list[str]]:
     """Lists when rows are sent without waiting, and when others' are waited for."""
     log: list[str] = []
-    exchange, wait, post = dist.all_to_all_single, SharedMemory._wait, shared_memory._LIBC.sem_post
+    exchange, come, wait = dist.all_to_all_single, Meeting.come, Meeting.wait
 
     class Work:
         def __init__(self, work: dist.Work) -> None:
@@ -45,18 +45,18 @@ def recorded() -> Iterator[list[str]]:
         log.append("send")
         return Work(work)
 
-    def record_post(semaphore):
+    def record_come(meeting):
         log.append("send")
-        return post(semaphore)
+        come(meeting)
 
-    def record_wait(*args):
+    def record_wait(meeting):
         log.append("wait")
-        wait(*args)
+        wait(meeting)
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(dist, "all_to_all_single", record_exchange))
-        patches.enter_context(mock.patch.object(shared_memory._LIBC, "sem_post", record_post))
-        patches.enter_context(mock.patch.object(SharedMemory, "_wait", record_wait))
+        patches.enter_context(mock.patch.object(Meeting, "come", record_come))
+        patches.enter_context(mock.patch.object(Meeting, "wait", record_wait))
         yield log
 
 

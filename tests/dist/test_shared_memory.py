@@ -29,6 +29,16 @@ def _rounds(rank: int, memory: SharedMemory) -> None:
         assert gathered[:, 0].tolist() == [100 * round_ + r for r in (0, 1, 1, 2, 2, 2)]
 
 
+def _results_stay(rank: int, memory: SharedMemory) -> None:
+    """What came is not what later exchanges write over."""
+    row, ones = torch.full((1, 2), rank), [1, 1, 1]
+    came = [memory.gather(row, ones), memory.exchange(row.repeat(3, 1), ones, ones)]
+    came += [memory.gather(row.repeat(3, 1), [3, 3, 3])[::3], memory.sum(row)]
+    for _ in range(4):
+        memory.gather(torch.full((3, 2), -1), [3, 3, 3])
+    assert [rows[:, 1].tolist() for rows in came] == [[0, 1, 2]] * 3 + [[3]]
+
+
 def _too_large_for_one(rank: int, memory: SharedMemory) -> None:
     """All ranks are told, and the next exchange works again; gloo takes the rows instead."""
     counts = [1, 600, 1]
@@ -45,12 +55,22 @@ def _too_large_for_one(rank: int, memory: SharedMemory) -> None:
     assert received[:, 0].tolist() == [0.0, 1.0, 2.0]
 
 
+def _modes_change(rank: int, memory: SharedMemory) -> None:
+    """A dtype that came first in inference mode comes again with gradients recorded."""
+    rows = torch.full((1, 2), float(rank), dtype=torch.float64)
+    with torch.inference_mode():
+        assert memory.gather(rows, [1, 1, 1])[:, 1].tolist() == [0.0, 1.0, 2.0]
+    with torch.enable_grad():
+        assert memory.sum(rows).tolist() == [[3.0, 3.0]]
+
+
 def _sums_are_of_float32(rank: int, memory: SharedMemory) -> None:
     partial = torch.tensor([[256.0, 1.0]] * 3, dtype=torch.bfloat16) if rank == 0 else None
     partial = torch.full((3, 2), 1.0, dtype=torch.bfloat16) if partial is None else partial
     total = memory.reduce(partial, [1, 1, 1])
     assert total.dtype == torch.bfloat16
     assert total.tolist() == [[258.0, 3.0]]  # bfloat16 cannot add 1 to 256
+    assert memory.sum(partial).tolist() == [[258.0, 3.0]] * 3
 
 
 def _a_clock_that_is_set_ends_no_wait(rank: int, memory: SharedMemory) -> None:
@@ -62,25 +82,47 @@ def _a_clock_that_is_set_ends_no_wait(rank: int, memory: SharedMemory) -> None:
     time.time = now_s
 
 
-def _run(rank: int, world_size: int) -> str:
+def _run(rank: int, world_size: int) -> list[str]:
     memory = _open()
-    cases = [_rounds, _too_large_for_one, _sums_are_of_float32, _a_clock_that_is_set_ends_no_wait]
-    for case in cases:
+    for case in (
+        _rounds,
+        _results_stay,
+        _too_large_for_one,
+        _modes_change,
+        _sums_are_of_float32,
+        _a_clock_that_is_set_ends_no_wait,
+    ):
         case(rank, memory)
     shared_memory._FOLDER = "/nowhere" if rank == 0 else shared_memory._FOLDER
     assert _open() is None
     shared_memory._FOLDER = "/dev/shm"
     assert _open(total_bytes=2**50) is None  # no room
+    return [_message_of_late_ranks(rank), _message_of_a_rank_that_ends_with_the_lock(rank)]
+
+
+def _message_of_late_ranks(rank: int) -> str:
     impatient = _open(timeout_s=0.2)
-    if rank == 1:
+    if rank != 0:
         return ""
     with pytest.raises(DistributedError) as late:
         impatient.gather(torch.ones(1, 1), [1, 1, 1])
     return str(late.value)
 
 
+def _message_of_a_rank_that_ends_with_the_lock(rank: int) -> str:
+    memory = _open(timeout_s=0.5)
+    if rank == 1:
+        memory._meeting._wait_for(memory._meeting._lock)
+    dist.barrier()
+    if rank != 0:
+        return ""
+    with pytest.raises(DistributedError) as held:
+        memory.sum(torch.ones(1, 1))
+    return str(held.value)
+
+
 def test_exchanges_of_three_ranks(tmp_path):
-    messages = run_ranks(_run, _WORLD_SIZE, tmp_path)
-    for message in (messages[0], messages[2]):
-        assert message.startswith("rank 1 of 3 on ")
-        assert "did not come to an exchange of rows within 0.2 s" in message
+    late, held = run_ranks(_run, _WORLD_SIZE, tmp_path)[0]
+    assert late.startswith("rank 1, rank 2 of 3 on ")
+    assert "did not come to an exchange of rows within 0.2 s" in late
+    assert held.startswith("rank 1, rank 2 of 3 on ")
