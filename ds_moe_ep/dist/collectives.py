@@ -88,11 +88,17 @@ class Communicator(Transport):
         `exchange_rows`.
         """
         local_work = self._local_work(meanwhile, partial_TC)
-        return partial_TC if self.size == 1 else _SumOverRanks.apply(self, local_work, partial_TC)
+        if self.size == 1:
+            return partial_TC
+        if not torch.is_grad_enabled():  # as autograd's own steps cost like those of a small sum
+            return self.sum(partial_TC, local_work)
+        return _SumOverRanks.apply(self, local_work, partial_TC)
 
     def same_on_all_ranks(self, tensor_TC: Tensor) -> Tensor:
         """Returns a tensor that is the same on all ranks, and sums its gradients over them."""
-        return tensor_TC if self.size == 1 else _SameOnAllRanks.apply(self, tensor_TC)
+        if self.size == 1 or not torch.is_grad_enabled():
+            return tensor_TC
+        return _SameOnAllRanks.apply(self, tensor_TC)
 
     def _local_work(self, meanwhile: Meanwhile | None, rows: Tensor) -> Meanwhile | None:
         """Returns what does the work as if it were done here, outside of any collective.

@@ -180,7 +180,13 @@ class Transport:
             with self._timed("sum", sum_TC, 2 * num_rows * (self.size - 1) // self.size):
                 self._run(partial(dist.all_reduce, sum_TC), meanwhile)
             return sum_TC
-        if partial_TC.numel() * partial_TC.element_size() <= _ONE_SHOT_BYTES:
+        if partial_TC.nbytes <= _ONE_SHOT_BYTES:
+            if self._shared:
+                by_memory = partial(self._shared.sum, partial_TC, meanwhile)
+                rows_sent = (self.size - 1) * num_rows
+                if (sum_TC := self._try("sum", by_memory, partial_TC, rows_sent)) is not None:
+                    return sum_TC
+                meanwhile = None  # it is done
             blocks_WTC = self.gather(partial_TC, [num_rows] * self.size, meanwhile)
             blocks_WTC = blocks_WTC.view(self.size, *partial_TC.shape)
             return blocks_WTC.sum(dim=0, dtype=_sum_dtype(partial_TC)).to(partial_TC.dtype)
