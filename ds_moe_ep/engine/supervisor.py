@@ -18,9 +18,10 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
+
+from ds_moe_ep.engine.launcher import Launcher, is_stopped
 
 __all__ = ["INTERRUPTED", "Progress", "supervise", "what_is_kept"]
 
@@ -34,9 +35,8 @@ _LOOK_S = 1.0
 _BOTH_S = 0.5
 # Beyond a bound, a supervisor asks this often whether there is still a job, and as long each time.
 _ASK_S = 5.0
-# DeepSpeed's launcher on a host, and what starts it, by the names they are installed under.
-_LAUNCHER = "deepspeed.launcher.launch"
-_RUNNERS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
+# To the supervisor of a rank that was stopped, by that of another rank, which then wakes it.
+_GIVEN_UP = signal.SIGRTMIN
 
 
 class Progress:
@@ -92,7 +92,8 @@ def supervise(
             store of the ranks, which tells the others that there is a job.
         kept: Folder in which finished prompts are kept; None if they are not.
         start_patience_s: For how long a worker may stand where it is before its first pass.
-        patience_s: And later. What other ranks wait for it, and what they take to say so.
+        patience_s: And later, or be stopped at any time. What other ranks wait for it, and what
+            they take to say so.
 
     Returns:
         The exit code of `work`; 1 if a signal ended the worker, which is told; 1 without a word if
@@ -100,10 +101,10 @@ def supervise(
         gone.
     """
     progress = Progress("the start")
-    launcher = _Launcher.of_this_process()
+    launcher = Launcher.of_this_process()
     # A job started in the background or with nohup has some of them ignored, and goes on.
     stops: set[int] = {each for each in _STOPS if signal.getsignal(each) != signal.SIG_IGN}
-    watched: set[int] = {*stops, signal.SIGCHLD, signal.SIGCONT}
+    watched: set[int] = {*stops, signal.SIGCHLD, signal.SIGCONT, _GIVEN_UP}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     lifeline, end_held_here = os.pipe()
     worker = os.fork()
@@ -115,7 +116,7 @@ def supervise(
         _follow_supervisor(lifeline, name, progress, launcher)
         _leave(work(progress))
     os.close(lifeline)
-    patience = _Patience(progress, start_patience_s, patience_s, is_rank_0)
+    patience = _Patience(progress, launcher, start_patience_s, patience_s, is_rank_0)
     code, why = _watch(worker, stops, watched, launcher, patience)
     if code not in (0, INTERRUPTED):
         launcher.wake_stopped_ranks()
@@ -127,7 +128,7 @@ def supervise(
 
 
 def _watch(
-    worker: int, stops: set[int], watched: set[int], launcher: _Launcher, patience: _Patience
+    worker: int, stops: set[int], watched: set[int], launcher: Launcher, patience: _Patience
 ) -> tuple[int, str]:
     """Waits for the end of a worker, and ends it if this process is to stop.
 
@@ -155,7 +156,9 @@ def _watch(
             return 1, signal.Signals(os.WTERMSIG(status)).name
         if number == signal.SIGCONT:
             os.kill(worker, signal.SIGCONT)
-        elif (why := patience.is_over(worker)) is not None:
+            continue
+        why = patience.why_lost if number == _GIVEN_UP else patience.is_over(worker)
+        if why is not None:
             os.kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
             return 1, why
@@ -165,37 +168,73 @@ class _Patience:
     """Notices that a worker stands still and that the others have given it up.
 
     DeepSpeed's launcher on another host does not hear of that, nor does a worker that is stopped.
+    And nobody gives up a rank that is stopped before its first pass, while weights may take long to
+    load, unless its own supervisor or another one of its host sees it.
+
+    All is counted by looks, since a clock goes on while a job is stopped that is to go on (Ctrl-Z).
 
     Args:
         progress: Where the worker is.
+        launcher: Has started the ranks of this host.
         start_limit_s: For how long it may stand there before its first pass.
-        limit_s: And later.
+        limit_s: And later; for how long it may be stopped, at any time.
         is_rank_0: Whether the store that others ask for is its own.
     """
 
     def __init__(
-        self, progress: Progress, start_limit_s: float, limit_s: float, is_rank_0: bool
+        self,
+        progress: Progress,
+        launcher: Launcher,
+        start_limit_s: float,
+        limit_s: float,
+        is_rank_0: bool,
     ) -> None:
-        self._progress, self._limits_s = progress, (start_limit_s, limit_s)
+        self._progress, self._launcher = progress, launcher
+        self._start_limit_s, self._limit_s = start_limit_s, limit_s
         self._is_rank_0 = is_rank_0
         self._place, self._stood_s = "", 0.0
+        self._stopped_s: dict[int, float] = {}
 
     def is_over(self, worker: int) -> str | None:
-        """Is asked at each look; by those, since a clock goes on while both are stopped.
+        """Is asked at each look.
 
         Returns:
             What the user is to hear of it, "" for nothing: the others have said it. None to go on.
         """
+        is_starting = self._progress.step == 0
+        stopped = self._launcher.stopped_ranks() if is_starting else []
+        if is_stopped(worker):
+            stopped.append(worker)
+        self._stopped_s = {pid: self._stopped_s.get(pid, 0.0) + _LOOK_S for pid in stopped}
+        lost = [pid for pid, stopped_s in self._stopped_s.items() if stopped_s >= self._limit_s]
+        # In passes the others say it, but for rank 0: the system takes calls in its name.
+        if worker in lost and (is_starting or self._is_rank_0):
+            return self.why_lost
+        if lost and is_starting:
+            _give_up(lost[0])
+        return self._is_over_for_others()
+
+    @property
+    def why_lost(self) -> str:
+        """What the user is to hear of a rank that was stopped for too long."""
+        return f"its supervisor, stopped for {self._limit_s:.0f} s,"
+
+    def _is_over_for_others(self) -> str | None:
         place = str(self._progress)
         self._stood_s = self._stood_s + _LOOK_S if place == self._place else 0.0
         self._place = place
-        beyond_s = self._stood_s - self._limits_s[self._progress.step > 0]
-        if beyond_s < 0 or beyond_s % _ASK_S >= _LOOK_S:
+        limit_s = self._limit_s if self._progress.step else self._start_limit_s
+        beyond_s = self._stood_s - limit_s
+        if self._is_rank_0 or beyond_s < 0 or beyond_s % _ASK_S >= _LOOK_S:
             return None
-        if self._is_rank_0:  # the system takes calls in the name of a process that is stopped
-            is_stopped = _state_and_parent(worker)[0] == "T"
-            return f"its supervisor, stopped for {self._stood_s:.0f} s," if is_stopped else None
         return None if _store_answers() else ""
+
+
+def _give_up(pid: int) -> None:
+    """Has the supervisor of a stopped rank end it: that one knows its name and its place."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, _GIVEN_UP)
+        os.kill(pid, signal.SIGCONT)
 
 
 def _store_answers() -> bool:
@@ -208,53 +247,7 @@ def _store_answers() -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class _Launcher:
-    """DeepSpeed's launcher on this host, if that is what started this process.
-
-    Of others, a shell say, nothing is known: they may go while the job goes on.
-
-    Attributes:
-        pid: The launcher; None for another.
-        runner: The process of the ``deepspeed`` command, if that is here too.
-    """
-
-    pid: int | None = None
-    runner: int | None = None
-
-    @classmethod
-    def of_this_process(cls) -> _Launcher:
-        pid = os.getppid()
-        if _LAUNCHER not in _command(pid):
-            return cls()
-        _, runner = _state_and_parent(pid)
-        is_runner = any(Path(word).name in _RUNNERS for word in _command(runner)[:4])
-        return cls(pid, runner if is_runner else None)
-
-    def has_gone(self) -> bool:
-        if self.pid is None:
-            return False
-        if os.getppid() != self.pid:
-            return True
-        return self.runner is not None and _state_and_parent(self.pid)[1] != self.runner
-
-    def wake_stopped_ranks(self) -> None:
-        """Lets stopped ranks take the launcher's SIGTERM: it would wait for them for 30 s."""
-        if self.pid is None:
-            return
-        for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdigit()):
-            if _state_and_parent(pid) == ("T", self.pid):
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGCONT)
-
-    def end(self) -> None:
-        """Has the launcher end all ranks on this host, and itself with exit code 1."""
-        if self.pid is not None:
-            with contextlib.suppress(OSError):
-                os.kill(self.pid, signal.SIGTERM)
-
-
-def _follow_supervisor(lifeline: int, name: str, progress: Progress, launcher: _Launcher) -> None:
+def _follow_supervisor(lifeline: int, name: str, progress: Progress, launcher: Launcher) -> None:
     """Makes the worker stop when its supervisor is stopped, and end when that has ended.
 
     Args:
@@ -267,7 +260,7 @@ def _follow_supervisor(lifeline: int, name: str, progress: Progress, launcher: _
 
     def follow() -> None:
         while not select.select([lifeline], [], [], _LOOK_S)[0]:
-            if _state_and_parent(supervisor)[0] == "T":
+            if is_stopped(supervisor):
                 os.kill(os.getpid(), signal.SIGSTOP)
         _say(f"DistributedError: [{name}] lost process {supervisor} at {progress}: it was killed.")
         launcher.end()
@@ -299,27 +292,3 @@ def what_is_kept(folder: Path | None) -> str:
 def _say(message: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may have gone too
         os.write(2, f"{message}\n".encode(errors="replace"))
-
-
-def _state_and_parent(pid: int) -> tuple[str, int]:
-    """Returns a process's state, "T" if it is stopped, and parent; ("", 0) if there is none."""
-    stat = _read_proc(pid, "stat").decode(errors="replace")
-    if not stat:
-        return "", 0
-    state, parent = stat.rpartition(")")[2].split()[:2]  # the name before may hold anything
-    return state, int(parent)
-
-
-def _command(pid: int) -> list[str]:
-    return [os.fsdecode(word) for word in _read_proc(pid, "cmdline").split(b"\0")]
-
-
-def _read_proc(pid: int, name: str) -> bytes:
-    """Reads what the kernel tells of a process; nothing if there is none."""
-    try:
-        # In a container /proc may be that of another one, where numbers mean other processes.
-        if os.readlink("/proc/self") == str(os.getpid()):
-            return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:
-        pass
-    return b""

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -26,7 +27,7 @@ from ds_moe_ep.engine.supervisor import supervise
 
 def work(progress):
     progress.enter("batch 2 of 3")
-    progress.start_step(17)
+    progress.start_step({step})
     print(os.getpid(), flush=True)
     sys.stdin.readline()
     {work}
@@ -41,8 +42,12 @@ _WHERE = "batch 2 of 3, step 17."
 _WAIT_S = 60.0  # a bound for machines that are very busy; each of these takes a second or two
 
 
-def _rank(kept: Path, work: str, patience_s: float = 1e9, is_rank_0: bool = False) -> str:
-    return _RANK.format(kept=str(kept), work=work, patience_s=patience_s, is_rank_0=is_rank_0)
+def _rank(
+    kept: Path, work: str, patience_s: float = 1e9, is_rank_0: bool = False, step: int = 17
+) -> str:
+    return _RANK.format(
+        kept=str(kept), work=work, patience_s=patience_s, is_rank_0=is_rank_0, step=step
+    )
 
 
 class Rank:
@@ -56,8 +61,9 @@ class Rank:
         patience_s: float = 1e9,
         port: int = 0,
         is_rank_0: bool = False,
+        step: int = 17,
     ):
-        script = _rank(kept, work, patience_s, is_rank_0)
+        script = _rank(kept, work, patience_s, is_rank_0, step)
         command = [sys.executable, "-c", script]
         for name in reversed(under):  # waits for what it started, not closely, as DeepSpeed's
             code = (
@@ -222,35 +228,74 @@ def test_both_are_stopped_and_go_on_together(start):
     rank.wait_for(rank.worker, psutil.STATUS_SLEEPING)
 
 
-def test_a_rank_that_fails_wakes_the_stopped_ones_for_the_launcher(tmp_path):
-    """Under a launcher with two ranks, of which one is stopped: its SIGTERM must arrive."""
-    ranks = [_rank(tmp_path, "return 1"), _rank(tmp_path, "time.sleep(600)")]
-    launcher = """
+# Waits for a rank, then ends the other, as DeepSpeed's launcher does. Writes their process ids.
+_LAUNCHER = """
 import subprocess, sys
 start = lambda script, **pipes: subprocess.Popen([sys.executable, "-c", script], **pipes)
 ranks = [start(script) for script in eval(sys.argv[2])]
 print([rank.pid for rank in ranks], flush=True)
-ranks[0].wait()
-ranks[1].terminate()
-sys.exit(ranks[1].wait())
+waits_for = int(sys.argv[3])
+code = ranks[waits_for].wait()
+ranks[1 - waits_for].terminate()
+print(code, ranks[1 - waits_for].wait(), flush=True)
 """
+
+
+@contextlib.contextmanager
+def _two_ranks(
+    *scripts: str, waits_for: int
+) -> Iterator[tuple[subprocess.Popen[str], Sequence[int]]]:
+    """Runs two ranks that work, under a launcher; yields that and their process ids."""
+    command = [sys.executable, "-c", _LAUNCHER, "deepspeed.launcher.launch", repr(scripts)]
     process = subprocess.Popen(
-        [sys.executable, "-c", launcher, "deepspeed.launcher.launch", repr(ranks)],
+        [*command, str(waits_for)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPO)},
         start_new_session=True,
     )
     try:
         lines = [process.stdout.readline() for _ in range(3)]
-        pids = next(eval(line) for line in lines if line.startswith("["))
-        os.kill(pids[1], signal.SIGSTOP)
-        process.communicate("fail now\n", timeout=_WAIT_S)
-        assert process.returncode == 130
+        yield process, next(eval(line) for line in lines if line.startswith("["))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_a_rank_that_fails_wakes_the_stopped_ones_for_the_launcher(tmp_path):
+    scripts = _rank(tmp_path, "return 1"), _rank(tmp_path, "time.sleep(600)")
+    with _two_ranks(*scripts, waits_for=0) as (process, pids):
+        os.kill(pids[1], signal.SIGSTOP)
+        out, _ = process.communicate("fail now\n", timeout=_WAIT_S)
+    assert out == "1 130\n"
+
+
+def test_a_rank_that_is_stopped_before_its_first_pass_is_ended_by_another_of_its_host(tmp_path):
+    other, stopped = (
+        _rank(tmp_path / "none", "time.sleep(600)", 2.0, is_rank_0, step=0)
+        for is_rank_0 in (True, False)
+    )
+    with _two_ranks(other, stopped, waits_for=1) as (process, pids):
+        os.kill(pids[1], signal.SIGSTOP)  # its worker stops with it
+        out, said = process.communicate(timeout=_WAIT_S)
+    assert out == "1 130\n"
+    told = "was ended by its supervisor, stopped for 2 s, at batch 2 of 3."
+    assert said == f"DistributedError: [rank 3 worker-1] {told}\n"
+
+
+def test_a_job_that_is_stopped_as_a_whole_goes_on_however_long_it_stood(tmp_path):
+    """By Ctrl-Z and `fg`, which send SIGTSTP and SIGCONT to all."""
+    scripts = [_rank(tmp_path, "time.sleep(3); return 0", patience_s=2.0, step=0)] * 2
+    with _two_ranks(*scripts, waits_for=0) as (process, _):
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(6.0)
+        os.killpg(process.pid, signal.SIGCONT)
+        out, said = process.communicate("go on\n\n", timeout=_WAIT_S)
+    assert said == ""
+    assert out.startswith("0 ")
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
@@ -278,6 +323,14 @@ def test_a_rank_0_that_is_stopped_does_not_outlast_the_patience_of_the_others(st
         code, said = rank.end()
     told = rf"\[rank 0 worker-0\] was ended by its supervisor, stopped for \d s, at {_WHERE}"
     assert code == 1 and re.search(told, said), said
+    assert rank.is_gone()
+
+
+def test_a_worker_that_is_stopped_before_its_first_pass_ends_with_its_name(start):
+    rank = start(patience_s=2.0, step=0)
+    rank.worker.suspend()
+    told = "was ended by its supervisor, stopped for 2 s, at batch 2 of 3."
+    assert rank.end() == (1, f"DistributedError: [rank 3 worker-1] {told}\n")
     assert rank.is_gone()
 
 
