@@ -18,9 +18,10 @@ __all__ = ["Meeting"]
 _LINE_BYTES = 64  # of a cache, so that no two semaphores are in one
 _WORD_BYTES = 8
 
-# How often a rank that waits looks before it sleeps. To be woken takes longer than most waits, but
-# with more ranks than cores the one it waits for may need this one's.
-_LOOKS = 200
+# How often a rank that waits looks, and lets others run, before it sleeps: some milliseconds with a
+# core for each rank, as to be woken takes longer than most waits. With fewer cores a few looks are
+# enough for the ranks to take turns on one; more only use it up.
+_LOOKS, _LOOKS_ON_FEW_CORES = 2000, 20
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # By the clock that nobody sets; glibc has it since 2.30. By the other one, to set the clock while a
@@ -45,7 +46,8 @@ class Meeting:
 
     def __init__(self, memory: mmap.mmap, *, rank: int, size: int, timeout_s: float) -> None:
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
-        self._looks = _LOOKS if size <= len(os.sched_getaffinity(0)) else 0
+        has_core_each = size <= len(os.sched_getaffinity(0))
+        self._looks = _LOOKS if has_core_each else _LOOKS_ON_FEW_CORES
         self._lock, *self._gates = _semaphores(memory, size)
         self._meetings = 0
         # How many ranks have come, then to how many meetings each has, for messages.
@@ -93,7 +95,7 @@ class Meeting:
         for _ in range(self._looks):
             if _LIBC.sem_trywait(semaphore) == 0:
                 return
-            os.sched_yield()  # to a rank on the same core, if there is one
+            os.sched_yield()  # the one it waits for may be on the same core
         now_s = time.monotonic() if _CAN_WAIT_MONOTONIC else time.time()
         until_s = now_s + self._timeout_s
         deadline = ctypes.byref(_TimeSpec(int(until_s), int(until_s % 1 * 1e9)))

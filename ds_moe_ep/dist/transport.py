@@ -24,8 +24,9 @@ Meanwhile = Callable[[], None]
 """Local work to do, once, while rows travel; it must not use the communicator that they go by."""
 
 # A sum over ranks of up to this many bytes is exchanged whole, in one message to each rank; a
-# larger one in two, of a share each.
+# larger one in two, of a share each. Through shared memory a second exchange costs more than bytes.
 _ONE_SHOT_BYTES = 64 * 1024
+_ONE_SHOT_SHARED_BYTES = 512 * 1024
 
 
 class Transport:
@@ -180,13 +181,13 @@ class Transport:
             with self._timed("sum", sum_TC, 2 * num_rows * (self.size - 1) // self.size):
                 self._run(partial(dist.all_reduce, sum_TC), meanwhile)
             return sum_TC
+        if self._shared and partial_TC.nbytes <= _ONE_SHOT_SHARED_BYTES:
+            by_memory = partial(self._shared.sum, partial_TC, meanwhile)
+            rows_sent = (self.size - 1) * num_rows
+            if (sum_TC := self._try("sum", by_memory, partial_TC, rows_sent)) is not None:
+                return sum_TC
+            meanwhile = None  # it is done
         if partial_TC.nbytes <= _ONE_SHOT_BYTES:
-            if self._shared:
-                by_memory = partial(self._shared.sum, partial_TC, meanwhile)
-                rows_sent = (self.size - 1) * num_rows
-                if (sum_TC := self._try("sum", by_memory, partial_TC, rows_sent)) is not None:
-                    return sum_TC
-                meanwhile = None  # it is done
             blocks_WTC = self.gather(partial_TC, [num_rows] * self.size, meanwhile)
             blocks_WTC = blocks_WTC.view(self.size, *partial_TC.shape)
             return blocks_WTC.sum(dim=0, dtype=_sum_dtype(partial_TC)).to(partial_TC.dtype)
