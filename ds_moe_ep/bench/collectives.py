@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.bench import deepspeed_shm
+from ds_moe_ep.bench.deepspeed_shm import DEEPSPEED, OURS
+from ds_moe_ep.bench.layer_sides import time_sides
+from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
-from ds_moe_ep.bench.timing import time_in_turn
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.groups import Job, create_expert_groups
 from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
@@ -29,8 +31,9 @@ __all__ = ["TABLE"]
 _MS = 1000.0
 _MB = 1_000_000
 _ROW_BYTES = 1024
-# Ranks leave a barrier one after the other, which is not to be measured.
-_CALLS_A_ROUND = 5
+# Ranks leave a barrier one after the other, and now and then on one core, where they stay for some
+# milliseconds, which is not to be measured. So many calls of the quickest take some milliseconds.
+_MOST_CALLS = 200
 
 
 def _all_to_all(comm: Communicator, rows_RC: Tensor) -> Tensor:
@@ -66,11 +69,12 @@ _COLLECTIVES = {
     "reduce": _Collective(_reduce, has_one_each=True, is_within_first=True),
     _ALL_REDUCE: _Collective(_all_reduce, is_within_first=True),
 }
-_FLAT, _SHARED, _TWO_LEVEL = "flat", "shared memory", "two-level"
-_DEEPSPEED = "DeepSpeed's shared memory"
+_FLAT, _TWO_LEVEL = "flat", "two-level"
 _ABOUT_DEEPSPEED = (
     " DeepSpeed's shared memory is its extension in C++ for all-reduce, whose ranks keep a core "
-    "busy while they wait; ours sleep."
+    "busy while they wait; ours sleep if it takes long.\n\n"
+    "One MoE layer of a replicated batch with `--dispatcher allreduce` "
+    f"({SHAPES['105M'].describe_layer()}), by what sums its outputs:\n\n"
 )
 _FITTED = {"exchange": "all-to-all", "gather": "all-gather", "reduce": "reduce"}
 
@@ -107,10 +111,15 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     if links.across is not None and links.within is not None:
         ways[_TWO_LEVEL] = [links.across, links.within]
     elif shared is not None:
-        ways[_SHARED] = [links.flat]
+        ways[OURS] = [links.flat]
     peer = deepspeed_shm.open_all_reduce(job) if args.deepspeed_shm else nullcontext()
     with peer as peer_all_reduce:
         times = _time_all(args, job, ways, peer_all_reduce)
+        layers = []
+        if peer_all_reduce is not None:
+            layers = deepspeed_shm.time_layers(
+                job, peer_all_reduce, rounds=args.rounds, timeout_s=args.timeout
+            )
     prices = asdict(measure_links(links, job.device))
     local_s_per_byte = prices.pop("local_s_per_byte")
     return [
@@ -118,6 +127,7 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
             "world_size": size,
             "num_nodes": len(set(job.nodes)),
             "times": times,
+            "layers": layers,
             "fit": {level: price for level, price in prices.items() if price is not None},
             "local_s_per_byte": local_s_per_byte,
         }
@@ -135,19 +145,18 @@ def _time_all(
         for name, collective in _COLLECTIVES.items():
             num_rows = kib * 1024 // _ROW_BYTES * (size if collective.has_one_each else 1)
             rows = torch.zeros((num_rows, _ROW_BYTES // 4), device=job.device)
-            sides = {
-                way: functools.partial(_run, functools.partial(_pass_on, collective, comms), rows)
-                for way, comms in ways.items()
+            sides: dict[str, Callable[[Tensor], Tensor]] = {
+                way: functools.partial(_pass_on, collective, comms) for way, comms in ways.items()
             }
             if name == _ALL_REDUCE and peer_all_reduce is not None:
-                sides[_DEEPSPEED] = functools.partial(_run, peer_all_reduce, rows)
-            for side in sides.values():
-                side()  # the first is slower: connections open, buffers are made
-            spreads = time_in_turn(
+                sides[DEEPSPEED] = peer_all_reduce
+            spreads = time_sides(
+                job,
                 sides,
-                args.rounds,
-                wait_for_all=lambda: job.wait_for_all(args.timeout, "timing a collective"),
-                slowest=lambda taken: max(job.all_gather(taken)) / _CALLS_A_ROUND,
+                rows,
+                rounds=args.rounds,
+                timeout_s=args.timeout,
+                most_calls=_MOST_CALLS,
             )
             times += [
                 {"collective": name, "way": way, "message_bytes": kib * 1024, **vars(spread)}
@@ -161,13 +170,6 @@ def _pass_on(collective: _Collective, comms: Sequence[Communicator], rows: Tenso
     for comm in reversed(comms) if collective.is_within_first else comms:
         rows = collective.run(comm, rows)
     return rows
-
-
-def _run(collective: Callable[[Tensor], Tensor], rows: Tensor) -> None:
-    for _ in range(_CALLS_A_ROUND):
-        collective(rows)
-    if rows.is_cuda:
-        torch.cuda.synchronize(rows.device)
 
 
 def _to_markdown(results: Sequence[Result]) -> str:
@@ -195,19 +197,31 @@ def _to_markdown(results: Sequence[Result]) -> str:
     fit_titles.append("sorting rows by rank and summing them, MB/s")
     return (
         f"{markdown_table(titles, rows)}\n\n"
-        f"Milliseconds are the median (least to most) of {rounds} rounds of "
-        f"{_CALLS_A_ROUND} calls, the slowest rank's. A message is what a rank has for each other "
-        "rank: of its own rows (all-to-all), its rows (all-gather), its share of that rank's sum "
-        "(reduce), or the tensor that all sum (all-reduce). MB/s are the messages of all other "
-        "ranks to one, by the time: what it gets, however it travels. On gloo everything is "
-        "all-to-all, with sums made by the rank that needs them. Two-level: across the nodes and "
-        "within them (sums the other way round), "
-        "where there are several; within a node rows go by shared memory if there is room."
-        f"{_ABOUT_DEEPSPEED if any(time['way'] == _DEEPSPEED for time in all_times) else ''}\n\n"
+        f"Milliseconds are the median (least to most) of {rounds} rounds of up to {_MOST_CALLS} "
+        "calls, the slowest rank's. A message is what a rank has for each other rank: of its own "
+        "rows (all-to-all), its rows (all-gather), its share of that rank's sum (reduce), or the "
+        "tensor that all sum (all-reduce). MB/s are the messages of all other ranks to one, by the "
+        "time: what it gets, however it travels. On gloo everything is all-to-all, with sums made "
+        "by the rank that needs them. Two-level: across the nodes and within them (sums the other "
+        "way round), where there are several; within a node rows go by shared memory if there is "
+        "room."
+        f"{_layers_to_markdown(results)}\n\n"
         "What `--dispatcher auto` fits to such links when it starts, a latency and a rate of the "
         "bytes of the rank that sends or receives most:\n\n"
         f"{markdown_table(fit_titles, fitted)}"
     )
+
+
+def _layers_to_markdown(results: Sequence[Result]) -> str:
+    titles = ["ranks", "tokens", f"{OURS}, ms", f"{DEEPSPEED}, ms", "ratio"]
+    rows = []
+    for result in results:
+        for layer in result["layers"]:
+            ours, peer = layer["seconds"][OURS], layer["seconds"][DEEPSPEED]
+            shown = [with_range(spread, scale=_MS) for spread in (ours, peer)]
+            ratio = f"{peer['median'] / ours['median']:.2f}"
+            rows.append([result["world_size"], layer["num_tokens"], *shown, ratio])
+    return f"{_ABOUT_DEEPSPEED}{markdown_table(titles, rows)}" if rows else ""
 
 
 TABLE = Table(

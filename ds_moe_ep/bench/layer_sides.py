@@ -202,7 +202,13 @@ def check_equal(job: Job, name: str, actual_TH: Tensor, expected_TH: Tensor) -> 
 
 
 def time_sides(
-    job: Job, sides: Mapping[str, LayerSide], x_TH: Tensor, *, rounds: int, timeout_s: float
+    job: Job,
+    sides: Mapping[str, LayerSide],
+    x_TH: Tensor,
+    *,
+    rounds: int,
+    timeout_s: float,
+    most_calls: int = _MOST_CALLS,
 ) -> dict[str, Spread]:
     """Times one call of each side, in turn; all ranks call it.
 
@@ -212,6 +218,7 @@ def time_sides(
         x_TH: Tokens of this rank.
         rounds: How often.
         timeout_s: How long a rank waits for another.
+        most_calls: Calls of a round, at most.
 
     Returns:
         Seconds of the slowest rank.
@@ -228,12 +235,12 @@ def time_sides(
         return time_in_turn(
             {name: functools.partial(repeat, side, num_calls) for name, side in sides.items()},
             num_rounds,
-            wait_for_all=lambda: job.wait_for_all(timeout_s, "timing a layer"),
+            wait_for_all=lambda: job.wait_for_all(timeout_s, "a round of timing"),
             slowest=lambda taken: max(job.all_gather(taken)) / num_calls,
         )
 
     quickest_s = min(spread.min for spread in time_calls(1, num_rounds=2).values())
-    return time_calls(max(1, min(_MOST_CALLS, round(_ROUND_S / quickest_s))), rounds)
+    return time_calls(max(1, min(most_calls, round(_ROUND_S / quickest_s))), rounds)
 
 
 def _block(model: Qwen3MoeForCausalLM) -> nn.Module:

@@ -107,13 +107,18 @@ def test_collectives_show_the_rate_of_what_a_rank_gets_and_the_fit():
     flat["reduce"] = {"latency_s": 0.002, "s_per_byte": 0.0}
     time = {"collective": "all-gather", "way": "flat", "message_bytes": 65536, **spread(2.0)}
     result = {"world_size": 4, "num_nodes": 1, "times": [time], "fit": {"flat": flat}}
-    result["local_s_per_byte"] = 2e-9
+    result |= {"local_s_per_byte": 2e-9, "layers": []}
     text = collectives.TABLE.to_markdown([result])
     assert cells(text, 2) == ["all-gather", "4", "1", "flat", "64", "2.00 (1.00 to 4.00)", "98.3"]
     assert cells(text, -1) == [
         *("flat", "4", "1", "4", "0.500"),
         *("1.000 + 1,000", "1.000 + 1,000", "2.000 + -", "500"),
     ]
+    assert "DeepSpeed" not in text
+    seconds = {"shared memory": spread(2.0), "DeepSpeed's shared memory": spread(3.0)}
+    result["layers"] = [{"num_tokens": 16, "seconds": seconds}]
+    row = "| 4 | 16 | 2.00 (1.00 to 4.00) | 3.00 (1.50 to 6.00) | 1.50 |"
+    assert row in collectives.TABLE.to_markdown([result]).splitlines()
 
 
 def test_the_operations_of_a_prefill(tmp_path):
