@@ -224,6 +224,10 @@ def _seconds(result: Result, name: str, phase: str) -> float:
     return first_s if phase == "prefill" else float(result["all_s"][name]["median"]) - first_s
 
 
+def _variant(args: argparse.Namespace) -> tuple[str, str] | None:
+    return ("one-rank", "on one rank") if args.world == [1] else None
+
+
 TABLE = Table(
     name="e2e",
     heading="Generation, end to end",
@@ -231,6 +235,7 @@ TABLE = Table(
     prepare=_prepare,
     measure=_measure,
     to_markdown=_to_markdown,
+    variant=_variant,
 )
 
 UNEVEN = Table(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
+import torch._inductor.config
 from transformers import PreTrainedModel, StaticCache
 
 from ds_moe_ep.adapter import moe_layers
@@ -119,9 +121,11 @@ def _time_decode(
         torch._dynamo.reset()  # what was compiled for other shapes counts towards a limit
         compiled = torch.compile(model, dynamic=False)
         steps["compiled"] = functools.partial(compiled, ids_T1, past_key_values=cache)
-        steps["compiled"]()
+        # Weights as constants: products of the same rows become one.
+        with torch._inductor.config.patch(freezing=True):
+            steps["compiled"]()
         for mode in ("eager", "compiled"):
-            steps[f"{mode}, CUDA graph"] = capture(steps[mode], rewind)
+            steps[f"{mode}, {_GRAPH}"] = capture(steps[mode], rewind)
 
     def run(step: Callable[[], object]) -> None:
         for _ in range(_STEPS):
@@ -202,13 +206,13 @@ def _to_markdown(results: Sequence[Result]) -> str:
     return (
         f"{markdown_table(titles, rows)}\n\n"
         f"Rank {one['rank']} of {one['world_size']} of {one['model']} in one process with torch's "
-        f"`fake` process group: its shapes and kernels, random weights in {one['dtype']}, no "
-        "communication; every other rank is taken to send it what it sends to rank 0. Tokens "
+        f"`fake` process group: its shapes and kernels, random weights in {one['dtype']}; instead "
+        "of communication, a copy of what is sent is what comes. Tokens "
         "choose all experts equally, and each as many ranks as it can. Milliseconds "
         f"are of a pass through the whole model, the median (least to most) of "
         f"{one['seconds']['num_rounds']} rounds. Decode: allgather with announced tokens, {_STEPS} "
-        "steps a round; prefill: alltoall, one prompt a rank, eager alone, as the host reads how "
-        "many rows go where. Floors: reading all "
+        "steps a round, compiled with the weights as constants; prefill: alltoall, one prompt a "
+        "rank, in no CUDA graph, as the host reads how many rows go where. Floors: reading all "
         f"{one['weight_bytes'] / 1e6:,.0f} MB of weights that the rank holds (dense, embeddings "
         "among them, and its experts) at the rate of a copy, "
         f"{one['bytes_per_s'] / 1e9:,.1f} GB/s measured here; the matrix products of the pass at "
@@ -229,14 +233,19 @@ def _eager_seconds(results: Sequence[Result]) -> dict[tuple[str, int], float]:
 def _bars(results: Sequence[Result]) -> str:
     """Says of each bar whether all rows that it is about meet it."""
     eager_s = _eager_seconds(results)
-    steps, ratios, shares = [], [], []
+    best_s: dict[tuple[str, int], float] = {}
     for each in results:
-        phase, tokens, seconds = each["phase"], each["tokens"], each["seconds"]["median"]
-        if phase == "prefill":
-            shares.append(each["floor_s"] / seconds)
-        elif each["mode"] == "CUDA graph":
-            ratios.append(eager_s[phase, tokens] / seconds)
-            steps += [seconds * _MS] if tokens == _BAR_TOKENS else []
+        key = each["phase"], each["tokens"]
+        if each["phase"] == "prefill" or each["mode"].endswith(_GRAPH):
+            best_s[key] = min(each["seconds"]["median"], best_s.get(key, math.inf))
+    decode = {key: s for key, s in best_s.items() if key[0] == "decode"}
+    steps = [s * _MS for (_, tokens), s in decode.items() if tokens == _BAR_TOKENS]
+    ratios = [eager_s[key] / s for key, s in decode.items()]
+    shares = [
+        each["floor_s"] / best_s["prefill", each["tokens"]]
+        for each in results
+        if each["phase"] == "prefill"
+    ]
     bars = [
         (f"a graph's step of {_BAR_TOKENS} tokens at most {_MOST_MS} ms on an H200", steps, None),
         (f"a graph at least {_LEAST_RATIO} times as fast as eager", ratios, _LEAST_RATIO),
@@ -249,6 +258,7 @@ def _bars(results: Sequence[Result]) -> str:
     return f"\n\nBars: {'; '.join(verdicts)}."
 
 
+_GRAPH = "CUDA graph"
 _BAR_TOKENS, _MOST_MS = 8, 1.2
 _LEAST_RATIO, _LEAST_SHARE = 4.0, 0.5
 

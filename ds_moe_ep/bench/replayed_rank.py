@@ -1,14 +1,15 @@
-"""One rank of a job whose other ranks are not there: torch's ``fake`` process group plays them.
+"""One rank of a job whose other ranks are not there, in torch's ``fake`` process group.
 
-Each of them sends this rank what it sends to rank 0. So shapes and kernels are those of the job,
-the results are not. Weights are random, and tokens choose all experts equally.
+From each of them it gets what it sends there. So shapes and kernels are those of the job, the
+results are not. Weights are random, and tokens choose all experts equally.
 """
 
-# Shapes: T tokens of this rank, H hidden, K top_k
+# Shapes: T tokens of this rank, H hidden, K top_k, W ranks, S rows sent, R = W * T, C columns
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from transformers import PreTrainedModel
 
 from ds_moe_ep.adapter import adapt, moe_layers, shard_experts
 from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
+from ds_moe_ep.dist.collectives import Communicator, Meanwhile
 from ds_moe_ep.dist.groups import Job, RankInfo
+from ds_moe_ep.moe.dispatch import Links, make_dispatcher
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 from ds_moe_ep.plan import ParallelPlan
 
@@ -41,11 +44,64 @@ def build_own_part(folder: str, job: Job, dtype: torch.dtype, dispatcher: str) -
     shard_experts(model, plan.ep_size, rank)
     model.to_empty(device=job.device).init_weights()
     adapt(model, plan, ep_rank=rank, dispatcher=dispatcher)
+    links = Links(_Mirror(dist.group.WORLD))
     for layer in moe_layers(model):
         # The expert group is the world; DeepSpeed's groups would need other ranks to be made.
         layer.deepspeed_moe._set_ep_group(dist.group.WORLD)
+        layer.deepspeed_moe.dispatcher = make_dispatcher(dispatcher, links, layer.num_local_experts)
         layer.register_forward_pre_hook(_route_evenly)
     return model.eval()
+
+
+class _Mirror(Communicator):
+    """Collectives that give back what is sent: in one copy, which no compiler takes apart.
+
+    All ranks have as many tokens, and send each other as many rows. The fake group's own are of no
+    use here: its gathering is a copy for each rank, and older ones leave memory as they find it.
+    """
+
+    def exchange(
+        self,
+        rows_SC: Tensor,
+        send: Sequence[int],
+        recv: Sequence[int],
+        meanwhile: Meanwhile | None = None,
+        *,
+        kind: str = "exchange",
+    ) -> Tensor:
+        if meanwhile is not None:
+            meanwhile()
+        return _copy(rows_SC, 0, 1)
+
+    def gather(
+        self, rows_TC: Tensor, counts: Sequence[int], meanwhile: Meanwhile | None = None
+    ) -> Tensor:
+        if meanwhile is not None:
+            meanwhile()
+        return _copy(rows_TC, 0, self.size)
+
+    def reduce(
+        self, partial_RC: Tensor, counts: Sequence[int], meanwhile: Meanwhile | None = None
+    ) -> Tensor:
+        if meanwhile is not None:
+            meanwhile()
+        return _copy(partial_RC, counts[self.rank], 1)
+
+
+@torch.library.custom_op(
+    "ds_moe_ep::copy_rows",
+    mutates_args=(),
+    schema="(Tensor rows, int num_rows, int times) -> Tensor",
+)
+def _copy(rows: Tensor, num_rows: int, times: int) -> Tensor:
+    """Copies the first rows, or with 0 all of them, so many times."""
+    words = rows[: num_rows or None].contiguous().view(torch.int32)  # bytes alone would be slow
+    return words.repeat(times, 1).view(rows.dtype)
+
+
+@_copy.register_fake
+def _shape_of_copy(rows: Tensor, num_rows: int, times: int) -> Tensor:
+    return rows.new_empty((num_rows or rows.shape[0]) * times, rows.shape[1])
 
 
 def _route_evenly(

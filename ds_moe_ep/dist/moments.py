@@ -15,8 +15,11 @@ Moment: TypeAlias = Union[float, "torch.cuda.Event"]
 
 def now(device: torch.device) -> Moment:
     """Returns this moment, on a GPU that at which its stream gets here."""
-    if device.type != "cuda":
-        return time.perf_counter()
+    return time.perf_counter() if device.type != "cuda" else _record_event()
+
+
+@torch.compiler.disable  # where a pass cannot be one graph, its parts are compiled: not this one
+def _record_event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event

@@ -25,9 +25,9 @@ _SEND_TO_ALL_BYTES = 2**20
 class AllToAll:
     """Sends each token once to every rank that owns one of its experts, and sums what comes back.
 
-    A row carries its expert ids and routing weights (to a rank of one expert, the weight alone), so
-    one message goes out and one comes back, and a token that chose several experts of one rank is
-    sent, and its weighted sum returned, once.
+    Where a rank has several experts, a row carries its expert ids and routing weights, so that a
+    token that chose several of them is sent, and its weighted sum returned, once. To a rank of one
+    expert goes the bare row, and what returns is weighted here.
     A third, small one before them tells the numbers of rows. Small batches are spared it: where the
     tokens of each rank are known, and few, every rank gets every row.
 
@@ -65,57 +65,68 @@ class AllToAll:
             return self._send_to_all(
                 compute, x_TH, topk_ids_TK, topk_weights_TK, num_tokens_W, meanwhile
             )
-        token_S, routing_S, send_counts_W = self._route(topk_ids_TK, topk_weights_TK)
+        token_S, rank_S, send_counts_W = self._route(topk_ids_TK)
         send_counts, recv_counts = self.comm.exchange_counts(send_counts_W)
-
-        x_RH, *ids, weights_RK = self.comm.exchange_rows(
-            (x_TH[token_S], *routing_S), send_counts, recv_counts, meanwhile
-        )
-        y_RH, tokens_per_expert = compute(x_RH, ids[0] if ids else None, weights_RK)
+        rows: tuple[Tensor, ...] = (x_TH[token_S],)
+        if self.num_local_experts > 1:
+            rows += self._routing(topk_ids_TK, topk_weights_TK, token_S, rank_S)
+        received = self.comm.exchange_rows(rows, send_counts, recv_counts, meanwhile)
+        y_RH, tokens_per_expert = compute(*received)
         (y_SH,) = self.comm.exchange_rows((y_RH,), recv_counts, send_counts)
-        return _sum_by_token(y_SH, token_S, x_TH), tokens_per_expert
+        weights_S = None
+        if self.num_local_experts == 1:
+            is_chosen_SK = topk_ids_TK[token_S] == rank_S[:, None]
+            weights_S = topk_weights_TK[token_S].masked_fill(~is_chosen_SK, 0.0).sum(dim=1)
+        return _sum_by_token(y_SH, token_S, weights_S, x_TH), tokens_per_expert
 
     def _are_few(self, num_tokens_W: Sequence[int], x_TH: Tensor) -> bool:
         row_bytes = x_TH.shape[1] * x_TH.element_size()
         return max(num_tokens_W) * (self.comm.size - 1) * row_bytes <= self.send_to_all_bytes
 
-    def _route(
-        self, topk_ids_TK: Tensor, topk_weights_TK: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    def _route(self, topk_ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lists the rows to send, rank after rank.
 
         Returns:
-            Token of each row ``[S]``; what it tells of its routing: local expert ids int32 and
-            weights ``[S, K]``, or where a rank has one expert, the weight for that ``[S, 1]``; and
-            rows for each rank ``[W]``.
+            Token and rank of each row ``[S]``, and rows for each rank ``[W]``.
         """
-        size, num_tokens = self.comm.size, topk_ids_TK.shape[0]
-        # float32 holds every routing dtype exactly, and a rank without tokens need not know which.
-        weights_TK = topk_weights_TK.float()
+        size = self.comm.size
         owner_TK = topk_ids_TK.long() // self.num_local_experts
         owner_TK = owner_TK.masked_fill(topk_ids_TK == NOT_HERE, size)  # of none of these ranks
         wanted_TW = torch.zeros(
-            (num_tokens, size + 1), dtype=torch.bool, device=topk_ids_TK.device
+            (topk_ids_TK.shape[0], size + 1), dtype=torch.bool, device=topk_ids_TK.device
         ).scatter_(1, owner_TK, True)[:, :size]
         rank_S, token_S = wanted_TW.t().nonzero(
             as_tuple=True
         )  # rank-major; a device-to-host sync on a GPU
-        send_counts_W = wanted_TW.sum(dim=0)
-        if self.num_local_experts == 1:
-            weights_TW = weights_TK.new_zeros((num_tokens, size + 1))
-            weights_TW = weights_TW.scatter_add(1, owner_TK, weights_TK)
-            return token_S, (weights_TW[token_S, rank_S][:, None],), send_counts_W
-        local_ids_SK = topk_ids_TK[token_S] - rank_S[:, None] * self.num_local_experts
-        local_ids_SK.masked_fill_(owner_TK[token_S] != rank_S[:, None], NOT_HERE)
-        return token_S, (local_ids_SK.int(), weights_TK[token_S]), send_counts_W
+        return token_S, rank_S, wanted_TW.sum(dim=0)
+
+    def _routing(
+        self, topk_ids_TK: Tensor, topk_weights_TK: Tensor, token_S: Tensor, rank_S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the local expert ids, int32, and weights ``[S, K]`` that go with the rows."""
+        first_S1 = rank_S[:, None] * self.num_local_experts
+        ids_SK = topk_ids_TK[token_S] - first_S1
+        is_elsewhere_SK = (ids_SK < 0) | (ids_SK >= self.num_local_experts)
+        # Weights travel as float32: it holds every routing dtype exactly, and a rank without tokens
+        # need not know which.
+        return (
+            ids_SK.masked_fill_(is_elsewhere_SK, NOT_HERE).int(),
+            topk_weights_TK[token_S].float(),
+        )
 
 
-def _sum_by_token(y_SH: Tensor, token_S: Tensor, x_TH: Tensor) -> Tensor:
+def _sum_by_token(y_SH: Tensor, token_S: Tensor, weights_S: Tensor | None, x_TH: Tensor) -> Tensor:
     """Sums in float32 the rows that came back for each token, in the shape and dtype of `x_TH`."""
-    if not y_SH.is_cuda or y_SH.shape[0] == 0:
-        sum_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-        return sum_TH.index_add(0, token_S, y_SH.float()).to(x_TH.dtype)
-    # There index_add adds in any order, to rows widened to float32; this reads each row once.
+    if y_SH.shape[0] == 0:
+        # Zeros, through which backward reaches the other ranks.
+        return torch.zeros_like(x_TH) + y_SH.sum().to(x_TH.dtype)
     sorted_S, row_S = token_S.sort(stable=True)
     first_T = torch.searchsorted(sorted_S, torch.arange(x_TH.shape[0], device=token_S.device))
-    return functional.embedding_bag(row_S, y_SH, first_T, mode="sum").to(x_TH.dtype)
+    if not y_SH.is_cuda:  # a GPU's kernel widens what it adds
+        y_SH = y_SH.float()
+    if weights_S is not None:
+        weights_S = weights_S.to(y_SH.dtype)[row_S]
+    sum_TH = functional.embedding_bag(
+        row_S, y_SH, first_T, mode="sum", per_sample_weights=weights_S
+    )
+    return sum_TH.to(x_TH.dtype)

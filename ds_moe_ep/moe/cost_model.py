@@ -175,10 +175,13 @@ def _exchange_s(
     """Counts, rows out and rows back, where each rank wants a share of every rank's rows."""
     rows = share * _most_rows(num_tokens)
     local_rows = share * prices.size * max(num_tokens)  # those that stay here among them
+    # To a rank of one expert rows go bare.
+    is_bare = shape.num_experts == prices.size
+    sent_row_bytes = shape.row_bytes if is_bare else shape.routed_row_bytes
     return (
         prices.counts_s
         + local_rows * shape.row_bytes * local_s_per_byte
-        + prices.exchange.seconds(rows * shape.routed_row_bytes)
+        + prices.exchange.seconds(rows * sent_row_bytes)
         + prices.exchange.seconds(rows * shape.row_bytes)
     )
 

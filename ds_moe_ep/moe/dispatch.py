@@ -48,8 +48,9 @@ class Dispatcher(Protocol):
 
         Args:
             compute: What the experts of this rank do with rows: takes ``x [R, H]``, local expert
-                ids ``[R, K]`` (``NOT_HERE`` for those of other ranks) and weights ``[R, K]``, and
-                returns what this method returns, for R rows.
+                ids ``[R, K]`` (``NOT_HERE`` for those of other ranks) and weights ``[R, K]``, or x
+                alone for the one expert there is, unweighted; and returns what this method returns,
+                for R rows.
             x_TH: Tokens of this rank.
             topk_ids_TK: Expert ids in the group, ``NOT_HERE`` for an expert outside of it.
             topk_weights_TK: Routing weights, any floating dtype.

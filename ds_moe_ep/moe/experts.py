@@ -27,7 +27,7 @@ __all__ = [
     "run_static",
 ]
 
-Compute = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+Compute = Callable[..., tuple[Tensor, Tensor]]
 """What a dispatcher brings rows to: some experts' ``run_local_experts``, or another dispatcher."""
 
 # Anything else in an experts module (a norm, say) belongs to all experts.
@@ -57,7 +57,10 @@ def local_ids(ids_RK: Tensor, rank: int, num_local_experts: int) -> Tensor:
 
 
 def run_local_experts(
-    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor | None, weights_RK: Tensor
+    experts: nn.Module,
+    x_RH: Tensor,
+    local_ids_RK: Tensor | None = None,
+    weights_RK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums, for each row, the weighted outputs of its experts on this rank.
 
@@ -68,26 +71,32 @@ def run_local_experts(
         experts: Module with transformers' experts contract ``(x [P, H], ids [P, 1], weights [P, 1])
             -> [P, H]`` that holds the e experts of this rank.
         x_RH: Rows.
-        local_ids_RK: Local expert ids, ``NOT_HERE`` where the slot's expert lives elsewhere; None
-            where a rank has one expert, and all rows are for that.
-        weights_RK: Routing weights; without ids ``[R, 1]``.
+        local_ids_RK: Local expert ids, ``NOT_HERE`` where the slot's expert lives elsewhere.
+        weights_RK: Routing weights. Without ids and weights, all rows are for the one expert there
+            is, and it is not weighted.
 
     Returns:
         The sums ``[R, H]`` in x's dtype, and the number of rows each local expert got, int64
         ``[e]``.
     """
+    if local_ids_RK is None or weights_RK is None:
+        return _run_bare_rows(experts, x_RH)
     if not follows_contract(experts):
-        if local_ids_RK is None:
-            local_ids_RK = torch.zeros_like(weights_RK, dtype=torch.int64)
         return _run_module(experts, x_RH, local_ids_RK, weights_RK)
-    if local_ids_RK is None:
-        rows_e = torch.full((1,), x_RH.shape[0], dtype=torch.int64, device=x_RH.device)
-        return _weigh(run_single(experts, x_RH), weights_RK, x_RH.dtype), rows_e
     if x_RH.is_cuda:
         return run_static(experts, x_RH, local_ids_RK, weights_RK)
     if experts.num_experts == 1:
         return _run_one_expert(experts, x_RH, local_ids_RK, weights_RK)
     return _run_chosen(experts, x_RH, local_ids_RK, weights_RK)
+
+
+def _run_bare_rows(experts: nn.Module, x_RH: Tensor) -> tuple[Tensor, Tensor]:
+    rows_e = torch.full((1,), x_RH.shape[0], dtype=torch.int64, device=x_RH.device)
+    if follows_contract(experts):
+        return run_single(experts, x_RH).to(x_RH.dtype), rows_e
+    ids_R1 = torch.zeros((x_RH.shape[0], 1), dtype=torch.int64, device=x_RH.device)
+    y_RH, _ = _run_module(experts, x_RH, ids_R1, torch.ones_like(ids_R1, dtype=torch.float32))
+    return y_RH, rows_e
 
 
 def _weigh(y_PH: Tensor, weights_P1: Tensor, dtype: torch.dtype) -> Tensor:

@@ -141,12 +141,10 @@ class DispatchedExperts(nn.Module):
 def _compute_and_tell(
     compute: Compute,
     on_part: Callable[[str], object],
-    x_RH: Tensor,
-    local_ids_RK: Tensor,
-    weights_RK: Tensor,
+    *rows: Tensor,
 ) -> tuple[Tensor, Tensor]:
     on_part("experts")
-    result = compute(x_RH, local_ids_RK, weights_RK)
+    result = compute(*rows)
     on_part("combine")
     return result
 

@@ -36,24 +36,25 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 @pytest.mark.parametrize("family", CORE_FAMILIES)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
-        (torch.float32, {"rtol": 1e-4, "atol": 1e-4}),  # other kernels than Hugging Face's
-        (
-            torch.bfloat16,
-            {"rtol": 5e-2, "atol": 1e-1},
-        ),  # 2^-8 a rounding, three layers, logits of 3
-    ],
-    ids=["fp32", "bf16"],
-)
-def test_logits_equal_hugging_face(tmp_path, device, family, dtype, tolerance) -> None:
+def test_logits_equal_hugging_face(tmp_path, device, family) -> None:
     save_tiny(family, tmp_path)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).to(device)
-    engine = load(tmp_path, dtype, device)
     ids = torch.randint(3, VOCAB_SIZE, (2, 9), device=device)
+
+    def hugging_face(dtype: torch.dtype) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).to(device)
+        return model(ids).logits.float()
+
+    def error(logits: torch.Tensor) -> float:
+        return float((logits.float() - exact).square().mean().sqrt())
+
     with torch.no_grad():
-        torch.testing.assert_close(engine(ids).logits, reference(ids).logits, **tolerance)
+        exact = hugging_face(torch.float32)
+        logits = load(tmp_path, torch.float32, device)(ids).logits
+        torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-4)  # other kernels
+        # In bf16 both are as far from that: roundings add up in another order, so token by token
+        # they may part, where two experts have scores that close.
+        rounded = load(tmp_path, torch.bfloat16, device)(ids).logits
+        assert error(rounded) <= 2 * error(hugging_face(torch.bfloat16))
 
 
 def test_weights_and_experts_live_on_the_gpu(tmp_path, device) -> None:

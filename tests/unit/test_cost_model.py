@@ -79,10 +79,11 @@ def test_the_share_of_tokens_that_want_a_rank(shape, num_local_experts, share):
 def test_bytes_are_those_of_the_busiest_rank():
     links = LinkPrices(prices(4, BYTES_ONLY))
     predicted = predict_s(links, TOP_1_OF_4, (10, 0, 0, 0))
-    # Rank 0 sends its ten rows to three ranks, with their routing there, without it back.
+    # Rank 0 sends its ten rows to three ranks, with their routing there, without it back. To the
+    # one rank that owns a token's one expert a row goes without.
     assert predicted == {
         "allgather": pytest.approx(3 * 10 * (100 + 92)),
-        "alltoall": pytest.approx(3 * 10 * (100 + 92) / 4),
+        "alltoall": pytest.approx(3 * 10 * (92 + 92) / 4),
     }
     # Each receives the ten of the three others.
     assert predict_s(links, TOP_1_OF_4, (10, 10, 10, 10))["allgather"] == pytest.approx(30 * 192)
