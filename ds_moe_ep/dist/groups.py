@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
-from ds_moe_ep.dist.group_timeout import same_timeout_for_new_groups
+from ds_moe_ep.dist.group_timeout import same_timeout_for_new_groups, timeout_of
 from ds_moe_ep.dist.node_groups import nodes_of
 from ds_moe_ep.dist.rendezvous import RollCall, join_process_group
 from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError, PlanError
@@ -88,6 +88,8 @@ class Job:
             there before.
         nodes: Node of every rank, numbered in the order of ranks.
         hosts: Name of every rank's host.
+        starting: As `control`, for waits as long as ranks may take to come up and to load; None
+            where `control` waits for that long.
     """
 
     info: RankInfo
@@ -96,6 +98,7 @@ class Job:
     roll_call: RollCall | None = None
     nodes: tuple[int, ...] = ()
     hosts: tuple[str, ...] = ()
+    starting: dist.ProcessGroup | None = None
 
     def all_or_none(self, step: Callable[[], T], *, what: str, timeout_s: float) -> T:
         """Runs a step that any rank may refuse: all ranks go on together or fail together.
@@ -139,8 +142,12 @@ class Job:
         Raises:
             DistributedError: Some did not come in time; it names them.
         """
+        timeout, group = timedelta(seconds=timeout_s), self.control
+        # In a barrier only rank 0 heeds its argument. The others wait for as long as the group.
+        if self.starting is not None and timeout > (timeout_of(self.control) or timeout):
+            group = self.starting
         try:
-            dist.monitored_barrier(self.control, timedelta(seconds=timeout_s), wait_all_ranks=True)
+            dist.monitored_barrier(group, timeout, wait_all_ranks=True)
         except RuntimeError as error:
             raise DistributedError(
                 f"[{self.info}] {what}: not all ranks came within {timeout_s:.0f} s: {error}"
@@ -167,7 +174,8 @@ def init_distributed(
     Args:
         info: Who this process is.
         timeout_s: How long any wait for another rank may last.
-        start_timeout_s: How long to wait for the last rank to come up; by default `timeout_s`.
+        start_timeout_s: How long to wait for the last rank to come up, or to load; by default
+            `timeout_s`.
 
     Raises:
         DistributedError: Some ranks did not come; it names them.
@@ -196,7 +204,10 @@ def init_distributed(
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     with _without_jit_build():
         deepspeed.init_distributed(verbose=False)
-    job = Job(info, device, control, roll_call)
+    starting = None
+    if start_timeout_s is not None and start_timeout_s > timeout_s:
+        starting = dist.new_group(backend="gloo", timeout=timedelta(seconds=start_timeout_s))
+    job = Job(info, device, control, roll_call, starting=starting)
     num_gpus = accelerator.device_count() if on_gpu else None
     gathered = job.all_gather((info.host, info.local_rank, num_gpus))
     hosts, local_ranks, gpus = zip(*gathered, strict=True)

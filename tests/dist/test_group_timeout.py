@@ -1,7 +1,10 @@
 """How long groups wait: all as long as the job's own, not as long as torch likes."""
 
+import time
+from dataclasses import replace
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
 
 from ds_moe_ep.dist.group_timeout import timeout_of
@@ -23,3 +26,18 @@ def test_every_group_waits_as_long_as_the_default_group(tmp_path):
     for timeouts in run_ranks(_timeouts, 4, tmp_path):
         assert len(timeouts) == 4
         assert set(timeouts) == {timeouts[0]}
+
+
+def _load_slowly(rank: int, world_size: int, slow_rank: int) -> bool:
+    job = init_distributed(RankInfo(rank, rank, world_size), timeout_s=1, start_timeout_s=60)
+    # The default group is that of the tests here, with a timeout of theirs.
+    job = replace(job, control=dist.new_group(backend="gloo", timeout=timedelta(seconds=1)))
+    if rank == slow_rank:
+        time.sleep(4)
+    job.wait_for_all(60, "loading weights")
+    return True
+
+
+@pytest.mark.parametrize("slow_rank", [0, 1])
+def test_a_rank_may_load_for_longer_than_any_later_wait(slow_rank: int, tmp_path):
+    assert all(run_ranks(_load_slowly, 3, tmp_path, slow_rank))
