@@ -39,6 +39,10 @@ def _happen() -> None:
     elif _WHAT == "KILL_BOTH":
         os.kill(os.getppid(), signal.SIGKILL)  # the supervisor
         os.kill(os.getpid(), signal.SIGKILL)
+    elif _WHAT == "STOP_READING":
+        _stop_reading(os.getpid())
+    elif _WHAT == "STOP_BOTH_READING":
+        _stop_reading(os.getppid(), os.getpid())
     elif _WHAT == "KILL_AT_RENAME":  # a file is written, and not there yet
         os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     elif _WHAT != "NOTHING":
@@ -55,6 +59,15 @@ def _fill_disk(spare_pages: int) -> None:
             while file.write(bytes(mmap.PAGESIZE)):
                 pass
         file.truncate(file.tell() - spare_pages * mmap.PAGESIZE)
+
+
+def _stop_reading(*pids: int) -> None:
+    """Stops processes once a rank reads its weights: it has met the others, who wait for it."""
+    from ds_moe_ep.engine import loading
+
+    loading.load_expert_parallel_model = lambda *args, **options: [  # type: ignore[assignment]
+        os.kill(pid, signal.SIGSTOP) for pid in pids
+    ]
 
 
 def _enter(self: Progress, phase: str) -> None:
