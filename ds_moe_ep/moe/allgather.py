@@ -48,6 +48,6 @@ class AllGather:
             num_tokens_W = [count for (count,) in gathered]
         rows = (x_TH, topk_ids_TK.int(), topk_weights_TK.float())
         x_RH, ids_RK, weights_RK = self.comm.gather_rows(rows, num_tokens_W, meanwhile)
-        local_ids_RK = local_ids(ids_RK, self.comm.rank, self.num_local_experts)
+        local_ids_RK = local_ids(ids_RK, self.comm.rank, self.comm.size, self.num_local_experts)
         y_RH, tokens_per_expert = compute(x_RH, local_ids_RK, weights_RK)
         return self.comm.reduce_rows(y_RH, num_tokens_W), tokens_per_expert

@@ -53,6 +53,8 @@ class AllReduce:
             )
         x_TH = self.comm.same_on_all_ranks(x_TH)
         weights_TK = self.comm.same_on_all_ranks(topk_weights_TK)
-        local_ids_TK = local_ids(topk_ids_TK, self.comm.rank, self.num_local_experts)
+        local_ids_TK = local_ids(
+            topk_ids_TK, self.comm.rank, self.comm.size, self.num_local_experts
+        )
         y_TH, tokens_per_expert = compute(x_TH, local_ids_TK, weights_TK)
         return self.comm.sum_over_ranks(y_TH, meanwhile), tokens_per_expert

@@ -61,7 +61,7 @@ class AllToAll:
         meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Dispatcher``."""
-        if num_tokens_W is not None and self._are_few(num_tokens_W, x_TH):
+        if self.comm.size == 1 or (num_tokens_W is not None and self._are_few(num_tokens_W, x_TH)):
             return self._send_to_all(
                 compute, x_TH, topk_ids_TK, topk_weights_TK, num_tokens_W, meanwhile
             )

@@ -50,8 +50,10 @@ def expert_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def local_ids(ids_RK: Tensor, rank: int, num_local_experts: int) -> Tensor:
+def local_ids(ids_RK: Tensor, rank: int, num_ranks: int, num_local_experts: int) -> Tensor:
     """Returns the expert ids as `rank` counts them, ``NOT_HERE`` for the experts of other ranks."""
+    if num_ranks == 1:
+        return ids_RK
     ids_RK = ids_RK - rank * num_local_experts
     return ids_RK.masked_fill((ids_RK < 0) | (ids_RK >= num_local_experts), NOT_HERE)
 
@@ -231,4 +233,6 @@ def _offsets(sorted_experts_P: Tensor, num_experts: int) -> Tensor:
 
 
 def _counts(offsets_e: Tensor) -> Tensor:
-    return offsets_e.long().diff(prepend=offsets_e.new_zeros(1, dtype=torch.int64))
+    counts_e = offsets_e.long()
+    counts_e[1:] -= offsets_e[:-1]
+    return counts_e
