@@ -133,6 +133,7 @@ def _measure_batch(
         "all_prompt_tokens": int((prompts_BS != PAD).sum()),
         "new_tokens": args.new_tokens,
         "dtype": args.dtype,
+        "dispatcher": args.dispatcher,
         "equal_share": equal_share,
         "prefill_s": seconds(1),
         "all_s": seconds(1 + args.new_tokens),
@@ -189,7 +190,8 @@ def _to_markdown(results: Sequence[Result]) -> str:
         f"{markdown_table(['ranks', *names], memory)}\n\n"
         f"Greedy generation in {sizes['dtype']} with {_lengths(sizes)} tokens a prompt and "
         f"{sizes['new_tokens']} new ones; {_equality(results)}. Ranks have one thread each and "
-        "share the prompts; one process has a thread a core "
+        f"share the prompts{_REPLICATED if sizes['dispatcher'] == 'allreduce' else ''}; one "
+        "process has a thread a core "
         "and all prompts, while the ranks wait. Prefill is the time to the first token, decode "
         "that of the tokens after it (a difference of medians); "
         f"{sizes['prefill_s'][_OURS]['num_rounds']} rounds of each. "
@@ -197,6 +199,11 @@ def _to_markdown(results: Sequence[Result]) -> str:
         "its proportional set size: weights, caches, temporary tensors; not Python and "
         "libraries. Of a GPU's it is what torch's allocator gave out."
     )
+
+
+_REPLICATED = (
+    ", but of ours each does them all, and only experts are shared, by the allreduce dispatcher"
+)
 
 
 def _equality(results: Sequence[Result]) -> str:
@@ -225,7 +232,11 @@ def _seconds(result: Result, name: str, phase: str) -> float:
 
 
 def _variant(args: argparse.Namespace) -> tuple[str, str] | None:
-    return ("one-rank", "on one rank") if args.world == [1] else None
+    if args.world == [1]:
+        return "one-rank", "on one rank"
+    if args.dispatcher == "allreduce":
+        return "replicated", "the batch replicated on our side"
+    return None
 
 
 TABLE = Table(

@@ -47,7 +47,10 @@ def ours(
 def load_ours(
     folder: Path, job: Job, dispatcher: str, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, GenerateSide]:
-    """Returns a rank's part of a model with experts spread over all ranks, and its generation."""
+    """Returns a rank's part of a model with experts spread over all ranks, and its generation.
+
+    With the allreduce dispatcher every rank does the whole batch, and rank 0 returns it.
+    """
     info = job.info
     model, report = load_expert_parallel_model(
         folder,
@@ -79,7 +82,12 @@ def load_ours(
         sync.join_others()
         return completed
 
-    return model, generate
+    def generate_all(prompts_BS: Tensor, num_new: int) -> Tensor | None:
+        live_rows.start_batch()
+        completed = complete(model, prompts_BS.to(job.device), num_new)
+        return completed if info.rank == 0 else None
+
+    return model, generate_all if dispatcher == "allreduce" else generate
 
 
 def transformers_ep(folder: Path, job: Job, dtype: torch.dtype = torch.float32) -> GenerateSide:
