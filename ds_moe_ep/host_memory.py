@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["available_bytes", "proportional_bytes", "resident_bytes"]
+__all__ = ["available_bytes", "proportional_bytes", "resident_bytes", "share_of_others_bytes"]
 
 _KIB = 1024
 # A group without a limit has, in version 1, the highest multiple of a page instead.
@@ -36,6 +36,16 @@ def resident_bytes() -> int | None:
     except OSError:
         return None
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def share_of_others_bytes() -> int:
+    """Return by how much the resident set size of this process exceeds its proportional one.
+
+    Returns:
+        0 if it is not known.
+    """
+    resident, own = resident_bytes(), proportional_bytes()
+    return 0 if resident is None or own is None else max(0, resident - own)
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

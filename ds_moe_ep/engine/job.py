@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_moe_ep import host_memory
 from ds_moe_ep.bringup.phases import BringUp
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.dist.shared_memory import SharedMemory
@@ -264,4 +265,5 @@ def _finish(
 def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return peak_bytes - host_memory.share_of_others_bytes()

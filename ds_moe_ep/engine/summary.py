@@ -29,7 +29,8 @@ class RankSummary:
         comm_s: Seconds of those in collectives, waiting for slower ranks included.
         comm_bytes: Bytes of rows sent to other ranks.
         num_steps: Forward passes this rank took part in.
-        peak_memory_bytes: Peak device memory, or peak resident memory of the process on a CPU.
+        peak_memory_bytes: Of a GPU the most that torch's allocator gave out; on a CPU the most that
+            the process held, of pages that others have too its share as it was at the end.
     """
 
     rank: int

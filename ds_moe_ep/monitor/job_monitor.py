@@ -7,18 +7,19 @@ slower.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from ds_moe_ep import __version__
 from ds_moe_ep.bringup.phases import BringUp
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.live_rows import LiveRows
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["JobMonitor", "Watched", "watch"]
 
-_PACKAGES = ("ds_moe_ep", "torch", "deepspeed", "transformers", "accelerate")
+_LIBRARIES = ("torch", "deepspeed", "transformers", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,8 @@ class JobMonitor:
         """Ends watching and returns what this rank has recorded."""
         self._recorder.close()
         self._sampler.stop()
-        peak_bytes = self._usage.peak_bytes(summary.peak_memory_bytes)
         return RankRecord.of(
-            replace(summary, peak_memory_bytes=peak_bytes),
+            summary,
             self._recorder,
             self._sampler.utilisation,
             [layer.deepspeed_moe for layer in self._watched.engine.layers],
@@ -224,7 +224,8 @@ def _run(watched: Watched) -> Run:
     options, job, work = watched.options, watched.job, watched.work
     plan = work.plan
     is_gpu = job.device.type == "cuda"
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    # Our own is not asked of what is installed: a checkout can be run that is not.
+    versions = {"ds_moe_ep": __version__, **{name: version(name) for name in _LIBRARIES}}
     return Run.model_validate(
         {
             "version": 1,

@@ -35,9 +35,8 @@ class Usage:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # What of its resident pages is others' share; to ask each second would cost 2% of a core.
-        resident, own = host_memory.resident_bytes(), host_memory.proportional_bytes()
-        self._shared_bytes = (resident or 0) - (own or 0)
+        # To ask each second would cost 2% of a core.
+        self._shared_bytes = host_memory.share_of_others_bytes()
         self._since = time.perf_counter(), time.process_time()
 
     def utilisation(self) -> float:
@@ -48,10 +47,6 @@ class Usage:
         elapsed_s, busy_s = now[0] - self._since[0], now[1] - self._since[1]
         self._since = now
         return busy_s / max(elapsed_s, 1e-9) / torch.get_num_threads()
-
-    def peak_bytes(self, resident: int) -> int:
-        """Returns a peak, given with shared pages counted whole, with this rank's share of them."""
-        return max(0, resident - self._shared_bytes) if self._device.type != "cuda" else resident
 
     def memory_bytes(self) -> int:
         """Returns what is used of the GPU, or by this process with its share of shared pages.
