@@ -47,7 +47,7 @@ def step_bars(metrics: Metrics) -> str:
         axes = figure.subplots()
         axes.grid(visible=False)
         for row, phase in enumerate(shown):
-            whole, left = sum(by_phase[phase].values()) or 1.0, 0.0
+            whole, left = sum(by_phase[phase].values()), 0.0
             for part in PARTS:
                 share = by_phase[phase][part] / whole
                 axes.barh(

@@ -235,15 +235,18 @@ def _factor(
 
 
 def pass_parts(metrics: Metrics, phase: str) -> dict[str, float]:
-    """Returns seconds of a pass by part, the mean of all passes of all ranks; empty without any."""
+    """Returns seconds of a pass by part, the mean of all passes of all ranks.
+
+    Empty if no pass was split into parts.
+    """
     num_passes = sum(getattr(rank.num_passes, phase) for rank in metrics.ranks)
-    if not num_passes:
-        return {}
-    return {
+    seconds = {
         part: sum(getattr(getattr(rank.parts_s, phase), part) for rank in metrics.ranks)
-        / num_passes
         for part in PARTS
     }
+    if not num_passes or not any(seconds.values()):
+        return {}
+    return {part: each / num_passes for part, each in seconds.items()}
 
 
 def rows_per_pass(metrics: Metrics) -> float:

@@ -17,7 +17,9 @@ from ds_moe_ep.monitor.metrics_format import PARTS
 __all__ = ["PassClock", "PassTimes"]
 
 # Decode passes are short and many: to look at the clock at each part of all would show in them.
-_EVERY = 8
+# The first is not looked at: where it sets up what all later ones find there, on a GPU above all,
+# it takes as long as dozens of them, and stands for none.
+_EVERY, _FIRST = 8, 2
 
 
 @dataclass
@@ -67,11 +69,11 @@ class PassClock:
         """Begins a pass of the kind ``prefill`` or ``decode``.
 
         Returns:
-            Whether it is split: every prefill is, and one decode pass in eight.
+            Whether it is split: every prefill is, and of decode passes the second, the tenth, ...
         """
         times = self.times[kind]
         times.count += 1
-        is_split = kind == "prefill" or times.count % _EVERY == 1
+        is_split = kind == "prefill" or times.count % _EVERY == _FIRST
         self._current, self._part = _Pass(kind, now(self._device), is_split), "other"
         return is_split
 

@@ -128,9 +128,8 @@ def _better_placement(metrics: Metrics, layer: int) -> list[str]:
 def where_time_goes(metrics: Metrics, phase: str) -> list[str]:
     """Says what a pass spends most on."""
     reasons = ["CPU run"] if metrics.run.on_cpu else []
-    parts = pass_parts(metrics, phase)
-    whole = sum(parts.values())
-    if whole:
+    if parts := pass_parts(metrics, phase):
+        whole = sum(parts.values())
         sent = "dispatch and combine, waiting included,"
         shares = {part: parts[part] / whole for part in ("attention", "router", "experts", "other")}
         shares[sent] = (parts["dispatch"] + parts["combine"]) / whole

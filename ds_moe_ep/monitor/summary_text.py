@@ -34,7 +34,7 @@ def summary_text(metrics: Metrics, verdicts: Sequence[Verdict]) -> str:
     lines.append("")
     for phase in PHASES:
         if parts := pass_parts(metrics, phase):
-            whole = sum(parts.values()) or 1.0
+            whole = sum(parts.values())
             shares = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in parts.items())
             lines += textwrap.wrap(f"{phase} pass {time_of(whole)}: {shares}", _WIDTH)
     lines += textwrap.wrap(f"bring-up: {bring_up_told(metrics)}", _WIDTH)

@@ -122,6 +122,8 @@ def _utilisation(metrics: Metrics, targets: Targets) -> Verdict:
             reasons.append(f"collectives, with waiting, take {share:.0%} of the run")
         if slow := slow_rank(metrics):
             reasons.append(f"the others wait for rank {slow.rank}")
+        if not metrics.run.on_cpu:  # a collective of NCCL is a kernel: while one waits it is busy
+            reasons.append("a GPU is idle while its host prepares what it is to do")
         reasons += small_batch(metrics)
     target = f">= {targets.utilisation:.0%}"
     return Verdict(

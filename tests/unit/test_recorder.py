@@ -73,20 +73,35 @@ def test_parts_of_a_pass_sum_to_its_time():
     clock = PassClock(_CPU)
     clock.enter("experts")  # outside of a pass nothing is counted
     splits = []
-    for kind in ("prefill", *["decode"] * 9):
+    for kind in ("prefill", *["decode"] * 10):
         splits.append(clock.start(kind))
         for part in ("attention", "dispatch", "experts", "experts", "combine", "other"):
             clock.enter(part)
             time.sleep(0.002)
         clock.stop()
     clock.finish()
-    assert splits == [True, True, *[False] * 7, True]
+    assert splits == [True, False, True, *[False] * 7, True]
     decode = clock.times["decode"]
-    assert (decode.count, decode.durations.count, clock.times["prefill"].count) == (9, 9, 1)
+    assert (decode.count, decode.durations.count, clock.times["prefill"].count) == (10, 10, 1)
     parts = decode.estimated_parts_s()
     assert sum(parts.values()) == pytest.approx(decode.durations.total_s)
     assert 2 * 6 * 0.002 <= sum(decode.parts_s.values()) < decode.durations.total_s
     assert parts["experts"] >= 2 * 2 * 0.002 and parts["router"] == 0.0
+
+
+def test_what_the_first_decode_pass_sets_up_is_not_taken_for_a_part_of_others():
+    clock = PassClock(_CPU)
+    for setup_s in (0.2, 0.0, 0.0):
+        clock.start("decode")
+        clock.enter("attention")
+        time.sleep(setup_s)
+        clock.enter("experts")
+        time.sleep(0.01)
+        clock.stop()
+    times = clock.times["decode"]
+    parts = times.estimated_parts_s()
+    assert parts["experts"] > 0.9 * sum(parts.values())
+    assert times.durations.max_s >= 0.2  # it is timed all the same
 
 
 def _num_hooks(model):

@@ -154,6 +154,12 @@ def test_each_target_is_missed_by_a_little(tmp_path, name, change):
     assert found[name].state == "missed"
 
 
+def test_an_idle_gpu_waits_for_its_host(tmp_path):
+    reason = _judged(tmp_path, lambda files: files["run.json"].update(device="NVIDIA H200"))
+    assert "a GPU is idle while its host prepares" in reason["GPU utilisation"].reason
+    assert "GPU is idle" not in _judged(tmp_path, _is_good)["GPU utilisation"].reason
+
+
 def test_links_are_slow_where_even_the_rank_that_waits_least_is(tmp_path):
     def change(files):
         files["metrics.jsonl"][3]["collectives"]["gather"]["p50_s"] = 0.0015
