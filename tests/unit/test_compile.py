@@ -32,6 +32,8 @@ def test_decode_steps_are_compiled_once_and_in_one_piece(tmp_path, monkeypatch, 
     FAMILIES[family]().save_pretrained(tmp_path)
     # In bfloat16, as compiled grouped products on a CPU want it.
     model = build_own_part(str(tmp_path), job, torch.bfloat16, "allgather")
+    for moe in moe_layers(model):  # with torch's own collectives, not the replay's copies
+        moe.deepspeed_moe._set_ep_group(dist.group.WORLD)
     announce(model, NUM_TOKENS, job.info.world_size)
     cache = StaticCache(config=model.config, max_cache_len=8)
     ids_T1 = torch.full((NUM_TOKENS, 1), 3)
