@@ -1,6 +1,7 @@
-"""`ds-moe-ep preflight`: reads its command line, asks the hosts, and starts the ranks."""
+"""`ds-moe-ep preflight`: reads its command line, has the hosts asked and the ranks started."""
 
 import argparse
+import functools
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ def add_preflight_command(
     where.add_argument("--num-gpus", type=int, metavar="N", help="GPUs, or ranks, of this machine")
     add("--include", default="", metavar="HOSTS", help="use these: host@host:0,2")
     add("--exclude", default="", metavar="HOSTS", help="use all but these")
+    add("--hosts-only", action="store_true", help="ask the hosts, and start no rank")
     add("--quick", action="store_true", help="compare model files by size and header only")
     add(
         "--survey-timeout",
@@ -55,7 +57,7 @@ def add_preflight_command(
 
 
 def _preflight(args: argparse.Namespace) -> int:
-    from ds_moe_ep.bringup.preflight import Launch, preflight
+    from ds_moe_ep.bringup.preflight import Launch, ask_hosts, preflight
     from ds_moe_ep.bringup.survey import Survey
     from ds_moe_ep.engine.options import parse_options
     from ds_moe_ep.model_spec import read_model_spec
@@ -72,12 +74,17 @@ def _preflight(args: argparse.Namespace) -> int:
     options = parse_options(arguments, prog="ds-moe-ep preflight")
     cluster, on_gpus = _cluster(args)
     spec, ep_size = read_model_spec(args.model), options.ep_size
+    asked = Survey(args.model.absolute(), not args.quick, on_gpus, args.survey_timeout)
+    tell = functools.partial(print, flush=True)
+    if args.hosts_only:
+        ask_hosts(cluster, asked, metrics=options.metrics, tell=tell, is_brief=True)
+        return 0
     dp_size = max(1, cluster.num_gpus // (ep_size or cluster.num_gpus))
     if options.config is None:
         make_plan(cluster, spec, ep_size=ep_size, dp_size=dp_size)
     return preflight(
         cluster,
-        Survey(args.model.absolute(), not args.quick, on_gpus, args.survey_timeout),
+        asked,
         Launch(
             tuple(arguments),
             hostfile=Path(args.hostfile).absolute() if args.hostfile else None,
@@ -85,7 +92,7 @@ def _preflight(args: argparse.Namespace) -> int:
             master_port=args.master_port,
         ),
         metrics=options.metrics,
-        tell=lambda text: print(text, flush=True),
+        tell=tell,
     )
 
 

@@ -21,7 +21,7 @@ from ds_moe_ep.errors import BringUpError, ConfigError
 from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.local_machine import free_port
 
-__all__ = ["SURVEY_JSONL", "Launch", "launch_command", "preflight"]
+__all__ = ["SURVEY_JSONL", "Launch", "ask_hosts", "launch_command", "preflight"]
 
 SURVEY_JSONL = "survey.jsonl"
 
@@ -78,10 +78,38 @@ def preflight(
         raise ConfigError(f"{_INFER} is not there: run preflight from a checkout of ds_moe_ep.")
     command = launch_command(cluster, launch)
     _refuse_unquotable(cluster, command)
+    ask_hosts(cluster, asked, metrics=metrics, tell=tell)
+    code = _run(command)
+    return code if code in (0, _REFUSED, _INTERRUPTED) else 1
+
+
+def ask_hosts(
+    cluster: Cluster,
+    asked: Survey,
+    *,
+    metrics: Path | None,
+    tell: Callable[[str], None],
+    is_brief: bool = False,
+) -> None:
+    """Surveys the hosts, and starts nothing.
+
+    Args:
+        cluster: As for `preflight`, and so are the others.
+        asked: What hosts are asked.
+        metrics: Folder for survey.jsonl.
+        tell: Gets what there is to show.
+        is_brief: Whether that is one line where all is well.
+
+    Raises:
+        BringUpError: Some hosts cannot take part; it names all of them.
+    """
     if asked.whole_files:
         tell("reading all model files on every host; --quick compares sizes and headers only")
     report = survey(cluster, asked)
-    tell(report.to_text())
+    if is_brief and not report.failed:
+        tell(f"hosts: {report.checks[0].reason} ({report.seconds:.2f} s)")
+    else:
+        tell(report.to_text())
     if metrics is not None:
         write_jsonl(metrics / SURVEY_JSONL, [report])
     if failed := report.failed:
@@ -90,8 +118,6 @@ def preflight(
             f"stopped at phase 1 of {len(PHASES)}, {report.name}: {len(failed)} of "
             f"{len(cluster.hosts)} cannot take part: {told}"
         )
-    code = _run(command)
-    return code if code in (0, _REFUSED, _INTERRUPTED) else 1
 
 
 def launch_command(cluster: Cluster, launch: Launch) -> list[str]:

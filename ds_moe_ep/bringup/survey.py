@@ -1,7 +1,8 @@
 """Asks all hosts of a job at once, over ssh, for what they have, before any rank is started.
 
 Each is asked as DeepSpeed's launcher would start ranks there: by the ``ssh`` on the PATH, with the
-same configuration and ``PDSH_SSH_ARGS_APPEND``. What the answers mean is judged in compare.py.
+same configuration, ``PDSH_SSH_ARGS_APPEND`` and ``PYTHONPATH``; this machine answers the same
+question. What the answers mean is judged in compare.py.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def survey(cluster: Cluster, asked: Survey) -> PhaseReport:
     names = [] if is_local(cluster) else [host.name for host in cluster.hosts]
     with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
         answers = {name: pool.submit(_ask, name, request, _patience_s(asked)) for name in names}
-        own = host_facts.read_facts(**request)
+        own = _own_answer(request)
         found = {name: answer.result() for name, answer in answers.items()} or {"localhost": own}
     wanted = Wanted(
         facts=own,
@@ -141,17 +142,46 @@ def _patience_s(asked: Survey) -> float:
     return asked.timeout_s + num_bytes / _SLOWEST_BYTES_PER_S
 
 
+def _question(request: Mapping[str, Any]) -> list[str]:
+    """Returns the command that reads the facts, with modules found as DeepSpeed has ranks do it."""
+    paths = [request["folder"], *filter(None, [os.environ.get("PYTHONPATH")])]
+    search = f"PYTHONPATH={os.pathsep.join(paths)}"
+    return ["env", search, sys.executable, "-", json.dumps(request)]
+
+
+def _source() -> str:
+    return Path(host_facts.__file__).read_text(encoding="utf-8")
+
+
+def _answer(stdout: str) -> dict[str, Any] | None:
+    """Returns the facts among what a host printed; None if there are none."""
+    for line in stdout.splitlines():
+        if line.startswith(host_facts.MARK):
+            facts: dict[str, Any] = json.loads(line.removeprefix(host_facts.MARK))
+            return facts
+    return None
+
+
+def _own_answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    ended = subprocess.run(
+        _question(request), input=_source(), stdout=subprocess.PIPE, text=True, check=True
+    )
+    facts = _answer(ended.stdout)
+    assert facts is not None
+    return facts
+
+
 def _ask(name: str, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any] | str:
     """Returns the facts of a host, or why there are none."""
     if not _HOST_NAME.fullmatch(name):
         return f"{name!r} is no name of a host: use letters, digits and '.-_:', and user@host"
     extra = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-    command = shlex.join([sys.executable, "-", json.dumps(request)])
-    argv = ["ssh", "-x", "-oBatchMode=yes", *extra, *_SSH_OPTIONS, "--", name, command]
+    options = ["-x", "-oBatchMode=yes", *extra, *_SSH_OPTIONS]
+    argv = ["ssh", *options, "--", name, shlex.join(_question(request))]
     try:
         ended = subprocess.run(
             argv,
-            input=Path(host_facts.__file__).read_text(encoding="utf-8"),
+            input=_source(),
             capture_output=True,
             text=True,
             errors="replace",
@@ -162,12 +192,7 @@ def _ask(name: str, request: Mapping[str, Any], timeout_s: float) -> dict[str, A
         return f"no answer within {timeout_s:.0f} s: try ssh {name} hostname"
     except OSError as error:
         return f"ssh cannot be started here: {error}. Install it: apt-get install -y openssh-client"
-    lines = ended.stdout.splitlines()
-    answer = next((line for line in lines if line.startswith(host_facts.MARK)), None)
-    if answer is not None:
-        facts: dict[str, Any] = json.loads(answer.removeprefix(host_facts.MARK))
-        return facts
-    return _why_no_answer(name, ended.returncode, ended.stderr)
+    return _answer(ended.stdout) or _why_no_answer(name, ended.returncode, ended.stderr)
 
 
 def _why_no_answer(name: str, code: int, stderr: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from ds_moe_ep.bringup.compare import Wanted, problems
 from ds_moe_ep.bringup.host_facts import PACKAGES, model_files, read_facts
-from ds_moe_ep.bringup.preflight import Launch, launch_command, preflight
+from ds_moe_ep.bringup.preflight import Launch, ask_hosts, launch_command, preflight
 from ds_moe_ep.bringup.report import FAIL, PASS
 from ds_moe_ep.bringup.survey import Survey, survey
 from ds_moe_ep.errors import BringUpError, ConfigError
@@ -30,7 +30,7 @@ case $1 in
   bare) echo "sh: 1: python: not found" >&2; exit 127 ;;
   hung) exec sleep 60 ;;
   silent) exit 0 ;;
-  old) PYTHONPATH="{folder}/old" exec sh -c "$2" ;;
+  old) exec sh -c "$(printf %s "$2" | sed 's|PYTHONPATH=|&{folder}/old:|')" ;;
   chatty) echo "Welcome!" ;;
 esac
 exec sh -c "$2"
@@ -78,6 +78,30 @@ def test_hosts_that_are_alike_pass(ssh, model):
     for call in ssh.read_text().splitlines():
         assert "-oBatchMode=yes" in call
         assert "-- one " in call or "-- chatty " in call
+
+
+def test_hosts_find_packages_and_code_where_deepspeeds_launcher_has_ranks_find_them(
+    ssh, model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "old"))
+    checkout = tmp_path / "checkout"  # not the code that is installed
+    (checkout / "ds_moe_ep").mkdir(parents=True)
+    (checkout / "ds_moe_ep" / "__init__.py").touch()
+    monkeypatch.chdir(checkout)
+    (check,) = survey(_cluster("one"), Survey(model, on_gpus=False)).checks
+    assert check.verdict == PASS, check.reason
+    assert "transformers 4.0" in check.reason
+
+
+def test_hosts_alone_are_told_in_a_line_unless_one_is_bad(ssh, model):
+    told = []
+    asked = Survey(model, whole_files=False, on_gpus=False)
+    ask_hosts(_cluster("one", "two"), asked, metrics=None, tell=told.append, is_brief=True)
+    (line,) = told
+    assert line.startswith("hosts: 2 of 2: Python ") and len(line.splitlines()) == 1
+    with pytest.raises(BringUpError, match=r"2 of 3 cannot take part: off: .* \| bare: no interp"):
+        cluster = _cluster("one", "off", "bare")
+        ask_hosts(cluster, asked, metrics=None, tell=told.append, is_brief=True)
 
 
 def test_every_bad_host_is_named_at_once_with_the_way_out(ssh, model, monkeypatch):
@@ -233,6 +257,23 @@ def test_what_is_wrong_with_a_host(changes, says):
     found = problems("h", _facts(**changes), wanted)
     assert len(found) == (says is not None)
     assert says is None or says in found[0]
+
+
+def test_hosts_only_asks_the_hosts_that_are_used_and_starts_no_rank(ssh, tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("one slots=3\noff slots=3\nchatty slots=3\n")
+    # 9 slots, or 6, do not divide 64 experts: a plan is run.sh's to have, not the survey's.
+    command = [sys.executable, "-m", "ds_moe_ep", "preflight", "--hosts-only", "--quick"]
+    command += ["--model", REPO / "configs" / "olmoe-1b-7b-ep64", "--hostfile", hostfile]
+    env = {"DS_ACCELERATOR": "cpu"}
+    bad = run_command(command, env=env)
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+    assert "1 of 3 cannot take part: off: not reachable" in bad.stderr
+    ssh.unlink()
+    good = run_command([*command, "--exclude", "off"], env=env)
+    assert (good.returncode, good.stderr, good.stdout.count("\n")) == (0, "", 1)
+    assert good.stdout.startswith("hosts: 2 of 2: Python ")
+    assert len(ssh.read_text().splitlines()) == 2 and "-- off" not in ssh.read_text()
 
 
 @pytest.mark.parametrize(
