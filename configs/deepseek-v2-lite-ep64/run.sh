@@ -3,6 +3,7 @@
 #   MODEL=DIR run.sh --input IN.jsonl --output OUT.jsonl [other options of launch/infer.py]
 # Start it from the folder that holds launch/infer.py. All hosts must see that folder, this one and
 # the model under the same paths. MODEL and INFER name another model folder or another infer.py.
+# All hosts are asked over ssh for what they have before a rank starts; SURVEY=no leaves that out.
 set -euo pipefail
 here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 infer="${INFER:-launch/infer.py}"
@@ -27,8 +28,12 @@ done
 # Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script with
 # 130. Job control gives the job a process group of its own, so signals have to be handed on.
 set -m
-deepspeed --hostfile "$here/hostfile" --launcher pdsh \
-  "$infer" --model "$model" --config "$here" "$@" < /dev/null &
+{
+  [ "${SURVEY-}" = no ] || ds-moe-ep preflight --hosts-only --quick \
+    --hostfile "$here/hostfile" --model "$model"
+  exec deepspeed --hostfile "$here/hostfile" --launcher pdsh \
+    "$infer" --model "$model" --config "$here" "$@"
+} < /dev/null &
 job=$! signals=
 for signal in INT TERM HUP; do
   trap "signals+=x; kill -s $signal -- -$job 2> /dev/null || true" "$signal"

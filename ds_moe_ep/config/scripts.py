@@ -21,7 +21,7 @@ _RUN_SH = r"""#!/usr/bin/env bash
 #   @SETTING@run.sh --input IN.jsonl --output OUT.jsonl [other options of launch/infer.py]
 # Start it from the folder that holds launch/infer.py. All hosts must see that folder, this one and
 # the model under the same paths. MODEL and INFER name another model folder or another infer.py.
-set -euo pipefail
+@ABOUT@set -euo pipefail
 here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 infer="${INFER:-launch/infer.py}"
 @MODEL@
@@ -32,8 +32,10 @@ fi
 @PDSH@# Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script with
 # 130. Job control gives the job a process group of its own, so signals have to be handed on.
 set -m
-deepspeed --hostfile "$here/hostfile" @LAUNCHER@ \
-  "$infer" --model "$model" --config "$here" "$@" < /dev/null &
+{
+@SURVEY@  exec deepspeed --hostfile "$here/hostfile" @LAUNCHER@ \
+    "$infer" --model "$model" --config "$here" "$@"
+} < /dev/null &
 job=$! signals=
 for signal in INT TERM HUP; do
   trap "signals+=x; kill -s $signal -- -$job 2> /dev/null || true" "$signal"
@@ -59,6 +61,14 @@ for word in "$PWD" "$here" "$infer" "$model" "$@"; do
       ;;
   esac
 done
+"""
+
+_ABOUT_SURVEY = """\
+# All hosts are asked over ssh for what they have before a rank starts; SURVEY=no leaves that out.
+"""
+
+_SURVEY = r"""  [ "${SURVEY-}" = no ] || ds-moe-ep preflight --hosts-only --quick \
+    --hostfile "$here/hostfile" @FILTER@--model "$model"
 """
 
 _RUN_SBATCH = r"""#!/usr/bin/env bash
@@ -112,20 +122,24 @@ def run_sh(model: Path, cluster: Cluster) -> str:
             config.json has no weights and leaves MODEL to be set.
         cluster: the hosts. For this machine alone nothing goes through ssh.
     """
+    used = ["--include", cluster.include_filter] if cluster.include_filter else []
     if [host.name for host in cluster.hosts] == ["localhost"]:
-        pdsh, launcher = "", ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+        about = pdsh = survey = ""
+        launcher = ["--no_ssh_check", "--master_addr", "127.0.0.1", *used]
     else:
         # DeepSpeed would run a hostfile of one host on the machine at hand unless forced not to.
         alone = ["--force_multi"] if len(cluster.hosts) == 1 else []
-        pdsh, launcher = _PDSH, ["--launcher", "pdsh", *alone]
-    if cluster.include_filter:
-        launcher += ["--include", cluster.include_filter]
+        launcher = ["--launcher", "pdsh", *alone, *used]
+        about, pdsh = _ABOUT_SURVEY, _PDSH
+        survey = _fill(_SURVEY, FILTER="".join(f"{shlex.quote(word)} " for word in used))
     return _fill(
         _RUN_SH,
         GPUS=_gpus(cluster),
         SETTING=_setting(model),
         MODEL=_model_lines(model),
+        ABOUT=about,
         PDSH=pdsh,
+        SURVEY=survey,
         LAUNCHER=shlex.join(launcher),
     )
 

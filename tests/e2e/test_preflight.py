@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import sys
@@ -161,16 +162,33 @@ def test_hosts_that_are_alike_pass_and_bad_ones_are_all_named(tiny_model, tmp_pa
         # Another version on one host, seen there alone; the other host is off.
         _put_over_metadata(hosts, "node-b", tmp_path)
         hosts.cut_off("node-a")
-        bad = run_command(hosts.command([*command, "--quick"]), timeout_s=240)
-    assert bad.returncode == 2, bad.stdout + bad.stderr
-    assert "Traceback" not in bad.stdout + bad.stderr
-    (said,) = bad.stderr.splitlines()
-    assert said.startswith(
-        "BringUpError: stopped at phase 1 of 4, place experts, hosts: 2 of 2 cannot take part: "
-        "node-a: not reachable by ssh ("
-    )
-    assert "ssh-copy-id node-a | node-b: transformers 1.2.3, not " in said
-    assert _verdicts(bad.stdout) == [("place experts, hosts", "fail")]
+        alone = run_command(hosts.command([*command, "--quick"]), timeout_s=240)
+        # A job is as far from starting a rank there.
+        output = tmp_path / "out.jsonl"
+        job = run_command(
+            hosts.command([*_run_sh(tiny_model("olmoe"), hostfile, tmp_path), "--output", output]),
+            timeout_s=240,
+        )
+    for bad in (alone, job):
+        assert bad.returncode == 2, bad.stdout + bad.stderr
+        assert "Traceback" not in bad.stdout + bad.stderr
+        (said,) = bad.stderr.splitlines()
+        assert said.startswith(
+            "BringUpError: stopped at phase 1 of 4, place experts, hosts: 2 of 2 cannot take part: "
+            "node-a: not reachable by ssh ("
+        )
+        assert "ssh-copy-id node-a | node-b: transformers 1.2.3, not " in said
+        assert _verdicts(bad.stdout) == [("place experts, hosts", "fail")]
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+
+def _run_sh(model: Path, hostfile: Path, folder: Path) -> list[str | Path]:
+    """Writes the files of a run, as a user does, and returns the command that starts it."""
+    command = [sys.executable, "-m", "ds_moe_ep", "config", "--model", model]
+    written = run_command([*command, "--hostfile", hostfile, "--out", folder / "config"])
+    assert written.returncode == 0, written.stderr
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    return ["env", f"PATH={path}", "bash", folder / "config" / "run.sh"]
 
 
 def _put_over_metadata(hosts, host: str, folder: Path) -> None:

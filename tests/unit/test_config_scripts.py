@@ -1,4 +1,4 @@
-"""run.sh and run.sbatch, executed against stand-ins for deepspeed, scontrol and srun."""
+"""run.sh and run.sbatch, executed against stand-ins for ds-moe-ep, deepspeed, scontrol and srun."""
 
 import os
 import shlex
@@ -21,6 +21,9 @@ NASTY = "a; rm -rf x $(touch pwned) `touch pwned` '\" @RANKS@"
 FAKE_DEEPSPEED = """#!/usr/bin/env bash
 printf '%s\\0' "$@" > "$RECORD"
 printf '%s\\0' "${PDSH_SSH_ARGS_APPEND-unset}" > "$RECORD.ssh"
+"""
+FAKE_SURVEY = """#!/usr/bin/env bash
+printf '%s\\0' "$@" "${PDSH_SSH_ARGS_APPEND-unset}" > "$RECORD.survey"
 """
 # Answers as Slurm's does: the job's script with its arguments, and the nodes of a list.
 FAKE_SCONTROL = """#!/usr/bin/env bash
@@ -56,6 +59,7 @@ class Sandbox:
         (self.bundle / "ds_inference.json").touch()
         commands = {
             "deepspeed": FAKE_DEEPSPEED,
+            "ds-moe-ep": FAKE_SURVEY,
             "scontrol": FAKE_SCONTROL,
             "srun": FAKE_SRUN,
             "python": FAKE_PYTHON,
@@ -119,6 +123,33 @@ def test_run_sh_starts_deepspeed_over_pdsh(sandbox, model):
         *["launch/infer.py", "--model", str(model), "--config", here],
         *[*IO, "--batch-size", "8"],
     ]
+
+
+def test_run_sh_has_the_hosts_asked_before_it_starts_any(sandbox, model):
+    sandbox.run(run_sh(model, EIGHT), *IO)
+    asked = sandbox.recorded(".survey")
+    assert asked == [
+        *["preflight", "--hosts-only", "--quick", "--hostfile", f"{sandbox.bundle}/hostfile"],
+        *["--model", str(model), "-oServerAliveInterval=5 -oServerAliveCountMax=3"],
+    ]
+    sandbox._write(sandbox.root / "bin" / "ds-moe-ep", "#!/bin/sh\nexit 2\n")
+    sandbox.record.unlink()
+    assert sandbox.run(run_sh(model, EIGHT), *IO).returncode == 2
+    assert not sandbox.record.exists()
+    assert sandbox.run(run_sh(model, EIGHT), *IO, SURVEY="no").returncode == 0
+    assert sandbox.record.exists()
+
+
+def test_only_the_hosts_that_are_used_are_asked(sandbox, model):
+    cluster = Cluster((Host("a", (1, 3)), Host("c", (0,))), "hostfile")
+    sandbox.run(run_sh(model, cluster), *IO)
+    asked = sandbox.recorded(".survey")
+    assert asked[asked.index("--include") + 1] == "a:1,3@c:0"
+
+
+def test_this_machine_alone_is_not_asked(sandbox, model):
+    sandbox.run(run_sh(model, local_cluster(4)), *IO)
+    assert sandbox.record.exists() and not Path(f"{sandbox.record}.survey").exists()
 
 
 def test_ssh_notices_a_host_that_is_cut_off_unless_the_user_has_options_for_it(sandbox, model):
@@ -279,9 +310,8 @@ def test_run_sh_says_where_to_start_it(sandbox, model):
     assert f"no launch/infer.py in {sandbox.root}. Start it from the folder" in done.stderr
 
 
-# Stands in for a deepspeed that tells whether signals reach it and a child of its own, and how they
-# were set when it started.
-WAITING_DEEPSPEED = """#!/usr/bin/env bash
+# Stands in for a command that tells whether signals reach it and a child of its own.
+WAITING = """#!/usr/bin/env bash
 trap 'echo "got $CODE" >> "$RECORD"; kill "$child"; exit "$CODE"' INT TERM HUP
 sleep 60 &
 child=$!
@@ -294,7 +324,19 @@ wait "$child"
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("code", ["0", "1", "130", "143"])
 def test_run_sh_hands_signals_on_and_ends_with_130(sandbox, model, number, code):
-    sandbox._write(sandbox.root / "bin" / "deepspeed", WAITING_DEEPSPEED)
+    # A job that is done in spite of it is done.
+    _interrupt(sandbox, model, "deepspeed", number, code, expected=130 if code != "0" else 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_while_hosts_are_asked_run_sh_starts_none(sandbox, model, number):
+    _interrupt(sandbox, model, "ds-moe-ep", number, "130", expected=130)
+    assert not Path(f"{sandbox.record}.ssh").exists()  # deepspeed's
+
+
+def _interrupt(sandbox, model, command, number, code, expected):
+    """Sends run.sh a signal while it waits for a command, which then ends with a code."""
+    sandbox._write(sandbox.root / "bin" / command, WAITING)
     script = sandbox._write(sandbox.bundle / "run.sh", run_sh(model, EIGHT))
     env = {"PATH": f"{sandbox.root / 'bin'}:{os.environ['PATH']}", "RECORD": str(sandbox.record)}
     with subprocess.Popen(
@@ -311,8 +353,10 @@ def test_run_sh_hands_signals_on_and_ends_with_130(sandbox, model, number, code)
                 assert process.poll() is None and time.monotonic() < until_s
                 time.sleep(0.02)
             process.send_signal(number)
-            # A job that is done in spite of it is done.
-            assert process.wait(timeout=30) == (130 if code != "0" else 0)
+            assert process.wait(timeout=30) == expected
+            # While hosts are asked, run.sh itself may be the first to end.
+            while not sandbox.record.read_text() and time.monotonic() < until_s:
+                time.sleep(0.02)
         finally:
             process.kill()
     assert sandbox.record.read_text() == f"got {code}\n"
