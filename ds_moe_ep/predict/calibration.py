@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, Price
-from ds_moe_ep.predict.hardware import Device, Launches
+from ds_moe_ep.predict.hardware import Device, Launches, num_operations
 
 __all__ = ["Calibration", "device_from_result", "links_from_result", "read_calibration"]
 
@@ -136,23 +136,30 @@ def _replayed(results: Sequence[dict[str, Any]], base: Device | None) -> Device:
             overlaps=is_gpu,
             source="",
         )
-    eager = [
-        result for result in results if (result["phase"], result["mode"]) == ("decode", "eager")
-    ]
-    launches = base.launches
-    if eager and "num_layers" in one:
-        least = min(eager, key=lambda result: int(result["tokens"]))
-        seconds = least["seconds"]["median"]
-        # A GPU works meanwhile; a CPU has read the weights in this time too.
-        told_s = seconds if base.overlaps else max(0.0, seconds - least["floor_s"])
-        launches = Launches(layer_s=told_s / one["num_layers"])
+    launches, kernel_s = base.launches, base.kernel_s
+    if "num_layers" in one:
+        if eager := _fewest_tokens(results, "eager"):
+            seconds = eager["seconds"]["median"]
+            # A GPU works meanwhile; a CPU has read the weights in this time too.
+            told_s = seconds if base.overlaps else max(0.0, seconds - eager["floor_s"])
+            launches = Launches(layer_s=told_s / one["num_layers"])
+        if graph := _fewest_tokens(results, "eager, CUDA graph"):
+            busy_s = max(0.0, graph["seconds"]["median"] - graph["floor_s"])
+            kernel_s = busy_s / num_operations(one["num_layers"])
     return replace(
         base,
         bytes_per_s=one["bytes_per_s"],
         launches=launches,
+        kernel_s=kernel_s,
         source=f"one rank of {one['world_size']}, replayed",
         **rates,
     )
+
+
+def _fewest_tokens(results: Sequence[dict[str, Any]], mode: str) -> dict[str, Any] | None:
+    """Returns the decode step in which a device has least to do; None if there is none."""
+    found = [each for each in results if (each["phase"], each["mode"]) == ("decode", mode)]
+    return min(found, key=lambda each: int(each["tokens"]), default=None)
 
 
 def _check(calibration: Calibration) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "Link",
     "find_device",
     "find_link",
+    "num_operations",
     "price_links",
 ]
 
@@ -55,6 +56,11 @@ class Launches:
         return cls(NUM_OPERATIONS_A_LAYER * operation_s, _NUM_OPERATIONS_AROUND * operation_s)
 
 
+def num_operations(num_layers: int) -> int:
+    """Returns the operations of a pass through so many layers, each a kernel on a GPU."""
+    return num_layers * NUM_OPERATIONS_A_LAYER + _NUM_OPERATIONS_AROUND
+
+
 @dataclass(frozen=True)
 class Device:
     """What one rank computes on. Rates are those reached, not those printed.
@@ -73,6 +79,9 @@ class Device:
         is_shared: Whether ranks share it, so that an idle rank leaves its time to the others.
         wait_s: Seconds that a rank waits at a message for another that has not been given a core,
             after work and on average; 0 where each rank has a device of its own.
+        kernel_s: Seconds that an operation takes the device however little it reads, and however
+            early it was told: kernels start and end one after the other. On a CPU core this is
+            measured as launching.
     """
 
     name: str
@@ -86,6 +95,7 @@ class Device:
     source: str
     is_shared: bool = False
     wait_s: float = 0.0
+    kernel_s: float = 0.0
 
     def flops(self, element_bytes: int) -> float:
         """Returns operations a second with numbers of so many bytes."""
@@ -120,7 +130,8 @@ def _gpu(
 ) -> Device:
     """Returns a GPU by its printed figures, of which 80% and 90% are reached.
 
-    790 of 989 TFLOP/s and 4.3 of 4.8 TB/s were seen on an H200.
+    791 of 989 TFLOP/s and 4.2 of 4.8 TB/s were measured on an H200, and a kernel's time in a CUDA
+    graph of one token (docs/benchmarks/replay.json).
     """
     return Device(
         name,
@@ -132,6 +143,7 @@ def _gpu(
         reserved_bytes=2 * _GB,
         overlaps=True,
         source=source,
+        kernel_s=2.5e-6,
     )
 
 

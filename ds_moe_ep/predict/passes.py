@@ -1,7 +1,8 @@
 """Predicts one pass of a model through one rank: what each part reads, multiplies and sends.
 
-A part takes what its bytes or its products take, whichever is more (the roofline model). What fits
-in memory, and how many passes there are, is no affair of this module.
+A part takes what reading its weights or its products take, whichever is more (the roofline model),
+and what rows are moved by the kernels between products. What fits in memory, and how many passes
+there are, is no affair of this module.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ds_moe_ep.memory_needs import kv_bytes_per_token
 from ds_moe_ep.model_spec import ModelSpec
 from ds_moe_ep.moe.cost_model import LayerShape, LinkPrices, predict_s
 from ds_moe_ep.plan import ParallelPlan
-from ds_moe_ep.predict.hardware import Device
+from ds_moe_ep.predict.hardware import Device, num_operations
 
 __all__ = [
     "Deployment",
@@ -34,6 +35,7 @@ _HIDDEN_MOVED, _EXPERT_WIDTHS_MOVED = 5, 6
 _MESSAGES = {"allgather": 2, "alltoall": 3, "allgather-2level": 4, "alltoall-2level": 6}
 _READING, _PRODUCTS = "memory bandwidth", "matrix products"
 _LATENCY, _SENDING, _LAUNCHING = "network latency", "network bandwidth", "launching operations"
+_KERNELS = "starting kernels"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Pass:
         context: Tokens of each that are in the cache already.
         is_first: Whether it is the first pass of its batch.
         is_scored: Whether the head sees all tokens, not the last of each prompt alone.
+        in_place: Whether the cache is written where it lies, as transformers' static cache is; its
+            default is copied to be appended to.
     """
 
     prompts: int
@@ -75,6 +79,7 @@ class Pass:
     context: int = 0
     is_first: bool = False
     is_scored: bool = False
+    in_place: bool = False
 
     @property
     def tokens(self) -> int:
@@ -87,7 +92,7 @@ class Part:
     """One part of a pass.
 
     Attributes:
-        name: "dense weights", "attention", "experts", "communication" or "launching".
+        name: "dense weights", "attention", "experts", "kernels", "communication" or "launching".
         seconds: What it takes.
         bound: What it waits for.
         num_bytes: Bytes that are read or sent.
@@ -202,6 +207,9 @@ def predict_pass(deployment: Deployment, each: Pass) -> PassTimes:
     if spec.is_moe and deployment.plan.ep_size > 1:
         part, dispatcher = _communication(deployment, each)
         parts.append(part)
+    if device.kernel_s:
+        kernels_s = num_operations(spec.num_layers) * device.kernel_s
+        parts.append(Part("kernels", kernels_s, _KERNELS))
     launches = device.launches
     launching_s = spec.num_layers * launches.layer_s + launches.step_s
     if each.is_first:
@@ -210,12 +218,24 @@ def predict_pass(deployment: Deployment, each: Pass) -> PassTimes:
     return PassTimes(tuple(parts), launching, device.overlaps, dispatcher)
 
 
-def _part(name: str, device: Device, num_bytes: float, flops: float, element_bytes: int) -> Part:
-    reading_s = num_bytes / device.bytes_per_s
+def _part(
+    name: str,
+    device: Device,
+    element_bytes: int,
+    *,
+    read_bytes: float,
+    moved_bytes: float,
+    flops: float,
+) -> Part:
+    """Returns a part that reads weights or the cache while it multiplies, and then moves rows.
+
+    Rows are moved by kernels of their own, before and after products: a GPU runs one at a time.
+    """
+    reading_s, moving_s = (each / device.bytes_per_s for each in (read_bytes, moved_bytes))
     products_s = flops / device.flops(element_bytes)
-    seconds = max(reading_s, products_s) if device.overlaps else reading_s + products_s
-    bound = _READING if reading_s > products_s else _PRODUCTS
-    return Part(name, seconds, bound, num_bytes, flops)
+    work_s = max(reading_s, products_s) if device.overlaps else reading_s + products_s
+    bound = _READING if reading_s + moving_s > products_s else _PRODUCTS
+    return Part(name, work_s + moving_s, bound, read_bytes + moved_bytes, flops)
 
 
 def _dense(deployment: Deployment, each: Pass) -> Part:
@@ -228,27 +248,29 @@ def _dense(deployment: Deployment, each: Pass) -> Part:
     return _part(
         "dense weights",
         deployment.device,
-        (products + head + moved) * spec.param_bytes,
-        2.0 * (products * each.tokens + head * head_rows),
         spec.param_bytes,
+        read_bytes=(products + head) * spec.param_bytes,
+        moved_bytes=moved * spec.param_bytes,
+        flops=2.0 * (products * each.tokens + head * head_rows),
     )
 
 
 def _attention(deployment: Deployment, each: Pass) -> Part:
-    """Scores and sums over the cache, which transformers copies to append to it."""
+    """Scores and sums over the cache, which transformers copies to append to it by default."""
     spec = deployment.spec
     value_dim = spec.head_dim if spec.mla is None else spec.mla.v_head_dim
     keys_seen = each.context + (each.new_tokens + 1) / 2
     flops = 2.0 * spec.num_layers * spec.num_attention_heads * (spec.head_dim + value_dim)
     after = each.context + each.new_tokens
-    moved_tokens = each.prompts * (each.context + after + after)  # read, written, read again
-    num_bytes = moved_tokens * kv_bytes_per_token(spec, spec.param_bytes)
+    written = each.new_tokens if each.in_place else each.context + after  # read, and written
+    token_bytes = each.prompts * kv_bytes_per_token(spec, spec.param_bytes)
     return _part(
         "attention",
         deployment.device,
-        num_bytes,
-        flops * each.tokens * keys_seen,
         spec.param_bytes,
+        read_bytes=after * token_bytes,
+        moved_bytes=written * token_bytes,
+        flops=flops * each.tokens * keys_seen,
     )
 
 
@@ -262,16 +284,15 @@ def _experts(deployment: Deployment, each: Pass) -> Part:
         rows = expected_most_rows(
             spec.num_experts, spec.top_k, num_tokens, deployment.num_local_experts
         )
-    moved = (
-        _HIDDEN_MOVED * spec.hidden_size + _EXPERT_WIDTHS_MOVED * spec.moe_intermediate_size
-    ) * rows
+    widths = _HIDDEN_MOVED * spec.hidden_size + _EXPERT_WIDTHS_MOVED * spec.moe_intermediate_size
     num_layers = len(spec.moe_layers)
     return _part(
         "experts",
         deployment.device,
-        num_layers * (read * spec.num_params_per_expert + moved) * spec.param_bytes,
-        2.0 * num_layers * rows * spec.num_params_per_expert,
         spec.param_bytes,
+        read_bytes=num_layers * read * spec.num_params_per_expert * spec.param_bytes,
+        moved_bytes=num_layers * rows * widths * spec.param_bytes,
+        flops=2.0 * num_layers * rows * spec.num_params_per_expert,
     )
 
 

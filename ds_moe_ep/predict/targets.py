@@ -187,7 +187,7 @@ def _limit(
         return found.slowest.bound
     is_largest = found.batch == fitting_batch(deployment, sequences)
     # A larger batch would share what each pass costs anyway, if there were room for it.
-    shared = found.bound in ("network latency", "launching operations")
+    shared = found.bound in ("network latency", "launching operations", "starting kernels")
     return _MEMORY if is_largest and shared else found.bound
 
 

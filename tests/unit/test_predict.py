@@ -104,9 +104,24 @@ def test_the_parts_of_a_decode_step_counted_by_hand():
     assert found["experts"].num_bytes == pytest.approx(16 * 2 * (chosen * expert + moved))
     assert found["experts"].flops == 16 * 2 * 24 * expert
     assert "communication" not in found
-    assert times.seconds == pytest.approx(
-        sum(max(part.num_bytes, part.flops) for part in times.parts)
+    # Weights and the cache are read while products are formed, rows are moved before and after.
+    assert found["dense weights"].seconds == max(2 * dense, 2 * 3 * dense) + 2 * 3 * 16 * 20 * 2048
+    cache = 3 * 16 * 2 * 2048 * 2
+    attention_s = max(11 * cache, found["attention"].flops) + (10 + 11) * cache
+    assert found["attention"].seconds == attention_s
+    assert times.seconds == pytest.approx(sum(part.seconds for part in times.parts))
+    in_place = parts(
+        predict_pass(olmoe(ParallelPlan(1), device(), None), Pass(3, context=10, in_place=True))
     )
+    assert in_place["attention"].num_bytes == (11 + 1) * cache
+
+
+def test_every_operation_takes_a_gpu_a_kernel_however_little_it_reads():
+    model = olmoe(ParallelPlan(1), device(kernel_s=1e15), None)
+    times = predict_pass(model, Pass(1))
+    assert parts(times)["kernels"].seconds == (16 * 77 + 18) * 1e15  # as docs/planning.md counts
+    assert times.bound == "starting kernels"
+    assert times.device_s == sum(part.seconds for part in times.parts)
 
 
 def test_a_prefill_multiplies_each_token_and_the_head_once():

@@ -168,18 +168,29 @@ def test_a_replayed_rank_tells_the_rates_and_what_launching_costs(tmp_path):
     results = [
         replayed(),
         replayed(tokens=1, seconds={"median": 0.008}),
-        replayed(tokens=1, mode="CUDA graph", seconds={"median": 0.002}),
+        replayed(tokens=1, mode="eager, CUDA graph", seconds={"median": 0.002}),
     ]
     calibration = read_calibration([written(tmp_path, "replay", results)])
     found = calibration.device(DEVICES["h200"], 64)
     assert (found.flops_16bit, found.bytes_per_s) == (7e14, 4e12)
     assert found.flops_32bit == DEVICES["h200"].flops_32bit
     assert found.launches.layer_s == pytest.approx(0.008 / 16)  # of the fewest tokens, eager
+    # Of a graph, what reading the weights does not explain, over the operations of 16 layers.
+    assert found.kernel_s == pytest.approx(0.001 / (16 * 77 + 18))
     assert found.memory_bytes == DEVICES["h200"].memory_bytes
     on_cpu = [{**result, "dtype": "float32"} for result in results]
     found = read_calibration([written(tmp_path, "replay", on_cpu)]).device(None, 64)
     assert found.launches.layer_s == pytest.approx(0.007 / 16)  # reading takes its own time
     assert not found.overlaps
+
+
+def test_the_recorded_replay_of_this_repository_can_be_used():
+    found = read_calibration([REPO / "docs" / "benchmarks" / "replay.json"]).device(None, 64)
+    assert found.overlaps
+    # The published figures of the GPU that it was recorded on are what such a GPU reaches.
+    assert found.flops_16bit == pytest.approx(DEVICES["h200"].flops_16bit, rel=0.05)
+    assert found.bytes_per_s == pytest.approx(DEVICES["h200"].bytes_per_s, rel=0.05)
+    assert found.kernel_s == pytest.approx(DEVICES["h200"].kernel_s, rel=0.05)
 
 
 @pytest.mark.parametrize(
