@@ -200,8 +200,8 @@ class Transport:
         work = start(group=self.group, async_op=meanwhile is not None)
         if meanwhile is not None:
             meanwhile()
-        if work is not None:
-            work.wait()  # on a GPU the stream waits, not the host
+            if work is not None:
+                work.wait()  # on a GPU the stream waits, not the host
 
     def _try(
         self, kind: str, by_memory: Callable[[], Tensor | None], rows: Tensor, rows_sent: int
