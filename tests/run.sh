@@ -19,16 +19,17 @@ stage() {
     printf '== %s: %d s\n' "$*" $((SECONDS - start))
 }
 
-# What the tests of a cluster on one machine need, and the browser that looks at reports. Without
-# them tests say so and are skipped; a machine run by systemd would start an ssh server for everybody,
-# which is not for a test to decide.
+# What the tests of a cluster on one machine need, the browser that looks at reports, and the
+# Prometheus that asks what the dashboard asks. Without them tests say so and are skipped; a machine
+# run by systemd would start servers for everybody, which is not for a test to decide.
 install_host_packages() {
     if [ "$(id -u)" != 0 ] || [ -d /run/systemd/system ] || ! command -v apt-get > /dev/null; then
         return
     fi
     export DEBIAN_FRONTEND=noninteractive
     install_missing pdsh openssh-server iproute2 faketime
-    install_missing chromium # by itself: not every distribution has it
+    install_missing chromium # by itself, like the next: not every distribution has it
+    install_missing prometheus
 }
 
 install_missing() {

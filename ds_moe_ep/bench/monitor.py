@@ -179,6 +179,7 @@ def _cpu_of_a_sample(model: PreTrainedModel, job: Job) -> float:
     recorder = Recorder(model, moe_layers(model), device=job.device)
 
     def look() -> Sample:
+        collectives, collectives_s = recorder.collectives()
         return Sample(
             t_s=time.perf_counter(),
             rank=job.info.rank,
@@ -189,6 +190,8 @@ def _cpu_of_a_sample(model: PreTrainedModel, job: Job) -> float:
             prompts_done=0,
             prompts_queued=0,
             batch_size=0,
+            collectives=collectives,
+            collectives_s=collectives_s,
             at="",
         )
 

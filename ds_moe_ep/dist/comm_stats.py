@@ -75,6 +75,14 @@ class CommStats:
         """Seconds in collectives, waiting for slower ranks included; waits for a GPU."""
         return sum(kind.durations.total_s for kind in self.by_kind.values())
 
+    def so_far(self) -> tuple[int, float]:
+        """Returns how many collectives have ended, and their seconds; waits for nothing.
+
+        Another thread may ask: of a GPU those are counted whose clocks this rank has read.
+        """
+        durations = [kind.durations for kind in tuple(self._kinds.values())]
+        return sum(each.count for each in durations), sum(each.total_s for each in durations)
+
     def reset(self) -> None:
         """Forgets what was counted so far."""
         self._kinds.clear()

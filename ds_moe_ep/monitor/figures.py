@@ -34,6 +34,8 @@ def figures(now: JobNow) -> dict[str, float]:
     mean_memory = sum(memory) / len(memory)
     elapsed_s = max(sample.t_s for sample in samples)
     new_tokens = sum(sample.new_tokens for sample in samples)
+    collectives = sum(sample.collectives for sample in samples)
+    collectives_s = sum(sample.collectives_s for sample in samples)
     balance = {} if window is None else _of_window(window)
     return {
         "utilisation_mean": sum(sample.utilisation for sample in samples) / len(samples),
@@ -41,6 +43,7 @@ def figures(now: JobNow) -> dict[str, float]:
         "memory_max_bytes": max(memory),
         "memory_variance": (max(memory) - min(memory)) / mean_memory if mean_memory else 0.0,
         **balance,
+        "collective_mean_s": collectives_s / collectives if collectives else 0.0,
         "new_tokens": new_tokens,
         "tokens_per_second": new_tokens / elapsed_s if elapsed_s else 0.0,
         "prompts_done": sum(sample.prompts_done for sample in samples),

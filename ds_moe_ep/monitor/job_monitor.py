@@ -171,6 +171,7 @@ class JobMonitor:
         watched = self._watched
         where = str(watched.progress).partition(", step")[0].partition(" (")[0]
         num_done = self._num_begun - self._batch_size
+        collectives, collectives_s = self._recorder.collectives()
         return Sample(
             t_s=time.perf_counter() - self._begun_s,
             rank=watched.job.info.rank,
@@ -181,6 +182,8 @@ class JobMonitor:
             prompts_done=num_done,
             prompts_queued=watched.num_prompts - self._num_begun,
             batch_size=self._batch_size,
+            collectives=collectives,
+            collectives_s=collectives_s,
             at=where,
         )
 

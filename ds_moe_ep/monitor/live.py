@@ -43,6 +43,7 @@ class Row:
         prompts_queued: Of all its ranks.
         batch_size: The largest of its ranks.
         step: The furthest of its ranks.
+        collective_s: Mean of a collective in the last seconds, waiting included; 0 without any.
         at: Where the rank that is furthest behind is.
     """
 
@@ -54,6 +55,7 @@ class Row:
     prompts_queued: int
     batch_size: int
     step: int
+    collective_s: float
     at: str
 
 
@@ -144,7 +146,7 @@ class LiveRun:
     def _row(self, name: str, ranks: Sequence[int]) -> Row:
         now = [self._recent[rank][-1] for rank in ranks]
         if not now:
-            return Row(name, 0.0, 0, 0.0, 0, 0, 0, 0, "")
+            return Row(name, 0.0, 0, 0.0, 0, 0, 0, 0, 0.0, "")
         behind = max(now, key=lambda sample: (sample.prompts_queued, -sample.step))
         return Row(
             name,
@@ -155,6 +157,7 @@ class LiveRun:
             sum(sample.prompts_queued for sample in now),
             max(sample.batch_size for sample in now),
             max(sample.step for sample in now),
+            _collective_s([self._recent[rank] for rank in ranks]),
             printable(behind.at),
         )
 
@@ -163,6 +166,12 @@ def _tokens_per_s(recent: deque[Sample]) -> float:
     first, last = recent[0], recent[-1]
     elapsed_s = last.t_s - first.t_s
     return (last.new_tokens - first.new_tokens) / elapsed_s if elapsed_s else 0.0
+
+
+def _collective_s(of_ranks: Sequence[deque[Sample]]) -> float:
+    count = sum(recent[-1].collectives - recent[0].collectives for recent in of_ranks)
+    seconds = sum(recent[-1].collectives_s - recent[0].collectives_s for recent in of_ranks)
+    return seconds / count if count else 0.0
 
 
 def follow(folder: Path) -> LiveRun:

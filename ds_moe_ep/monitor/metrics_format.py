@@ -108,7 +108,7 @@ class Run(Strict):
 
 
 class Sample(Strict):
-    """How a rank was at a moment: a line of samples.jsonl."""
+    """How a rank was at a moment: a line of samples.jsonl. Counts are those since the start."""
 
     t_s: _Amount
     rank: NonNegativeInt
@@ -119,6 +119,8 @@ class Sample(Strict):
     prompts_done: NonNegativeInt
     prompts_queued: NonNegativeInt
     batch_size: NonNegativeInt
+    collectives: NonNegativeInt
+    collectives_s: _Amount
     at: str
 
 

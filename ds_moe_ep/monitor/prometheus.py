@@ -1,7 +1,6 @@
 """Serves the figures of all ranks to Prometheus, from rank 0.
 
-The number of series is bounded: a handful for each rank and for each kind of collective, none for
-each expert.
+The number of series is bounded: a handful for each rank, none for each expert.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ _OF_RANK = {
 _OF_RANK_TOTAL = {
     "new_tokens": ("new_tokens", "Tokens that the rank has generated."),
     "prompts_done": ("prompts_done", "Prompts that the rank has finished."),
+    "collectives": ("collectives", "Collectives that the rank has taken part in."),
+    "collective_seconds": ("collectives_s", "Seconds of those, waiting for other ranks included."),
 }
 _OF_JOB = {
     "tokens_per_second": "Generated tokens a second since the first batch started, of all ranks.",

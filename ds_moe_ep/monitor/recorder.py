@@ -69,6 +69,11 @@ class Recorder:
             self._add_border()
         self._step = step
 
+    def collectives(self) -> tuple[int, float]:
+        """Returns how many collectives have ended, and their seconds; another thread may ask."""
+        so_far = [layer.deepspeed_moe.stats.so_far() for layer in self._layers]
+        return sum(count for count, _ in so_far), sum(seconds for _, seconds in so_far)
+
     def close(self) -> None:
         """Takes the hooks off, and counts what is not counted yet."""
         self._add_border()

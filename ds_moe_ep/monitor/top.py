@@ -22,7 +22,7 @@ from rich.text import Text
 
 from ds_moe_ep.monitor.live import LiveRun, Row, follow
 from ds_moe_ep.monitor.metrics_format import BalanceWindow
-from ds_moe_ep.monitor.units import few_digits, printable, size, span
+from ds_moe_ep.monitor.units import few_digits, printable, size, span, time_of
 from ds_moe_ep.monitor.verdicts import PERFECT_BALANCE, TARGETS
 
 __all__ = ["top"]
@@ -156,7 +156,7 @@ class _Screen:
     def _table(self, rows: list[Row], by_host: bool) -> Table:
         table = Table(box=None, pad_edge=False, show_footer=True, header_style="dim")
         total = self._live.total()
-        names = ("util", "memory", "tokens/s", "done", "queue", "batch", "step")
+        names = ("util", "memory", "tokens/s", "done", "queue", "batch", "step", "collective")
         table.add_column("host (ranks)" if by_host else "rank host", "all", no_wrap=True)
         for name, foot in zip(names, _cells(total), strict=True):
             table.add_column(name, foot, justify="right", no_wrap=True)
@@ -178,6 +178,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.prompts_queued:,}",
         f"{row.batch_size:,}",
         f"{row.step:,}",
+        time_of(row.collective_s) if row.collective_s else "-",
     )
 
 

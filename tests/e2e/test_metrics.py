@@ -67,7 +67,11 @@ def test_a_watched_job_writes_what_it_did(args, tmp_path):
         assert rank.collectives["gather"].count or rank.collectives["exchange"].count
         spent_s = sum(vars(rank.parts_s.prefill).values()) + sum(vars(rank.parts_s.decode).values())
         assert 0 < spent_s < rank.run_s
-    assert {sample.rank for sample in metrics.samples} == {0, 1}
+    last = {sample.rank: sample for sample in metrics.samples}
+    assert last.keys() == {0, 1}
+    for rank in metrics.ranks:
+        assert last[rank.rank].collectives == sum(c.count for c in rank.collectives.values())
+        assert last[rank.rank].collectives_s == pytest.approx(rank.comm_s, abs=1e-4)
     assert all(0 < window.overall <= 1 for window in metrics.windows)
     borders = [(window.first_step, window.last_step) for window in metrics.windows]
     assert borders[0][0] == 1 and borders[-1][1] == metrics.ranks[0].num_steps

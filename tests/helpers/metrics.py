@@ -44,6 +44,8 @@ def small_metrics() -> Files:
             "prompts_done": second // 5,
             "prompts_queued": 2 - second // 5,
             "batch_size": 2,
+            "collectives": 8 * second,
+            "collectives_s": (0.012 if rank == 3 else 0.020) * second,
             "at": f"batch {1 + second // 5} of 3",
         }
         for second in range(1, 11)
@@ -220,6 +222,8 @@ def _large_sample(second: int, rank: int, drawn: random.Random) -> dict[str, Any
         "prompts_done": 12 * second,
         "prompts_queued": 12 * (120 - second),
         "batch_size": 48,
+        "collectives": 1000 * second,
+        "collectives_s": 0.2 * second,
         "at": f"batch {1 + second // 4} of 30",
     }
 

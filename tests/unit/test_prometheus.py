@@ -26,6 +26,8 @@ def _sample(rank: int) -> Sample:
         prompts_done=rank,
         prompts_queued=3,
         batch_size=2,
+        collectives=40,
+        collectives_s=0.5 + rank,
         at="batch 1 of 2",
     )
 
@@ -57,6 +59,8 @@ def test_every_rank_is_served_and_the_job_as_a_whole():
     }
     assert values["ds_moe_ep_new_tokens_total", "1"] == 200
     assert values["ds_moe_ep_utilisation_ratio", "0"] == 0.5
+    assert values["ds_moe_ep_collectives_total", "1"] == 40
+    assert values["ds_moe_ep_collective_seconds_total", "1"] == 1.5
     assert values["ds_moe_ep_tokens_per_second", None] == (100 + 200) / 10
     assert values["ds_moe_ep_memory_variance", None] == pytest.approx(500 / 1250)
     assert values["ds_moe_ep_balancedness", None] == 0.75
@@ -69,7 +73,7 @@ def test_before_the_first_window_there_is_no_balance():
 
 def test_the_number_of_series_is_bounded():
     families = _scrape([_sample(rank) for rank in range(64)])
-    assert sum(len(family.samples) for family in families.values()) == 64 * 7 + 4
+    assert sum(len(family.samples) for family in families.values()) == 64 * 9 + 4
 
 
 def test_the_dashboard_asks_for_series_that_there_are():

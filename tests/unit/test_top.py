@@ -194,9 +194,11 @@ def test_without_a_terminal_it_shows_the_job_once(tmp_path):
     heading, balance, titles, *rows = result.stdout.splitlines()
     assert balance == "balance -"
     assert heading == "models/tiny & <b>  EP4 TP1 PP1 DP1  cpu  10.0 s"
-    assert titles.split() == "rank host util memory tokens/s done queue batch step at".split()
-    assert rows[3].split() == "3 node-b 80% 103 MiB 8.00 2 0 2 40 batch 3 of 3".split()
-    assert rows[4].split() == "all 65% 103 MiB 32.0 8 0 2 40".split()
+    names = "rank host util memory tokens/s done queue batch step collective at"
+    assert titles.split() == names.split()
+    assert rows[3].split() == "3 node-b 80% 103 MiB 8.00 2 0 2 40 1.50 ms batch 3 of 3".split()
+    # Of all: (3 * 20 + 12) ms a second by 4 * 8 collectives.
+    assert rows[4].split() == "all 65% 103 MiB 32.0 8 0 2 40 2.25 ms".split()
     assert len(rows) == 5
 
 
