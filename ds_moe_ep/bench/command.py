@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from ds_moe_ep.bench import (
     monitor,
     overlap,
     predict,
+    predict_replay,
     replay,
     scale,
 )
@@ -56,6 +57,23 @@ _TABLES = {
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """A section that recorded tables alone make: its help, its file in docs/, and what makes it."""
+
+    heading: str
+    document: str
+    to_markdown: Callable[[Path], str]
+
+
+_COMPUTED = {
+    "bars": _Computed("What must be reached, and whether it is", bars.DOCUMENT, bars.to_markdown),
+    predict_replay.NAME: _Computed(
+        predict_replay.HEADING, predict_replay.DOCUMENT, predict_replay.to_markdown
+    ),
+}
+
+
 def main(script: Path, argv: Sequence[str]) -> int:
     """Writes a table, or is one of the ranks that measure for it.
 
@@ -68,8 +86,8 @@ def main(script: Path, argv: Sequence[str]) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        if args.table == "bars":
-            _write_bars(args.out)
+        if args.table in _COMPUTED:
+            _write_computed(args.table, args.out)
         elif args.result:
             _run_rank(_TABLES[args.table], args)
         else:
@@ -89,10 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     tables = parser.add_subparsers(dest="table", required=True, metavar="TABLE")
-    command = tables.add_parser(
-        "bars", help="What must be reached, and whether it is", allow_abbrev=False
-    )
-    _add_out_argument(command, bars.DOCUMENT)
+    for name, section in _COMPUTED.items():
+        command = tables.add_parser(name, help=section.heading, allow_abbrev=False)
+        _add_out_argument(command, section.document)
     for table in _TABLES.values():
         command = tables.add_parser(table.name, help=table.heading, allow_abbrev=False)
         command.add_argument("--rounds", type=int, default=5, metavar="N", help="of each side")
@@ -135,11 +152,12 @@ def _add_launch_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--result", type=Path, help=argparse.SUPPRESS)
 
 
-def _write_bars(docs: Path) -> None:
-    text = bars.to_markdown(docs / "benchmarks")
-    write_section(docs / bars.DOCUMENT, "bars", text)
+def _write_computed(name: str, docs: Path) -> None:
+    section = _COMPUTED[name]
+    text = section.to_markdown(docs / "benchmarks")
+    write_section(docs / section.document, name, text)
     print(text)
-    print(f"\nwrote {docs / bars.DOCUMENT}", file=sys.stderr)
+    print(f"\nwrote {docs / section.document}", file=sys.stderr)
 
 
 def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Sequence[str]) -> None:

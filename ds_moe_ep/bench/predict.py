@@ -32,10 +32,12 @@ from ds_moe_ep.plan import ParallelPlan
 from ds_moe_ep.predict.passes import Deployment, Pass, PassTimes, predict_pass
 from ds_moe_ep.predict.throughput import Memory, Sequences
 
-__all__ = ["TABLE"]
+__all__ = ["TABLE", "TIME_BAR", "off_by", "within"]
 
 _MS, _MB = 1000.0, 1e6
-_MEMORY_BAR, _TIME_BAR = 0.05, 0.25
+_MEMORY_BAR = 0.05
+TIME_BAR = 0.25
+"""How far a predicted time may be from the measured one, as a share of it."""
 _MEMORY = ("held", "cache", "grown")
 _NARROW = "narrow"
 
@@ -214,11 +216,11 @@ def _to_markdown(results: Sequence[Result]) -> str:
     of_world = {(result["world_size"], result["num_nodes"]): result for result in results}
     memory = [[*world, *_memory_cells(result["memory"])] for world, result in of_world.items()]
     hardware = [[*world, *_hardware_cells(result)] for world, result in of_world.items()]
-    within = _within(
-        _TIME_BAR,
+    times_within = within(
+        TIME_BAR,
         [(one["predicted_s"], one["seconds"]["median"]) for r in results for one in r["passes"]],
     )
-    memory_within = _within(
+    memory_within = within(
         _MEMORY_BAR,
         [
             (result["memory"][f"predicted_{name}_bytes"], result["memory"][f"{name}_bytes"])
@@ -230,7 +232,7 @@ def _to_markdown(results: Sequence[Result]) -> str:
     one = results[0]
     return (
         f"{markdown_table(titles, rows)}\n\n"
-        f"{within} times. {one['model']} in float32, "
+        f"{times_within} times. {one['model']} in float32, "
         f"{one['prompt_tokens']} tokens a prompt; "
         "the first pass reads the prompts (with what `generate` does around it), a step makes a "
         f"token of each, {one['new_tokens']} of them after the first. Measured is the median "
@@ -267,7 +269,7 @@ def _pass_cells(one: Result) -> list[str]:
         "first" if one["pass"] == "first" else "step",
         f"{one['predicted_s'] * _MS:,.1f}",
         with_range(one["seconds"], scale=_MS, digits=1),
-        f"{_off(one['predicted_s'], one['seconds']['median']):+.0%}",
+        f"{off_by(one['predicted_s'], one['seconds']['median']):+.0%}",
         *(f"{shares.get(name, 0.0):.0%}" for name in names),
     ]
 
@@ -277,7 +279,7 @@ def _memory_cells(memory: Result) -> list[str]:
     for name in _MEMORY:
         predicted, measured = memory[f"predicted_{name}_bytes"], memory[f"{name}_bytes"]
         cells.append(f"{predicted / _MB:,.2f} and {measured / _MB:,.2f}")
-        cells.append(f"{_off(predicted, measured):+.1%}")
+        cells.append(f"{off_by(predicted, measured):+.1%}")
     return cells
 
 
@@ -294,13 +296,14 @@ def _hardware_cells(result: Result) -> list[str]:
     ]
 
 
-def _within(bar: float, pairs: Sequence[tuple[float, float]]) -> str:
+def within(bar: float, pairs: Sequence[tuple[float, float]]) -> str:
     """Says how many predictions are within a bar of what was measured."""
-    num_met = sum(abs(_off(predicted, measured)) <= bar for predicted, measured in pairs)
+    num_met = sum(abs(off_by(predicted, measured)) <= bar for predicted, measured in pairs)
     return f"Within {bar:.0%} are {num_met} of {len(pairs)}"
 
 
-def _off(predicted: float, measured: float) -> float:
+def off_by(predicted: float, measured: float) -> float:
+    """Returns the share of a measured figure by which the predicted one is more."""
     return predicted / measured - 1.0
 
 
