@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let Megatron compute a rank's experts in one multiplication",
     )
+    config.add_argument(
+        "--monitor",
+        type=Path,
+        metavar="JSON",
+        help="a DeepSpeed JSON of yours: what it sets up for DeepSpeed's monitor (tensorboard, "
+        "csv_monitor, wandb, comet) goes into the two that are written",
+    )
     config.set_defaults(run=_config)
 
     add_convert_command(commands)
@@ -189,15 +196,24 @@ def _plan(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> int:
     from ds_moe_ep.config.bundle import write_bundle
     from ds_moe_ep.config.megatron import MegatronOptions
+    from ds_moe_ep.config.run import read_monitor
     from ds_moe_ep.model_spec import read_model_spec
     from ds_moe_ep.plan import make_plan
 
+    monitor = None if args.monitor is None else read_monitor(args.monitor)
     cluster, remarks = _cluster(args)
     spec = read_model_spec(args.model)
     plan = make_plan(cluster, spec, **_sizes(args))
     megatron = MegatronOptions(args.megatron_transformer_impl, args.megatron_grouped_gemm)
     report = write_bundle(
-        args.model, cluster, plan, spec, args.out, dtype=args.dtype, megatron=megatron
+        args.model,
+        cluster,
+        plan,
+        spec,
+        args.out,
+        dtype=args.dtype,
+        megatron=megatron,
+        monitor=monitor,
     )
     for remark in remarks:
         print(remark)

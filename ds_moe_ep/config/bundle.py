@@ -64,6 +64,7 @@ def write_bundle(
     *,
     dtype: str | None = None,
     megatron: MegatronOptions | None = None,
+    monitor: Mapping[str, Any] | None = None,
 ) -> BundleReport:
     """Write all files for running a model under a plan.
 
@@ -78,6 +79,7 @@ def write_bundle(
         out: the folder, made if it is not there.
         dtype: type of the weights at run time; by default the model's own.
         megatron: how Megatron is to compute the model; by default, by Transformer Engine.
+        monitor: sections for DeepSpeed's monitor, by name; they go into both of its files.
 
     Raises:
         ConfigError: if the model has no experts or the folder cannot be written. Nothing was then
@@ -92,7 +94,7 @@ def write_bundle(
         spec = replace(spec, dtype=dtype_name(dtype))
     texts: dict[str, str] = {}
     not_written: dict[str, str] = {}
-    makers = _makers(model, cluster, plan, spec, megatron or MegatronOptions())
+    makers = _makers(model, cluster, plan, spec, megatron or MegatronOptions(), monitor or {})
     for name, make in makers.items():
         try:
             texts[name] = make()
@@ -114,6 +116,7 @@ def _makers(
     plan: ParallelPlan,
     spec: ModelSpec,
     megatron: MegatronOptions,
+    monitor: Mapping[str, Any],
 ) -> dict[str, Callable[[], str]]:
     """Return how each file is made; what raises ConfigError says why there is none."""
 
@@ -126,8 +129,8 @@ def _makers(
         return checked
 
     return {
-        DS_INFERENCE_JSON: lambda: to_json(inference_config(plan, spec)),
-        DS_TRAIN_AUTOEP_JSON: lambda: to_json(autoep_config(plan, spec)),
+        DS_INFERENCE_JSON: lambda: to_json({**inference_config(plan, spec), **monitor}),
+        DS_TRAIN_AUTOEP_JSON: lambda: to_json({**autoep_config(plan, spec), **monitor}),
         ACCELERATE_YAML: for_infer(lambda: accelerate_yaml(cluster)),
         MEGATRON_ARGS: lambda: megatron_args(plan, spec, _config_json(model), megatron),
         HOSTFILE: cluster.to_hostfile,

@@ -21,6 +21,7 @@ __all__ = [
     "InferenceSettings",
     "RunConfig",
     "load_run_config",
+    "read_monitor",
 ]
 
 MONITOR_SECTIONS = frozenset({"comet", "csv_monitor", "tensorboard", "wandb"})
@@ -116,6 +117,21 @@ def load_run_config(path: Path) -> RunConfig:
             the files of a folder disagree.
     """
     return _load_folder(path) if path.is_dir() else _load_json(path)
+
+
+def read_monitor(path: Path) -> dict[str, Any]:
+    """Read the enabled sections for DeepSpeed's monitor of any DeepSpeed JSON.
+
+    Raises:
+        ConfigError: if the file is missing or malformed, or has no such section.
+    """
+    sections = _take_monitor(read_json(path), path)
+    if not sections:
+        raise ConfigError(
+            f"{path}: none of {', '.join(sorted(MONITOR_SECTIONS))} is enabled there. Name a "
+            f"DeepSpeed JSON that sets up DeepSpeed's monitor."
+        )
+    return sections
 
 
 def _load_json(path: Path) -> RunConfig:

@@ -232,6 +232,31 @@ def test_the_command_tells_what_it_wrote_and_what_not(tmp_path, capsys):
     assert any(line.startswith("no run.sh: tp_size=1, pp_size=4: ") for line in told)
 
 
+def test_what_a_user_has_set_up_for_deepspeeds_monitor_goes_into_both_of_its_files(tmp_path):
+    csv_section = {"enabled": True, "output_path": "logs", "job_name": "mine"}
+    own = tmp_path / "ds_config.json"
+    others = {"tensorboard": {"enabled": False}, "train_batch_size": 8}
+    own.write_text(json.dumps({"csv_monitor": csv_section, **others}))
+    out = tmp_path / "out"
+    command = ["config", "--model", str(QWEN3), "--hostfile", str(REPO / "configs/hostfile.8x8")]
+    assert main([*command, "--out", str(out), "--monitor", str(own)]) == 0
+    run = load_run_config(out)
+    assert run.monitor == {"csv_monitor": csv_section}
+    assert "csv_monitor" not in run.inference  # deepspeed.init_inference refuses it
+    train = json.loads((out / "ds_train_autoep.json").read_text())
+    assert train["csv_monitor"] == csv_section
+    assert not {"tensorboard", "train_batch_size"} & train.keys()
+
+
+def test_a_file_that_sets_up_no_monitor_is_refused_before_anything_is_written(tmp_path, capsys):
+    own = tmp_path / "ds_config.json"
+    own.write_text('{"train_batch_size": 8}')
+    command = ["config", "--model", str(QWEN3), "--out", str(tmp_path / "out")]
+    assert main([*command, "--monitor", str(own)]) == 2
+    assert f"ConfigError: {own}: none of comet, csv_monitor, tensor" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_refuses_with_one_message(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(command(tmp_path / "file")) == 2
@@ -256,4 +281,4 @@ def test_nothing_heavy_is_imported():
 def test_every_file_has_a_name_that_the_report_knows(tmp_path):
     spec, cluster = read_model_spec(QWEN3), eight_by_eight()
     plan = make_plan(cluster, spec)
-    assert set(bundle._makers(QWEN3, cluster, plan, spec, MegatronOptions())) == ALL_FILES
+    assert set(bundle._makers(QWEN3, cluster, plan, spec, MegatronOptions(), {})) == ALL_FILES
