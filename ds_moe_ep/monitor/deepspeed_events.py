@@ -58,9 +58,18 @@ class DeepSpeedEvents:
             self._write()
 
     def close(self) -> None:
-        """Writes the last figures."""
+        """Writes the last figures, and waits until they are out.
+
+        W&B and Comet send in the background, and wait for it as Python ends: ranks end without.
+        """
         if self._now.samples:
             self._write()
+        if self._monitor.wandb_monitor is not None:
+            import wandb
+
+            wandb.finish()
+        if self._monitor.comet_monitor is not None:
+            self._monitor.comet_monitor.experiment.end()
 
     def _write(self) -> None:
         step = max(sample.step for sample in self._now.samples)
