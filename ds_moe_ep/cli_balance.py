@@ -74,19 +74,18 @@ def _balance(args: argparse.Namespace) -> int:
     num_experts = len(next(iter(loads.values())))
     layout = _layout(args, cluster, num_experts)
     plain = _contiguous(loads, layout)
-    print(_recorded(loads, layout, cluster))
-    print(_told("contiguous", loads, plain))
+    told = [_recorded(loads, layout, cluster), _told("contiguous", loads, plain)]
     if layout.slots_per_rank == 1 and layout.num_slots == num_experts:
+        print("\n".join(told))
         _refuse(args.out, _nothing(loads, layout))
         return 0
     placed = balance(loads, layout)
-    print(_told("placed", loads, placed))
-    print(_gain(loads, plain, placed))
-    print(_how(loads, placed, layout))
-    print("\n" + _table(loads, plain, placed))
-    if args.out is not None:
+    told += [_told("placed", loads, placed), _gain(loads, plain, placed)]
+    told += [_how(loads, placed, layout), "", _table(loads, plain, placed)]
+    if args.out is not None:  # before anything is printed: who reads it may leave before its end
         write_lines(args.out, [placement_json(placed)])
-        print(f"\nwrote {args.out}: run it with infer.py --placement {args.out}")
+        told += ["", f"wrote {args.out}: run it with infer.py --placement {args.out}"]
+    print("\n".join(told))
     return 0
 
 

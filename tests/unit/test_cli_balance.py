@@ -1,6 +1,9 @@
 """`ds-moe-ep balance`: what it reads of a recorded run, tells, writes and refuses."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +11,7 @@ from ds_moe_ep.cli import main
 from ds_moe_ep.config.placement_file import read_placement
 from ds_moe_ep.config.recorded import read_expert_loads, read_recorded_cluster
 from ds_moe_ep.errors import ConfigError
+from tests.helpers.launch import REPO
 
 
 @pytest.fixture
@@ -123,3 +127,17 @@ def test_refusals(recorded, capsys, args, says):
     code, _, refused = _said(capsys, recorded, *args)
     assert code == 2
     assert says in refused
+
+
+def test_a_reader_that_has_gone_does_not_cost_the_placement(recorded):
+    out = recorded / "placement.json"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-u", "-m", "ds_moe_ep", "balance", recorded, "--out", out]
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=env, timeout=60)
+    finally:
+        os.close(writer)
+    assert b"Traceback" not in done.stderr
+    assert read_placement(out).num_ranks == 4
