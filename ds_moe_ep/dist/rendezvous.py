@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -72,7 +72,7 @@ def join_process_group(
 
 
 class RollCall:
-    """Who is still there when a job breaks, asked through the store of the rendezvous.
+    """Who is still there, above all when a job breaks, asked through the store of the rendezvous.
 
     Every rank that finds the job broken answers. The store lives in rank 0 and may be gone too, so
     no question waits for it for long.
@@ -85,6 +85,23 @@ class RollCall:
         self.store = store
         self._rank = rank
         self._world_size = world_size
+
+    def with_own_client(self) -> RollCall:
+        """Returns one for another thread: a client of the store answers one question at a time."""
+        return RollCall(self.store.clone(), self._rank, self._world_size)
+
+    def tell(self, words: str) -> None:
+        """Leaves words of this rank for the others; waits for the store for as long as it takes."""
+        self.store.set(_arrived(self._rank), words.encode())
+
+    def hear(self, ranks: Sequence[int]) -> dict[int, str]:
+        """Returns the last words of each, "" of one that has only arrived; waits as `tell` does."""
+        told = self.store.multi_get([_arrived(rank) for rank in ranks])
+        return {rank: words.decode() for rank, words in zip(ranks, told, strict=True)}
+
+    def has_rank_failed(self) -> bool:
+        """Returns whether any has answered; waits as `tell` does."""
+        return self.store.add("num_failed", 0) > 0
 
     def answer(self) -> bool | None:
         """Says that this rank is there, and has failed.

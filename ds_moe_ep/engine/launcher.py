@@ -50,21 +50,17 @@ class Launcher:
             return True
         return self.runner is not None and _state_and_parent(self.pid)[1] != self.runner
 
-    def stopped_ranks(self) -> list[int]:
-        """Returns the ranks on this host that are stopped (SIGSTOP), in the order of their start.
+    def wake_stopped_ranks(self) -> None:
+        """Lets stopped ranks take the launcher's SIGTERM: it would wait for them for 30 s.
 
         They are known by their supervisors: a supervisor's worker stops with it.
         """
         if self.pid is None:
-            return []
-        children = _read_proc(self.pid, f"task/{self.pid}/children").split()
-        return [pid for pid in map(int, children) if is_stopped(pid)]
-
-    def wake_stopped_ranks(self) -> None:
-        """Lets stopped ranks take the launcher's SIGTERM: it would wait for them for 30 s."""
-        for pid in self.stopped_ranks():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGCONT)
+            return
+        for pid in map(int, _read_proc(self.pid, f"task/{self.pid}/children").split()):
+            if is_stopped(pid):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGCONT)
 
     def end(self) -> None:
         """Has the launcher end all ranks on this host, and itself with exit code 1."""

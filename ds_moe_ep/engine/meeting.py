@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ds_moe_ep.dist.groups import Job, init_distributed, read_rank_info
 from ds_moe_ep.engine.console import only_rank_0_prints, quiet_libraries
 from ds_moe_ep.engine.failure import fail
+from ds_moe_ep.engine.heartbeat import heartbeat
 from ds_moe_ep.engine.rank import RankOptions
 from ds_moe_ep.engine.supervisor import Progress
 from ds_moe_ep.local_machine import threads_of_rank
@@ -47,7 +48,13 @@ def run_together(
         num_threads = threads_of_rank(job.nodes.count(job.nodes[info.rank]))
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        work(job)
+        with heartbeat(
+            job,
+            progress,
+            options.timeout_s,
+            lambda error, own: fail(error, info, own, progress, kept),
+        ):
+            work(job)
     except Exception as error:
         return fail(error, info, job, progress, kept)
     dist.destroy_process_group()

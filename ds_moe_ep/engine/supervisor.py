@@ -8,6 +8,7 @@ it knows nothing of models and waits for nothing but its worker.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import mmap
 import os
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from ds_moe_ep.engine.launcher import Launcher, is_stopped
+from ds_moe_ep.errors import DistributedError
 
-__all__ = ["INTERRUPTED", "Progress", "supervise", "what_is_kept"]
+__all__ = ["INTERRUPTED", "Progress", "supervise", "wake_after_rank_0", "what_is_kept"]
 
 INTERRUPTED = 130
 """Exit code of a job that was told to stop."""
@@ -35,8 +37,8 @@ _LOOK_S = 1.0
 _BOTH_S = 0.5
 # Beyond a bound, a supervisor asks this often whether there is still a job, and as long each time.
 _ASK_S = 5.0
-# To the supervisor of a rank that was stopped, by that of another rank, which then wakes it.
-_GIVEN_UP = signal.SIGRTMIN
+# SIGCONT from the kernel, as `wake_after_rank_0` asks of it, and not from a user.
+_RANK_0_HAS_GONE = -1
 
 
 class Progress:
@@ -104,7 +106,7 @@ def supervise(
     launcher = Launcher.of_this_process()
     # A job started in the background or with nohup has some of them ignored, and goes on.
     stops: set[int] = {each for each in _STOPS if signal.getsignal(each) != signal.SIG_IGN}
-    watched: set[int] = {*stops, signal.SIGCHLD, signal.SIGCONT, _GIVEN_UP}
+    watched: set[int] = {*stops, signal.SIGCHLD, signal.SIGCONT}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     lifeline, end_held_here = os.pipe()
     worker = os.fork()
@@ -116,7 +118,7 @@ def supervise(
         _follow_supervisor(lifeline, name, progress, launcher)
         _leave(work(progress))
     os.close(lifeline)
-    patience = _Patience(progress, launcher, start_patience_s, patience_s, is_rank_0)
+    patience = _Patience(progress, start_patience_s, patience_s, is_rank_0)
     code, why = _watch(worker, stops, watched, launcher, patience)
     if code not in (0, INTERRUPTED):
         launcher.wake_stopped_ranks()
@@ -157,7 +159,8 @@ def _watch(
         if number == signal.SIGCONT:
             os.kill(worker, signal.SIGCONT)
             continue
-        why = patience.why_lost if number == _GIVEN_UP else patience.is_over(worker)
+        is_forgotten = number == _RANK_0_HAS_GONE and is_stopped(worker)
+        why = "" if is_forgotten else patience.is_over(worker)
         if why is not None:
             os.kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
@@ -168,32 +171,25 @@ class _Patience:
     """Notices that a worker stands still and that the others have given it up.
 
     DeepSpeed's launcher on another host does not hear of that, nor does a worker that is stopped.
-    And nobody gives up a rank that is stopped before its first pass, while weights may take long to
-    load, unless its own supervisor or another one of its host sees it.
+    And ranks that have not met yet wait long for one that was stopped, and cannot tell its name.
 
     All is counted by looks, since a clock goes on while a job is stopped that is to go on (Ctrl-Z).
 
     Args:
         progress: Where the worker is.
-        launcher: Has started the ranks of this host.
         start_limit_s: For how long it may stand there before its first pass.
         limit_s: And later; for how long it may be stopped, at any time.
         is_rank_0: Whether the store that others ask for is its own.
     """
 
     def __init__(
-        self,
-        progress: Progress,
-        launcher: Launcher,
-        start_limit_s: float,
-        limit_s: float,
-        is_rank_0: bool,
+        self, progress: Progress, start_limit_s: float, limit_s: float, is_rank_0: bool
     ) -> None:
-        self._progress, self._launcher = progress, launcher
+        self._progress = progress
         self._start_limit_s, self._limit_s = start_limit_s, limit_s
         self._is_rank_0 = is_rank_0
         self._place, self._stood_s = "", 0.0
-        self._stopped_s: dict[int, float] = {}
+        self._stopped_s = 0.0
 
     def is_over(self, worker: int) -> str | None:
         """Is asked at each look.
@@ -201,23 +197,11 @@ class _Patience:
         Returns:
             What the user is to hear of it, "" for nothing: the others have said it. None to go on.
         """
-        is_starting = self._progress.step == 0
-        stopped = self._launcher.stopped_ranks() if is_starting else []
-        if is_stopped(worker):
-            stopped.append(worker)
-        self._stopped_s = {pid: self._stopped_s.get(pid, 0.0) + _LOOK_S for pid in stopped}
-        lost = [pid for pid, stopped_s in self._stopped_s.items() if stopped_s >= self._limit_s]
+        self._stopped_s = self._stopped_s + _LOOK_S if is_stopped(worker) else 0.0
         # In passes the others say it, but for rank 0: the system takes calls in its name.
-        if worker in lost and (is_starting or self._is_rank_0):
-            return self.why_lost
-        if lost and is_starting:
-            _give_up(lost[0])
+        if self._stopped_s >= self._limit_s and (self._progress.step == 0 or self._is_rank_0):
+            return f"its supervisor, stopped for {self._limit_s:.0f} s,"
         return self._is_over_for_others()
-
-    @property
-    def why_lost(self) -> str:
-        """What the user is to hear of a rank that was stopped for too long."""
-        return f"its supervisor, stopped for {self._limit_s:.0f} s,"
 
     def _is_over_for_others(self) -> str | None:
         place = str(self._progress)
@@ -230,21 +214,40 @@ class _Patience:
         return None if _store_answers() else ""
 
 
-def _give_up(pid: int) -> None:
-    """Has the supervisor of a stopped rank end it: that one knows its name and its place."""
-    with contextlib.suppress(OSError):
-        os.kill(pid, _GIVEN_UP)
-        os.kill(pid, signal.SIGCONT)
+def wake_after_rank_0() -> socket.socket:
+    """Has the kernel wake a worker's supervisor when rank 0 goes; the worker calls it.
+
+    If both were stopped, with no other rank on their host, nobody else would be there to end them,
+    and a job lasts until its launchers on all hosts have ended.
+
+    Returns:
+        A connection that rank 0 breaks as it ends; to be kept until then.
+
+    Raises:
+        DistributedError: Rank 0 has gone already.
+    """
+    try:
+        connection = _connect_to_rank_0()
+    except OSError as error:
+        raise DistributedError(f"rank 0 has gone: {error.strerror or error}.") from error
+    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getppid())
+    fcntl.fcntl(connection, fcntl.F_SETSIG, signal.SIGCONT)
+    fcntl.fcntl(connection, fcntl.F_SETFL, fcntl.fcntl(connection, fcntl.F_GETFL) | os.O_ASYNC)
+    return connection
 
 
 def _store_answers() -> bool:
     """Returns whether rank 0, which holds the store of the ranks, is there."""
-    where = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
     try:
-        socket.create_connection(where, timeout=_ASK_S).close()
+        _connect_to_rank_0().close()
     except OSError:
         return False
     return True
+
+
+def _connect_to_rank_0() -> socket.socket:
+    where = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    return socket.create_connection(where, timeout=_ASK_S)
 
 
 def _follow_supervisor(lifeline: int, name: str, progress: Progress, launcher: Launcher) -> None:
@@ -279,6 +282,8 @@ def _leave(code: int) -> NoReturn:
 
 def _next_of(signals: set[int], timeout_s: float) -> int | None:
     caught = signal.sigtimedwait(signals, timeout_s)
+    if caught and caught.si_signo == signal.SIGCONT and caught.si_code > 0:  # not from a process
+        return _RANK_0_HAS_GONE
     return caught.si_signo if caught else None
 
 

@@ -23,7 +23,7 @@ from tests.helpers.launch import REPO
 _RANK = """
 import os, sys, time
 from pathlib import Path
-from ds_moe_ep.engine.supervisor import supervise
+from ds_moe_ep.engine.supervisor import supervise, wake_after_rank_0
 
 def work(progress):
     progress.enter("batch 2 of 3")
@@ -273,19 +273,6 @@ def test_a_rank_that_fails_wakes_the_stopped_ones_for_the_launcher(tmp_path):
     assert out == "1 130\n"
 
 
-def test_a_rank_that_is_stopped_before_its_first_pass_is_ended_by_another_of_its_host(tmp_path):
-    other, stopped = (
-        _rank(tmp_path / "none", "time.sleep(600)", 2.0, is_rank_0, step=0)
-        for is_rank_0 in (True, False)
-    )
-    with _two_ranks(other, stopped, waits_for=1) as (process, pids):
-        os.kill(pids[1], signal.SIGSTOP)  # its worker stops with it
-        out, said = process.communicate(timeout=_WAIT_S)
-    assert out == "1 130\n"
-    told = "was ended by its supervisor, stopped for 2 s, at batch 2 of 3."
-    assert said == f"DistributedError: [rank 3 worker-1] {told}\n"
-
-
 def test_a_job_that_is_stopped_as_a_whole_goes_on_however_long_it_stood(tmp_path):
     """By Ctrl-Z and `fg`, which send SIGTSTP and SIGCONT to all."""
     scripts = [_rank(tmp_path, "time.sleep(3); return 0", patience_s=2.0, step=0)] * 2
@@ -310,6 +297,26 @@ def test_a_worker_that_stands_still_ends_with_the_job_and_not_sooner(start, is_s
         store.accept()[0].close()  # it has been asked whether there is a job
         time.sleep(2.0)
         assert rank.worker.is_running()
+    assert rank.end() == (1, "")
+    assert rank.is_gone()
+
+
+def test_a_rank_that_is_stopped_whole_ends_with_rank_0(start):
+    """Alone on its host nobody else would end it: the kernel wakes its supervisor for that."""
+    listen = "import socket, sys; s = socket.create_server(('127.0.0.1', 0))"
+    listen += "; print(s.getsockname()[1], flush=True); sys.stdin.readline()"
+    command = [sys.executable, "-c", listen]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as rank_0:
+        port = int(rank_0.stdout.readline())
+        work = "held = wake_after_rank_0(); print('connected', flush=True); time.sleep(600)"
+        rank = start(work=work, port=port)
+        rank.process.stdin.write("go on\n")
+        rank.process.stdin.flush()
+        assert rank.process.stdout.readline() == "connected\n"
+        rank.supervisor.suspend()
+        rank.wait_for(rank.worker, psutil.STATUS_STOPPED)
+        rank_0.kill()
     assert rank.end() == (1, "")
     assert rank.is_gone()
 

@@ -1,0 +1,125 @@
+"""Ranks tell each other that they are there, until their first pass.
+
+Until then they wait for each other for as long as loading may take, so a rank that was stopped or
+cut off would hold them for as long. In passes waits are short, and this is at rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.dist.rendezvous import RollCall
+from ds_moe_ep.engine.supervisor import Progress, wake_after_rank_0
+from ds_moe_ep.errors import DistributedError
+
+__all__ = ["heartbeat"]
+
+_PERIOD_S = 1.0
+# By then a rank that has failed has said why, and its launcher has ended the others of its host;
+# and where rank 0 left at the normal end, the others have left too.
+_LEFT_S = 10.0
+
+
+@contextlib.contextmanager
+def heartbeat(
+    job: Job, progress: Progress, limit_s: float, lost: Callable[[DistributedError, Job], int]
+) -> Iterator[None]:
+    """Ends this rank if others are not heard of, or have failed, before the first pass.
+
+    Rank 0 listens to all, the others to rank 0, which holds the store that this goes through.
+
+    Args:
+        job: The job. Process groups that were there before have no store, and so no heartbeat.
+        progress: Where this rank is; others are told.
+        limit_s: For how long a rank may be silent.
+        lost: Tells who is silent, with the job as a thread of its own may use it; returns the exit
+            code of this rank.
+    """
+    if job.roll_call is None or job.info.world_size == 1:
+        yield
+        return
+    roll_call = job.roll_call.with_own_client()
+    heart = _Heart(replace(job, roll_call=roll_call), roll_call, progress, limit_s, lost)
+    with wake_after_rank_0():
+        for work in (heart.beat, heart.listen):
+            threading.Thread(target=work, name=f"heartbeat-{work.__name__}", daemon=True).start()
+        try:
+            yield
+        finally:
+            heart.is_over.set()
+
+
+class _Heart:
+    """Two threads: one may wait for a store that was stopped for ever, the other notices."""
+
+    def __init__(
+        self,
+        job: Job,
+        roll_call: RollCall,
+        progress: Progress,
+        limit_s: float,
+        lost: Callable[[DistributedError, Job], int],
+    ) -> None:
+        self._job, self._roll_call, self._progress = job, roll_call, progress
+        self._limit_s, self._lost = limit_s, lost
+        others = range(1, job.info.world_size) if job.info.rank == 0 else [0]
+        self._heard = {rank: "" for rank in others}
+        self._has_rank_0_left = self._has_rank_failed = False
+        self.is_over = threading.Event()
+
+    def beat(self) -> None:
+        """Tells that this rank is there, and hears of the others, while the store answers."""
+        number = 0
+        while self._is_needed(_PERIOD_S):
+            number += 1
+            try:
+                self._roll_call.tell(f"{number} {self._progress}")
+                self._has_rank_failed = self._roll_call.has_rank_failed()
+                self._heard = self._roll_call.hear(list(self._heard))
+            except (dist.DistError, RuntimeError):
+                self._has_rank_0_left = True
+                return
+
+    def listen(self) -> None:
+        """Looks for ranks of which nothing new is heard.
+
+        All is counted by looks: a clock goes on while a job is stopped that is to go on (Ctrl-Z).
+        """
+        before, silent_s = self._heard, dict.fromkeys(self._heard, 0.0)
+        while self._is_needed(_PERIOD_S):
+            if self._has_rank_failed or self._has_rank_0_left:
+                self._leave_quietly()
+                return
+            heard = self._heard
+            for rank, words in heard.items():
+                silent_s[rank] = silent_s[rank] + _PERIOD_S if words == before[rank] else 0.0
+            before = heard
+            lost = [rank for rank, how_long_s in silent_s.items() if how_long_s >= self._limit_s]
+            if lost:
+                os._exit(self._lost(self._error(lost[0]), self._job))
+
+    def _leave_quietly(self) -> None:
+        """Ends this rank, unless it ends by itself: why the job is over is for others to say."""
+        if self._has_rank_failed:
+            self._roll_call.answer()
+        for _ in range(int(_LEFT_S / _PERIOD_S)):
+            if not self._is_needed(_PERIOD_S):
+                return
+        os._exit(1)
+
+    def _is_needed(self, wait_s: float) -> bool:
+        return not self.is_over.wait(wait_s) and self._progress.step == 0
+
+    def _error(self, rank: int) -> DistributedError:
+        place = self._heard[rank].partition(" ")[2] or "meeting the other ranks"
+        return DistributedError(
+            f"rank {rank} ({self._job.hosts[rank]}) was last heard of {self._limit_s:.0f} s ago, "
+            f"at {place}."
+        )
