@@ -13,6 +13,8 @@ import os
 import re
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ds_moe_ep.engine.supervisor import Progress
@@ -40,9 +42,11 @@ def _happen() -> None:
         os.kill(os.getppid(), signal.SIGKILL)  # the supervisor
         os.kill(os.getpid(), signal.SIGKILL)
     elif _WHAT == "STOP_READING":
-        _stop_reading(os.getpid())
+        _when_reading(lambda: os.kill(os.getpid(), signal.SIGSTOP))
     elif _WHAT == "STOP_BOTH_READING":
-        _stop_reading(os.getppid(), os.getpid())
+        _when_reading(lambda: [os.kill(pid, signal.SIGSTOP) for pid in (os.getppid(), os.getpid())])
+    elif _WHAT == "READ_SLOWLY":
+        _when_reading(lambda: time.sleep(3600.0))
     elif _WHAT == "KILL_AT_RENAME":  # a file is written, and not there yet
         os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     elif _WHAT != "NOTHING":
@@ -61,13 +65,11 @@ def _fill_disk(spare_pages: int) -> None:
         file.truncate(file.tell() - spare_pages * mmap.PAGESIZE)
 
 
-def _stop_reading(*pids: int) -> None:
-    """Stops processes once a rank reads its weights: it has met the others, who wait for it."""
+def _when_reading(happens: Callable[[], object]) -> None:
+    """Once a rank reads its weights it has met the others, and they wait for it."""
     from ds_moe_ep.engine import loading
 
-    loading.load_expert_parallel_model = lambda *args, **options: [  # type: ignore[assignment]
-        os.kill(pid, signal.SIGSTOP) for pid in pids
-    ]
+    loading.load_expert_parallel_model = lambda *args, **options: happens()  # type: ignore
 
 
 def _enter(self: Progress, phase: str) -> None:

@@ -66,8 +66,8 @@ def _stopped_at_load(rank: int, what: str) -> Fault:
     return Fault(
         4,
         f"{rank},loading weights,0,{what}",
-        rf"DistributedError: \[rank {rank} {HOST}\] was ended by its supervisor, stopped for "
-        rf"{_TIMEOUT_S + 10:.0f} s, at loading weights\.",
+        rf"DistributedError: \[rank \d {HOST}\] at loading weights: rank {rank} \({HOST}\) was "
+        rf"last heard of {_TIMEOUT_S:.0f} s ago, at .*\. No answer from rank {rank} \({HOST}\)\.",
         within_s=_TIMEOUT_S + 20,
         args=("--timeout", str(_TIMEOUT_S), "--start-timeout", str(WAIT_S)),
     )

@@ -119,6 +119,48 @@ def test_a_host_that_is_cut_off_is_named_and_the_job_goes_on_without_it(faulty_j
     assert written == undisturbed
 
 
+def _lose_host_at_load(job: Job, model: Path, slots: int, fault: str, cut_off: bool) -> str:
+    """Loses the second of two hosts while ranks load, and returns what the job said then."""
+    bounds = ["--timeout", str(_TIMEOUT_S), "--start-timeout", str(WAIT_S)]
+    with _two_hosts(job, slots, **job.fault(fault)) as hosts:
+        command = _run_sh(job, model, hosts, *bounds)
+        with start_and_wait_for_fault(command, job) as process:
+            start_s = time.monotonic()
+            if cut_off:
+                hosts.cut_off("worker-1")
+            output, _ = process.communicate(timeout=WAIT_S)
+            took_s = time.monotonic() - start_s
+            assert process.returncode > 0, output
+            assert ended_in_time(f"{fault} on a host that is lost", took_s, _TIMEOUT_S + 20), output
+            _, alive = psutil.wait_procs(job.processes(), timeout=20)  # cut off, they notice alone
+            assert not alive, output
+    assert count_messages(output) == 1, output
+    return output
+
+
+def test_a_host_that_is_cut_off_while_ranks_load_is_named(faulty_job, tiny_model):
+    output = _lose_host_at_load(
+        faulty_job, tiny_model("olmoe"), 2, "2,loading weights,0,READ_SLOWLY", cut_off=True
+    )
+    told = (
+        r"DistributedError: \[rank 0 worker-0\] at loading weights: rank 2 \(worker-1\) was last "
+        r"heard of 15 s ago, at .*\. No answer from rank 2 \(worker-1\), rank 3 \(worker-1\)\."
+    )
+    assert re.search(told, output), output
+
+
+def test_a_host_that_is_stopped_whole_while_ranks_load_is_named(faulty_job, tiny_model):
+    """Its one rank and that rank's supervisor: nobody there can see it."""
+    output = _lose_host_at_load(
+        faulty_job, tiny_model("olmoe"), 1, "1,loading weights,0,STOP_BOTH_READING", cut_off=False
+    )
+    told = (
+        r"DistributedError: \[rank 0 worker-0\] at loading weights: rank 1 \(worker-1\) was last "
+        r"heard of 15 s ago, at .*\. No answer from rank 1 \(worker-1\)\."
+    )
+    assert re.search(told, output), output
+
+
 # Listens where rank 0 is to, and takes calls in silence.
 _STRANGER = """
 import socket, sys, time
