@@ -54,7 +54,7 @@ _LIBRARIES_OF_LAYER = {
     2: {"pydantic", "pydantic_core", "yaml"},
     3: {"torch", "deepspeed"},
     4: {"transformers", "accelerate", "safetensors", "tokenizers"},
-    5: {"matplotlib", "megatron", "numpy", "prometheus_client", "psutil", "rich", "tqdm"},
+    5: {"matplotlib", "megatron", "numpy", "prometheus_client", "psutil", "rich", "tqdm", "wandb"},
     6: set(),
 }
 
