@@ -29,8 +29,8 @@ _HEADER = """\
 
 _OWN_LAYERS_NOTE = """\
 # {why}
-# --spec names layers of this package that do; it has to be importable where Megatron runs. They were
-# compared with Hugging Face as local layers; with Transformer Engine's they were not run yet.
+# --spec names layers of this package that do; it has to be importable where Megatron runs. Compared
+# with Hugging Face as local layers; with those of Transformer Engine they were not run yet.
 """
 
 _WHY_OWN_LAYERS = {
