@@ -13,10 +13,10 @@ import time
 
 from ds_moe_ep.errors import DistributedError
 
-__all__ = ["Meeting"]
+__all__ = ["LINE_BYTES", "WORD_BYTES", "Meeting", "whole_lines"]
 
-_LINE_BYTES = 64  # of a cache, so that no two semaphores are in one
-_WORD_BYTES = 8
+LINE_BYTES = 64  # of a cache, so that no two semaphores are in one
+WORD_BYTES = 8
 
 # How often a rank that waits looks, and lets others run, before it sleeps: some milliseconds with a
 # core for each rank, as to be woken takes longer than most waits. With fewer cores a few looks are
@@ -51,13 +51,13 @@ class Meeting:
         self._lock, *self._gates = _semaphores(memory, size)
         self._meetings = 0
         # How many ranks have come, then to how many meetings each has, for messages.
-        first = (1 + size) * _LINE_BYTES
-        self._words = memoryview(memory)[first : first + (1 + size) * _WORD_BYTES].cast("q")
+        first = (1 + size) * LINE_BYTES
+        self._words = memoryview(memory)[first : first + (1 + size) * WORD_BYTES].cast("q")
 
     @staticmethod
     def num_bytes(size: int) -> int:
         """Returns how many bytes of memory a group needs, in whole cache lines."""
-        return (1 + size) * _LINE_BYTES + _whole_lines((1 + size) * _WORD_BYTES)
+        return (1 + size) * LINE_BYTES + whole_lines((1 + size) * WORD_BYTES)
 
     @staticmethod
     def prepare(memory: mmap.mmap, size: int) -> None:
@@ -116,11 +116,12 @@ class Meeting:
 def _semaphores(memory: mmap.mmap, size: int) -> list[ctypes.c_void_p]:
     """Returns the addresses of the lock and of every rank's gate."""
     first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    return [ctypes.c_void_p(first + i * _LINE_BYTES) for i in range(1 + size)]
+    return [ctypes.c_void_p(first + i * LINE_BYTES) for i in range(1 + size)]
 
 
-def _whole_lines(num_bytes: int) -> int:
-    return -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
+def whole_lines(num_bytes: int) -> int:
+    """Returns the bytes of the cache lines that so many bytes take."""
+    return -(-num_bytes // LINE_BYTES) * LINE_BYTES
 
 
 def _sleep_until(semaphore: ctypes.c_void_p, deadline: object) -> int:

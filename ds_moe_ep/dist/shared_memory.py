@@ -18,13 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.dist.meeting import Meeting
+from ds_moe_ep.dist.meeting import LINE_BYTES, WORD_BYTES, Meeting, whole_lines
 
 __all__ = ["SharedMemory"]
 
 _FOLDER = "/dev/shm"
-_CACHE_LINE_BYTES = 64
-_WORD_BYTES = 8
 
 # Words at the head of a slot: whether the rows fit in it, then where the part for each rank starts.
 _FITS, _STARTS = 0, 1
@@ -55,7 +53,7 @@ class SharedMemory:
         # Both slots of rank 0, then of rank 1; and for each turn the first word of every rank's.
         self._first_slot = Meeting.num_bytes(size)
         self._slot_step = _head_bytes(size) + slot_bytes
-        words = [(self._first_slot + i * self._slot_step) // _WORD_BYTES for i in range(2 * size)]
+        words = [(self._first_slot + i * self._slot_step) // WORD_BYTES for i in range(2 * size)]
         self._heads = words[::2], words[1::2]
         self._exchanges = 0
 
@@ -74,7 +72,7 @@ class SharedMemory:
             None, on all ranks alike, where it cannot be had.
         """
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        slot_bytes = total_bytes // (2 * size) // _CACHE_LINE_BYTES * _CACHE_LINE_BYTES
+        slot_bytes = total_bytes // (2 * size) // LINE_BYTES * LINE_BYTES
         file_bytes = Meeting.num_bytes(size) + 2 * size * (_head_bytes(size) + slot_bytes)
         path = _create(file_bytes) if rank == 0 else ""
         told: list = [path]
@@ -201,7 +199,7 @@ class SharedMemory:
 
 def _head_bytes(size: int) -> int:
     """The bytes of a slot's words."""
-    return -(-_WORD_BYTES * (_STARTS + size) // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
+    return whole_lines(WORD_BYTES * (_STARTS + size))
 
 
 def _create(num_bytes: int) -> str:
