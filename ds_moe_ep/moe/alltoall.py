@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ds_moe_ep.dist.collectives import Communicator, Meanwhile
 from ds_moe_ep.moe.allgather import AllGather
-from ds_moe_ep.moe.experts import NOT_HERE, Compute
+from ds_moe_ep.moe.experts import NOT_HERE, Compute, local_ids
 
 __all__ = ["AllToAll"]
 
@@ -69,7 +69,12 @@ class AllToAll:
         send_counts, recv_counts = self.comm.exchange_counts(send_counts_W)
         rows: tuple[Tensor, ...] = (x_TH[token_S],)
         if self.num_local_experts > 1:
-            rows += self._routing(topk_ids_TK, topk_weights_TK, token_S, rank_S)
+            ids_SK = local_ids(
+                topk_ids_TK[token_S], rank_S[:, None], self.comm.size, self.num_local_experts
+            )
+            # Weights travel as float32: it holds every routing dtype exactly, and a rank without
+            # tokens need not know which.
+            rows += (ids_SK.int(), topk_weights_TK[token_S].float())
         received = self.comm.exchange_rows(rows, send_counts, recv_counts, meanwhile)
         y_RH, tokens_per_expert = compute(*received)
         (y_SH,) = self.comm.exchange_rows((y_RH,), recv_counts, send_counts)
@@ -99,20 +104,6 @@ class AllToAll:
             as_tuple=True
         )  # rank-major; a device-to-host sync on a GPU
         return token_S, rank_S, wanted_TW.sum(dim=0)
-
-    def _routing(
-        self, topk_ids_TK: Tensor, topk_weights_TK: Tensor, token_S: Tensor, rank_S: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the local expert ids, int32, and weights ``[S, K]`` that go with the rows."""
-        first_S1 = rank_S[:, None] * self.num_local_experts
-        ids_SK = topk_ids_TK[token_S] - first_S1
-        is_elsewhere_SK = (ids_SK < 0) | (ids_SK >= self.num_local_experts)
-        # Weights travel as float32: it holds every routing dtype exactly, and a rank without tokens
-        # need not know which.
-        return (
-            ids_SK.masked_fill_(is_elsewhere_SK, NOT_HERE).int(),
-            topk_weights_TK[token_S].float(),
-        )
 
 
 def _sum_by_token(y_SH: Tensor, token_S: Tensor, weights_S: Tensor | None, x_TH: Tensor) -> Tensor:

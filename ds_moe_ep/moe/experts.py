@@ -50,8 +50,11 @@ def expert_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def local_ids(ids_RK: Tensor, rank: int, num_ranks: int, num_local_experts: int) -> Tensor:
-    """Returns the expert ids as `rank` counts them, ``NOT_HERE`` for the experts of other ranks."""
+def local_ids(ids_RK: Tensor, rank: int | Tensor, num_ranks: int, num_local_experts: int) -> Tensor:
+    """Returns the expert ids as `rank` counts them, ``NOT_HERE`` for the experts of other ranks.
+
+    The rank may be one for each row ``[R, 1]``.
+    """
     if num_ranks == 1:
         return ids_RK
     ids_RK = ids_RK - rank * num_local_experts
