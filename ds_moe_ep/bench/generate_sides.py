@@ -76,18 +76,16 @@ def load_ours(
         live_rows=live_rows,
     )
 
-    def generate(prompts_BS: Tensor, num_new: int) -> Tensor:
+    is_replicated = dispatcher == "allreduce"
+
+    def generate(prompts_BS: Tensor, num_new: int) -> Tensor | None:
         live_rows.start_batch()
-        completed = complete(model, _own(prompts_BS, job), num_new)
+        mine_BS = prompts_BS.to(job.device) if is_replicated else _own(prompts_BS, job)
+        completed = complete(model, mine_BS, num_new)
         sync.join_others()
-        return completed
+        return None if is_replicated and info.rank != 0 else completed
 
-    def generate_all(prompts_BS: Tensor, num_new: int) -> Tensor | None:
-        live_rows.start_batch()
-        completed = complete(model, prompts_BS.to(job.device), num_new)
-        return completed if info.rank == 0 else None
-
-    return model, generate_all if dispatcher == "allreduce" else generate
+    return model, generate
 
 
 def transformers_ep(folder: Path, job: Job, dtype: torch.dtype = torch.float32) -> GenerateSide:
