@@ -71,37 +71,35 @@ class _Mirror(Communicator):
     ) -> Tensor:
         if meanwhile is not None:
             meanwhile()
-        return _copy(rows_SC, 0, 1)
+        return _copy(rows_SC, 1)
 
     def gather(
         self, rows_TC: Tensor, counts: Sequence[int], meanwhile: Meanwhile | None = None
     ) -> Tensor:
         if meanwhile is not None:
             meanwhile()
-        return _copy(rows_TC, 0, self.size)
+        return _copy(rows_TC, self.size)
 
     def reduce(
         self, partial_RC: Tensor, counts: Sequence[int], meanwhile: Meanwhile | None = None
     ) -> Tensor:
         if meanwhile is not None:
             meanwhile()
-        return _copy(partial_RC, counts[self.rank], 1)
+        return _copy(partial_RC[: counts[self.rank]], 1)
 
 
 @torch.library.custom_op(
-    "ds_moe_ep::copy_rows",
-    mutates_args=(),
-    schema="(Tensor rows, int num_rows, int times) -> Tensor",
+    "ds_moe_ep::copy_rows", mutates_args=(), schema="(Tensor rows, int times) -> Tensor"
 )
-def _copy(rows: Tensor, num_rows: int, times: int) -> Tensor:
-    """Copies the first rows, or with 0 all of them, so many times."""
-    words = rows[: num_rows or None].contiguous().view(torch.int32)  # bytes alone would be slow
+def _copy(rows: Tensor, times: int) -> Tensor:
+    """Copies rows so many times, one copy behind the other."""
+    words = rows.contiguous().view(torch.int32)  # bytes alone would be slow
     return words.repeat(times, 1).view(rows.dtype)
 
 
 @_copy.register_fake
-def _shape_of_copy(rows: Tensor, num_rows: int, times: int) -> Tensor:
-    return rows.new_empty((num_rows or rows.shape[0]) * times, rows.shape[1])
+def _shape_of_copy(rows: Tensor, times: int) -> Tensor:
+    return rows.new_empty(rows.shape[0] * times, rows.shape[1])
 
 
 def _route_evenly(
