@@ -5,13 +5,11 @@ They are computed from ``docs/benchmarks/*.json``; nothing is measured here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ds_moe_ep.bench.report import markdown_table
+from ds_moe_ep.bench.report import markdown_table, read_recorded
 from ds_moe_ep.bench.table import Result
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.dispatch import DISPATCHERS, TWO_LEVEL
@@ -174,7 +172,7 @@ def to_markdown(folder: Path) -> str:
     Raises:
         ConfigError: A table is not recorded, or has no row that a bar is about.
     """
-    recorded = {name: _read(folder, name) for name in dict.fromkeys(b.table for b in BARS)}
+    recorded = {name: read_recorded(folder, name) for name in dict.fromkeys(b.table for b in BARS)}
     rows = [_row(bar, recorded[bar.table]["results"]) for bar in BARS]
     days = ", ".join(f"{name} {each['measured_on']}" for name, each in recorded.items())
     return (
@@ -182,14 +180,6 @@ def to_markdown(folder: Path) -> str:
         "Ratios of medians. A bar is met if all its rows meet it before they are rounded; those "
         f"that miss are bold. Tables, and when they were recorded: {days}."
     )
-
-
-def _read(folder: Path, table: str) -> dict[str, Any]:
-    path = folder / f"{table}.json"
-    if not path.exists():
-        raise ConfigError(f"{path} is not there. docs/benchmarks.md has the command for it.")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def _row(bar: Bar, results: Sequence[Result]) -> list[str]:

@@ -5,11 +5,10 @@ It is computed from ``docs/benchmarks/replay.json``; nothing is measured here.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ds_moe_ep.bench.predict import TIME_BAR, off_by, within
-from ds_moe_ep.bench.report import markdown_table, with_range
+from ds_moe_ep.bench.report import markdown_table, read_recorded, with_range
 from ds_moe_ep.bench.table import Result
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
@@ -40,10 +39,7 @@ def to_markdown(folder: Path) -> str:
     Raises:
         ConfigError: It is not there, or is of a model or a GPU that nothing is known of.
     """
-    path = folder / "replay.json"
-    if not path.exists():
-        raise ConfigError(f"{path} is not there. Record it on a GPU: launch/bench.py replay.")
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    recorded, path = read_recorded(folder, "replay"), folder / "replay.json"
     results = [each for each in recorded["results"] if each["mode"] in _MODES]
     named = _find_device(recorded["machine"]["gpus"], path)
     spec = _read_spec(results[0]["model"])

@@ -20,8 +20,17 @@ from typing import Any
 import torch
 
 from ds_moe_ep import __version__
+from ds_moe_ep.config.strict import read_json
+from ds_moe_ep.errors import ConfigError
 
-__all__ = ["Report", "describe_machine", "markdown_table", "with_range", "write_section"]
+__all__ = [
+    "Report",
+    "describe_machine",
+    "markdown_table",
+    "read_recorded",
+    "with_range",
+    "write_section",
+]
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "safetensors")
 _GIB = 1 << 30
@@ -63,6 +72,22 @@ class Report:
         data.parent.mkdir(parents=True, exist_ok=True)
         _replace(data, json.dumps(asdict(self), indent=1) + "\n")
         write_section(folder / self.document, self.table, self.to_markdown())
+
+
+def read_recorded(folder: Path, table: str) -> dict[str, Any]:
+    """Returns what `Report.write` wrote for programs.
+
+    Args:
+        folder: Where recorded tables are, ``TABLE.json`` each.
+        table: Its name.
+
+    Raises:
+        ConfigError: It is not there, or not JSON.
+    """
+    path = folder / f"{table}.json"
+    if not path.exists():
+        raise ConfigError(f"{path} is not there. docs/benchmarks.md has the command for it.")
+    return read_json(path)
 
 
 def write_section(document: Path, name: str, section: str) -> None:

@@ -85,5 +85,5 @@ def test_what_nothing_is_known_of_is_refused(change, message, tmp_path):
 
 
 def test_a_replay_that_was_not_recorded_is_asked_for(tmp_path):
-    with pytest.raises(ConfigError, match=r"replay\.json is not there. Record it on a GPU"):
+    with pytest.raises(ConfigError, match=r"replay\.json is not there. docs/benchmarks.md has"):
         predict_replay.to_markdown(tmp_path)
