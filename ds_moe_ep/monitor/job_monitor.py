@@ -31,7 +31,7 @@ from ds_moe_ep.engine.supervisor import Progress
 from ds_moe_ep.monitor.deepspeed_events import DeepSpeedEvents
 from ds_moe_ep.monitor.figures import JobNow
 from ds_moe_ep.monitor.folder_writer import FolderWriter
-from ds_moe_ep.monitor.metrics_format import Run, Sample
+from ds_moe_ep.monitor.metrics_format import VERSION, Run, Sample
 from ds_moe_ep.monitor.rank_record import RankRecord
 from ds_moe_ep.monitor.recorder import Recorder
 from ds_moe_ep.monitor.sampler import Sampler, Usage
@@ -231,7 +231,7 @@ def _run(watched: Watched) -> Run:
     versions = {"ds_moe_ep": __version__, **{name: version(name) for name in _LIBRARIES}}
     return Run.model_validate(
         {
-            "version": 1,
+            "version": VERSION,
             "command": sys.argv,
             "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": str(options.model),

@@ -95,7 +95,7 @@ def read_run(folder: Path) -> Run:
     if content.get("version") != VERSION:
         raise ConfigError(
             f"{path}: version={content.get('version')!r}: version {VERSION} is read here. Use "
-            "the ds-moe-ep that the job was run with."
+            "the ds-moe-ep that the job was run with, or run it again."
         )
     run = parse(Run, content, path)
     if len(run.hosts) != run.world_size:

@@ -30,7 +30,7 @@ __all__ = [
     "Sample",
 ]
 
-VERSION = 1
+VERSION = 2
 
 RUN_JSON = "run.json"
 SAMPLES_JSONL = "samples.jsonl"
@@ -76,7 +76,7 @@ class Run(Strict):
             experts are contiguous.
     """
 
-    version: Literal[1]
+    version: Literal[2]
     command: list[str]
     started_at: _Moment
     model: str

@@ -99,7 +99,7 @@ def _run(
     world_size: int, hosts: list[str], layers: list[int], num_experts: int, top_k: int
 ) -> dict[str, Any]:
     return {
-        "version": 1,
+        "version": 2,
         "command": ["launch/infer.py", "--model", "tiny & <b>", "--metrics", "out"],
         "started_at": "2026-11-25T09:00:00+00:00",
         "model": "models/tiny & <b>",

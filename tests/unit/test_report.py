@@ -80,8 +80,9 @@ def _other_experts(files):
 
 _FAULTS = {
     "version": (
-        lambda files: files["run.json"].update(version=2),
-        "run.json: version=2: version 1 is read here. Use the ds-moe-ep that the job was run with.",
+        lambda files: files["run.json"].update(version=1),
+        "run.json: version=1: version 2 is read here. Use the ds-moe-ep that the job was run with, "
+        "or run it again.",
     ),
     "unknown key": (
         lambda files: files["run.json"].update(dipatcher="x"),
