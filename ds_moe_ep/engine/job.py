@@ -26,7 +26,7 @@ from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import Engine, load_engine
 from ds_moe_ep.engine.meeting import run_together
 from ds_moe_ep.engine.options import JobOptions
-from ds_moe_ep.engine.outputs import GenerateResult, Result, write_results
+from ds_moe_ep.engine.outputs import GenerateResult, Result, remove_unfinished, write_results
 from ds_moe_ep.engine.prepare import Work, prepare
 from ds_moe_ep.engine.schedule import Batch
 from ds_moe_ep.engine.summary import RankSummary, format_summary
@@ -84,6 +84,7 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
     def start() -> None:
         if job.info.rank == 0:  # not sooner: a job that is refused leaves nothing behind
             journal.start(settings, resume=options.resume)
+            remove_unfinished(options.output)
 
     job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
     num_prompts = sum(len(batch.indices) for batch in batches)

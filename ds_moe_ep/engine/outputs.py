@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = [
     "ScoreResult",
     "Result",
     "check_writable",
+    "remove_unfinished",
     "write_lines",
     "write_results",
 ]
@@ -107,11 +109,25 @@ def check_writable(path: Path) -> None:
     try:
         descriptor, temporary = _open_temporary(target)
         os.close(descriptor)
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)  # a job that starts just now may have removed it
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}). Choose a folder that you may write to."
         ) from None
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what writers of this file have left beside it that were killed.
+
+    Args:
+        path: The file, which nobody else may be writing now; a job has the lock of its journals.
+    """
+    target = _target(path)
+    left = re.compile(rf"\.{re.escape(target.name)}\.\d+\.tmp")
+    with contextlib.suppress(OSError):  # what stays does no harm
+        for each in target.parent.iterdir():
+            if left.fullmatch(each.name):
+                each.unlink()
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:

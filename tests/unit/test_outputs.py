@@ -2,12 +2,21 @@
 
 import json
 import os
+import signal
 import stat
+import sys
 
 import pytest
 
-from ds_moe_ep.engine.outputs import GenerateResult, ScoreResult, check_writable, write_results
+from ds_moe_ep.engine.outputs import (
+    GenerateResult,
+    ScoreResult,
+    check_writable,
+    remove_unfinished,
+    write_results,
+)
 from ds_moe_ep.errors import InputError
+from tests.helpers import run_command
 
 _GENERATED = GenerateResult("a", "Once", (4, 2), " upon\n\u2028", "length")
 _SCORED = ScoreResult("b", 3, -1.5, (-1.0, -0.5))
@@ -92,6 +101,31 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, b
         write_results(path, results)
     assert path.read_text() == "old\n"
     assert _names(tmp_path) == ["out.jsonl"]
+
+
+# Writes a file, and is killed before it has its name.
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ds_moe_ep.engine.outputs import write_lines
+os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+write_lines(Path(sys.argv[1]), ["half"])
+"""
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    path = tmp_path / "out.jsonl"
+    others = ["out.jsonl", ".out.jsonl.tmp", ".out.jsonl.b.7.tmp", ".out-jsonl.7.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    for _ in range(2):
+        ended = run_command([sys.executable, "-c", _KILLED, path])
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert len(_names(tmp_path)) == len(others) + 2
+    (tmp_path / "link").symlink_to(path)
+    remove_unfinished(tmp_path / "link")
+    assert _names(tmp_path) == sorted([*others, "link"])
+    remove_unfinished(tmp_path / "gone" / "out.jsonl")
 
 
 def test_what_can_be_written_passes_without_a_trace(tmp_path):
