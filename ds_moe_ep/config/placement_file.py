@@ -40,6 +40,11 @@ class PlacementFile(Strict):
         if sorted(set(numbers)) != numbers:
             raise ValueError(f"layers {numbers} are not in ascending order, each once")
         num_slots = self.num_ranks * self.slots_per_rank
+        if self.num_experts > num_slots:
+            raise ValueError(
+                f"num_experts={self.num_experts} is more than the {num_slots} slots of num_ranks="
+                f"{self.num_ranks} with slots_per_rank={self.slots_per_rank}"
+            )
         for section in self.layers:
             held = section.expert_of_slot
             if len(held) != num_slots:

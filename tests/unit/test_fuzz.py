@@ -19,11 +19,13 @@ from hypothesis.strategies import DrawFn
 
 from ds_moe_ep.checkpoint.convert import to_expert_sharded
 from ds_moe_ep.checkpoint.manifest import read_manifest
-from ds_moe_ep.config.run import load_run_config
+from ds_moe_ep.config.placement_file import placement_json, read_placement
+from ds_moe_ep.config.run import load_run_config, read_monitor
 from ds_moe_ep.engine.prompts import read_prompts
 from ds_moe_ep.errors import DsMoeEpError
 from ds_moe_ep.hostfile import read_hostfile
 from ds_moe_ep.model_spec import read_model_spec
+from ds_moe_ep.placement import SlotPlacement
 from tests.helpers import run_command
 from tests.helpers.families import save_tiny
 from tests.helpers.launch import REPO
@@ -36,6 +38,8 @@ _PROMPTS = (
     b'{"id": "a", "prompt": "Once upon"}\n{"id": 7, "prompt_token_ids": [1, 2, 3]}\n\n'
     b'{"prompt": "caf\xc3\xa9 \\u2028 \\ud83d\\ude00"}\n'
 )
+_PLACEMENT = placement_json(SlotPlacement(2, 2, 2, {0: (0, 1, 1, 0), 3: (1, 1, 0, 0)})).encode()
+_MONITOR = b'{"tensorboard": {"enabled": true, "output_path": "logs"}, "wandb": {"enabled": false}}'
 _TOKENS = [
     *(b"\0", b"\r", b"\n\n", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\\ud800", b"\\u0000"),
     *(b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"Infinity", b"9" * 5000, b'""', b"[]"),
@@ -137,8 +141,10 @@ def _fuzz(read: Callable[[Path], object], file: Path, content: bytes, read_path:
         (read_prompts, "in.txt", _PROMPTS),
         (read_model_spec, "config.json", (_EXAMPLE / "config.json").read_bytes()),
         (load_run_config, "ds_inference.json", (_EXAMPLE / "ds_inference.json").read_bytes()),
+        (read_monitor, "ds_config.json", _MONITOR),
+        (read_placement, "placement.json", _PLACEMENT),
     ],
-    ids=["hostfile", "prompts", "text", "model-config", "deepspeed-config"],
+    ids=["hostfile", "prompts", "text", "model-config", "deepspeed-config", "monitor", "placement"],
 )
 def test_a_damaged_file_is_read_or_refused(read, name, content, folder):
     file = folder / name
