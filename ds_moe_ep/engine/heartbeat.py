@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.dist.rendezvous import RollCall
-from ds_moe_ep.engine.supervisor import Progress, wake_after_rank_0
+from ds_moe_ep.engine.supervisor import Progress
+from ds_moe_ep.engine.wake import wake_when_others_end
 from ds_moe_ep.errors import DistributedError
 
 __all__ = ["heartbeat"]
@@ -47,7 +48,7 @@ def heartbeat(
         return
     roll_call = job.roll_call.with_own_client()
     heart = _Heart(replace(job, roll_call=roll_call), roll_call, progress, limit_s, lost)
-    with wake_after_rank_0():
+    with wake_when_others_end(job):
         for work in (heart.beat, heart.listen):
             threading.Thread(target=work, name=f"heartbeat-{work.__name__}", daemon=True).start()
         try:

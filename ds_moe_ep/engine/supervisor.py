@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ds_moe_ep.engine.launcher import Launcher, is_stopped
-from ds_moe_ep.errors import DistributedError
 
-__all__ = ["INTERRUPTED", "Progress", "supervise", "wake_after_rank_0", "what_is_kept"]
+__all__ = ["INTERRUPTED", "Progress", "supervise", "wake_after", "what_is_kept"]
 
 INTERRUPTED = 130
 """Exit code of a job that was told to stop."""
@@ -37,8 +36,8 @@ _LOOK_S = 1.0
 _BOTH_S = 0.5
 # Beyond a bound, a supervisor asks this often whether there is still a job, and as long each time.
 _ASK_S = 5.0
-# SIGCONT from the kernel, as `wake_after_rank_0` asks of it, and not from a user.
-_RANK_0_HAS_GONE = -1
+# SIGCONT from the kernel, as `wake_after` asks of it, and not from a user.
+_OTHERS_HAVE_ENDED = -1
 
 
 class Progress:
@@ -159,7 +158,7 @@ def _watch(
         if number == signal.SIGCONT:
             os.kill(worker, signal.SIGCONT)
             continue
-        is_forgotten = number == _RANK_0_HAS_GONE and is_stopped(worker)
+        is_forgotten = number == _OTHERS_HAVE_ENDED and is_stopped(worker)
         why = "" if is_forgotten else patience.is_over(worker)
         if why is not None:
             os.kill(worker, signal.SIGKILL)
@@ -214,40 +213,27 @@ class _Patience:
         return None if _store_answers() else ""
 
 
-def wake_after_rank_0() -> socket.socket:
-    """Has the kernel wake a worker's supervisor when rank 0 goes; the worker calls it.
+def wake_after(connection: socket.socket) -> None:
+    """Has the kernel wake a worker's supervisor when the other end has gone; the worker calls it.
 
-    If both were stopped, with no other rank on their host, nobody else would be there to end them,
-    and a job lasts until its launchers on all hosts have ended.
+    A supervisor that finds its worker stopped then ends it: the job is over.
 
-    Returns:
-        A connection that rank 0 breaks as it ends; to be kept until then.
-
-    Raises:
-        DistributedError: Rank 0 has gone already.
+    Args:
+        connection: Over which nothing is sent.
     """
-    try:
-        connection = _connect_to_rank_0()
-    except OSError as error:
-        raise DistributedError(f"rank 0 has gone: {error.strerror or error}.") from error
     fcntl.fcntl(connection, fcntl.F_SETOWN, os.getppid())
     fcntl.fcntl(connection, fcntl.F_SETSIG, signal.SIGCONT)
     fcntl.fcntl(connection, fcntl.F_SETFL, fcntl.fcntl(connection, fcntl.F_GETFL) | os.O_ASYNC)
-    return connection
 
 
 def _store_answers() -> bool:
     """Returns whether rank 0, which holds the store of the ranks, is there."""
+    where = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
     try:
-        _connect_to_rank_0().close()
+        socket.create_connection(where, timeout=_ASK_S).close()
     except OSError:
         return False
     return True
-
-
-def _connect_to_rank_0() -> socket.socket:
-    where = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
-    return socket.create_connection(where, timeout=_ASK_S)
 
 
 def _follow_supervisor(lifeline: int, name: str, progress: Progress, launcher: Launcher) -> None:
@@ -283,7 +269,7 @@ def _leave(code: int) -> NoReturn:
 def _next_of(signals: set[int], timeout_s: float) -> int | None:
     caught = signal.sigtimedwait(signals, timeout_s)
     if caught and caught.si_signo == signal.SIGCONT and caught.si_code > 0:  # not from a process
-        return _RANK_0_HAS_GONE
+        return _OTHERS_HAVE_ENDED
     return caught.si_signo if caught else None
 
 

@@ -43,8 +43,10 @@ def _happen() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif _WHAT == "STOP_READING":
         _when_reading(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    elif _WHAT == "STOP_BOTH":
+        _stop_both()
     elif _WHAT == "STOP_BOTH_READING":
-        _when_reading(lambda: [os.kill(pid, signal.SIGSTOP) for pid in (os.getppid(), os.getpid())])
+        _when_reading(_stop_both)
     elif _WHAT == "READ_SLOWLY":
         _when_reading(lambda: time.sleep(3600.0))
     elif _WHAT == "KILL_AT_RENAME":  # a file is written, and not there yet
@@ -63,6 +65,11 @@ def _fill_disk(spare_pages: int) -> None:
             while file.write(bytes(mmap.PAGESIZE)):
                 pass
         file.truncate(file.tell() - spare_pages * mmap.PAGESIZE)
+
+
+def _stop_both() -> None:
+    for pid in (os.getppid(), os.getpid()):
+        os.kill(pid, signal.SIGSTOP)
 
 
 def _when_reading(happens: Callable[[], object]) -> None:

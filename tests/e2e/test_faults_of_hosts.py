@@ -119,8 +119,8 @@ def test_a_host_that_is_cut_off_is_named_and_the_job_goes_on_without_it(faulty_j
     assert written == undisturbed
 
 
-def _lose_host_at_load(job: Job, model: Path, slots: int, fault: str, cut_off: bool) -> str:
-    """Loses the second of two hosts while ranks load, and returns what the job said then."""
+def _lose_host(job: Job, model: Path, slots: int, fault: str, cut_off: bool = False) -> str:
+    """Loses a host by a fault, or the second of two cut off; returns what the job said then."""
     bounds = ["--timeout", str(_TIMEOUT_S), "--start-timeout", str(WAIT_S)]
     with _two_hosts(job, slots, **job.fault(fault)) as hosts:
         command = _run_sh(job, model, hosts, *bounds)
@@ -150,13 +150,36 @@ def _lose_host_at_load(job: Job, model: Path, slots: int, fault: str, cut_off: b
 def test_a_host_that_is_lost_while_ranks_load_is_named(
     faulty_job, tiny_model, slots: int, fault: str, cut_off: bool
 ) -> None:
-    output = _lose_host_at_load(faulty_job, tiny_model("olmoe"), slots, fault, cut_off)
+    output = _lose_host(faulty_job, tiny_model("olmoe"), slots, fault, cut_off)
     silent = ", ".join(rf"rank {rank} \(worker-1\)" for rank in range(slots, 2 * slots))
     told = (
         rf"DistributedError: \[rank 0 worker-0\] at loading weights: rank {slots} \(worker-1\) was "
         rf"last heard of 15 s ago, at .*\. No answer from {silent}\."
     )
     assert re.search(told, output), output
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (
+            "0,loading weights,0,STOP_BOTH_READING",
+            rf"at loading weights: rank 0 \(worker-0\) was last heard of {_TIMEOUT_S:.0f} s ago, .*"
+            r"\. No answer from rank 0 \(worker-0\)\.",
+        ),
+        (
+            "0,batch 2,2,STOP_BOTH",
+            rf"lost other ranks at {BATCH}, step 8: .*No answer from rank 0 \(worker-0\)\.{KEPT}",
+        ),
+    ],
+    ids=["at load", "in decode"],
+)
+def test_rank_0_alone_on_a_host_that_is_stopped_whole_ends_with_the_job(
+    faulty_job, undisturbed, tiny_model, fault: str, told: str
+) -> None:
+    output = _lose_host(faulty_job, tiny_model("olmoe"), 1, fault)
+    assert re.search(rf"DistributedError: \[rank 1 worker-1\] {told}", output), output
+    faulty_job.check_resumed(2, undisturbed)
 
 
 # Listens where rank 0 is to, and takes calls in silence.

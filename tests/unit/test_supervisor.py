@@ -23,7 +23,7 @@ from tests.helpers.launch import REPO
 _RANK = """
 import os, sys, time
 from pathlib import Path
-from ds_moe_ep.engine.supervisor import supervise, wake_after_rank_0
+from ds_moe_ep.engine.supervisor import supervise, wake_after
 
 def work(progress):
     progress.enter("batch 2 of 3")
@@ -301,22 +301,21 @@ def test_a_worker_that_stands_still_ends_with_the_job_and_not_sooner(start, is_s
     assert rank.is_gone()
 
 
-def test_a_rank_that_is_stopped_whole_ends_with_rank_0(start):
+@pytest.mark.parametrize("is_rank_0", [False, True])
+def test_a_rank_that_is_stopped_whole_ends_with_the_job(start, is_rank_0: bool):
     """Alone on its host nobody else would end it: the kernel wakes its supervisor for that."""
-    listen = "import socket, sys; s = socket.create_server(('127.0.0.1', 0))"
-    listen += "; print(s.getsockname()[1], flush=True); sys.stdin.readline()"
-    command = [sys.executable, "-c", listen]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as rank_0:
-        port = int(rank_0.stdout.readline())
-        work = "held = wake_after_rank_0(); print('connected', flush=True); time.sleep(600)"
-        rank = start(work=work, port=port)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        where = listener.getsockname()
+        work = f"import socket; held = socket.create_connection({where}); wake_after(held)"
+        rank = start(
+            work=f"{work}; print('held', flush=True); time.sleep(600)", is_rank_0=is_rank_0
+        )
         rank.process.stdin.write("go on\n")
         rank.process.stdin.flush()
-        assert rank.process.stdout.readline() == "connected\n"
+        assert rank.process.stdout.readline() == "held\n"
         rank.supervisor.suspend()
         rank.wait_for(rank.worker, psutil.STATUS_STOPPED)
-        rank_0.kill()
+        listener.accept()[0].close()
     assert rank.end() == (1, "")
     assert rank.is_gone()
 
