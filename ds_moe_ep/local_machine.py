@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 
-__all__ = ["count_local_gpus", "free_port", "threads_of_rank"]
+__all__ = ["count_local_gpus", "free_port", "one_thread_each", "threads_of_rank"]
 
 
 def count_local_gpus() -> int:
@@ -51,6 +51,14 @@ def threads_of_rank(num_ranks: int) -> int | None:
     else:
         num_cores = os.cpu_count() or 1
     return max(1, num_cores // num_ranks)
+
+
+def one_thread_each() -> dict[str, str]:
+    """Return this process's environment, for ranks that share the cores of this machine."""
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    if count_local_gpus() == 0:
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    return env
 
 
 def _count_device_files() -> int:

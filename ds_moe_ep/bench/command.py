@@ -41,7 +41,7 @@ from ds_moe_ep.engine.console import only_rank_0_prints, quiet_libraries
 from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
 from ds_moe_ep.heap import keep_freed_memory
 from ds_moe_ep.hostfile import Cluster, first_slots, read_hostfile
-from ds_moe_ep.local_machine import count_local_gpus, free_port
+from ds_moe_ep.local_machine import free_port, one_thread_each
 from ds_moe_ep.rehearsal.hosts import SimulatedHosts, simulate_hosts
 from ds_moe_ep.rehearsal.shared_start import shared_start
 
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--rounds", type=int, default=5, metavar="N", help="of each side")
         _add_out_argument(command, table.document)
         command.set_defaults(result=None, hostfile=None)
-        if table.start is None:
+        if table.measure_alone is None:
             _add_launch_arguments(command)
         table.add_arguments(command)
     return parser
@@ -167,14 +167,14 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
         print(f"{table.name}: preparing", file=sys.stderr)
         if table.prepare is not None:
             table.prepare(args, work)
-        if table.start is None:
+        if table.measure_alone is not None:
+            quiet_libraries()
+            results = table.measure_alone(args, work)
+        else:
             with _place(args, script) as place:
                 for world_size in args.world:
                     print(f"{table.name}: measuring with {world_size} ranks", file=sys.stderr)
                     results += _launch(place, argv, world_size, work)
-        else:
-            quiet_libraries()
-            results = table.measure(args, table.start(args), work)
     command = shlex.join(["python", os.path.join("launch", script.name), *argv])
     name, heading = table.name, table.heading
     if args.hostfile:
@@ -224,11 +224,9 @@ def _launch(place: _Place, argv: Sequence[str], world_size: int, work: Path) -> 
     command += [str(place.script), *argv, f"--work={work}", f"--result={result}"]
     if place.hosts is not None:
         command = place.hosts.command(command)
-    # The ranks share the cores: a thread each.
-    env = {"OMP_NUM_THREADS": "1", **os.environ}
-    if count_local_gpus() == 0:
-        env.setdefault("DS_ACCELERATOR", "cpu")
-    ended = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    ended = subprocess.run(
+        command, env=one_thread_each(), stdout=subprocess.PIPE, text=True, check=False
+    )
     if ended.returncode != 0 or not result.exists():
         raise DistributedError(
             f"the ranks ended with exit code {ended.returncode} and no result: their errors stand "
@@ -246,6 +244,7 @@ def _run_rank(table: Table, args: argparse.Namespace) -> None:
     quiet_libraries()
     with only_rank_0_prints(info.rank):
         job = init_distributed(info, timeout_s=args.timeout)
+    assert table.measure is not None  # else there are no ranks
     results = table.measure(args, job, args.work)
     if info.rank == 0:
         args.result.write_text(json.dumps(results), encoding="utf-8")

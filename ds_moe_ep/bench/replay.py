@@ -19,7 +19,6 @@ from ds_moe_ep.bench.replayed_rank import announce, build_own_part, join_fake_jo
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread, time_in_turn
-from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 
@@ -64,12 +63,9 @@ def _prepare(args: argparse.Namespace, work: Path) -> None:
         )
 
 
-def _start(args: argparse.Namespace) -> Job:
-    return join_fake_job(args.rank, args.world)
-
-
 @torch.no_grad()
-def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
+def _measure(args: argparse.Namespace, work: Path) -> list[Result]:
+    job = join_fake_job(args.rank, args.world)
     dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
     model = build_own_part(args.model, job, dtype, "allgather")
     weight_bytes = sum(param.nbytes for param in model.parameters())
@@ -273,7 +269,6 @@ TABLE = Table(
     heading="One rank of a large job",
     add_arguments=_add_arguments,
     prepare=_prepare,
-    measure=_measure,
     to_markdown=_to_markdown,
-    start=_start,
+    measure_alone=_measure,
 )

@@ -23,14 +23,12 @@ class Table:
     Attributes:
         name: Its name on the command line.
         heading: Its heading in the document.
-        add_arguments: Adds what it can be asked; ``--world``, the numbers of ranks (one number with
-            `start`), among it.
-        measure: Called on every rank of each world; rank 0's results count.
+        add_arguments: Adds what it can be asked; ``--world``, the numbers of ranks, among it.
         to_markdown: Shows the results of all worlds.
+        measure: Called on every rank of each world; rank 0's results count.
+        measure_alone: In its place: called in this process, for which no ranks are launched.
         prepare: Called once before any rank starts, if there is anything to check or to write to
             the folder that they read.
-        start: Makes this process the only one that measures, of a job that is not there; without
-            it, ranks are launched.
         document: The file in docs/ that its section stands in.
         variant: Tells, by what it was asked, the ending of the section's name and of its heading
             where a section of its own is due on this machine; None where it is not.
@@ -39,9 +37,9 @@ class Table:
     name: str
     heading: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    measure: Callable[[argparse.Namespace, Job, Path], list[Result]]
     to_markdown: Callable[[Sequence[Result]], str]
+    measure: Callable[[argparse.Namespace, Job, Path], list[Result]] | None = None
+    measure_alone: Callable[[argparse.Namespace, Path], list[Result]] | None = None
     prepare: Callable[[argparse.Namespace, Path], None] | None = None
-    start: Callable[[argparse.Namespace], Job] | None = None
     document: str = "benchmarks.md"
     variant: Callable[[argparse.Namespace], tuple[str, str] | None] = lambda args: None
