@@ -52,6 +52,7 @@ _TRAINING = WithoutEffect("training only")
 _OUTPUTS = WithoutEffect("what a call returns besides logits")
 _FILES = WithoutEffect("how the file or the class came about")
 _SAMPLING = WithoutEffect("defaults of generation, from older versions of transformers")
+_LEFT_OUT = WithoutEffect("layers that Hugging Face's class leaves out")
 _REMOTE = WithoutEffect("of the code that came with the first checkpoints; transformers ignores it")
 
 _GENERIC: dict[str, Fate] = {
@@ -193,7 +194,7 @@ FIELDS: dict[str, dict[str, Fate]] = {
         "scoring_func": Only("sigmoid", "Hugging Face's class knows no other", default="sigmoid"),
         "norm_topk_prob": Only(True, "sigmoid scores are always normalised", default=True),
         "rope_interleave": Only(True, "rotated parts are always interleaved", default=True),
-        "num_nextn_predict_layers": WithoutEffect("layers that Hugging Face's class leaves out"),
+        **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), _LEFT_OUT),
     },
     "mixtral": {
         **_SHARED,

@@ -82,7 +82,7 @@ def _decoder(spec: ModelSpec, config: HfConfig) -> Args:
     return {
         "--num-layers": spec.num_layers,
         "--hidden-size": spec.hidden_size,
-        "--ffn-hidden-size": spec.intermediate_size,
+        "--ffn-hidden-size": _number(config, "intermediate_size"),
         "--num-attention-heads": spec.num_attention_heads,
         "--kv-channels": spec.head_dim if spec.mla is None else None,
         "--group-query-attention": grouped,

@@ -4,10 +4,13 @@ That Megatron knows the names is tested in tests/megatron.
 """
 
 import contextlib
+import dataclasses
 import json
 import re
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from ds_moe_ep.cli import main
 from ds_moe_ep.config.megatron import MegatronOptions, megatron_args
@@ -187,13 +190,54 @@ def test_the_options_of_the_command(prefix, tmp_path, capsys):
     assert "ConfigError: --megatron-grouped-gemm with" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model_type", FIELDS)
-def test_every_field_of_transformers_own_class_is_known(model_type):
+def class_of(model_type):
     from transformers import CONFIG_MAPPING
 
-    fields = CONFIG_MAPPING[model_type]().to_dict().keys()
-    assert not fields - FIELDS[model_type].keys()
+    return CONFIG_MAPPING[model_type]
+
+
+@pytest.mark.parametrize("model_type", FIELDS)
+def test_every_field_of_transformers_own_class_is_known(model_type):
+    known, theirs = FIELDS[model_type].keys(), class_of(model_type)
+    assert not theirs().to_dict().keys() - known
+    assert not {field.name for field in dataclasses.fields(theirs)} - known
+    assert not theirs.attribute_map.keys() - known  # other names that it takes for some
     assert {config["model_type"] for config in FAMILIES} == FIELDS.keys()
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
+def test_a_field_that_is_not_there_is_what_transformers_takes_for_it_or_is_refused(config):
+    defaults = class_of(config["model_type"])().to_dict()
+    fates, taken = FIELDS[config["model_type"]], 0
+    for name in config.keys() & defaults.keys():
+        if isinstance(fates[name], Mapped | Only) and defaults[name] is not None:
+            absent = {key: value for key, value in config.items() if key != name}
+            with contextlib.suppress(ConfigError, ModelSpecError):
+                assert arguments(absent) == arguments(absent | {name: defaults[name]}), name
+                taken += 1
+    assert taken >= 3
+
+
+JSON_VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+ALL_NAMES = st.sampled_from(sorted({name for fates in FIELDS.values() for name in fates}))
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
+@given(name=st.text(min_size=1) | ALL_NAMES, value=JSON_VALUES)
+def test_any_other_field_is_refused_by_name(config, name, value):
+    assume(name not in FIELDS[config["model_type"]])
+    with pytest.raises((ConfigError, ModelSpecError)) as refused:
+        text(config | {name: value})
+    assert f"{name}={value!r}" in str(refused.value)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
+@given(name=st.text(min_size=1) | st.sampled_from(["truncate", "short_factor"]), value=JSON_VALUES)
+def test_any_other_rope_parameter_is_refused_by_name(config, name, value):
+    rope = {"rope_theta": 10000.0, "rope_type": "default"}
+    assume(name not in {*rope, "type"})
+    said = refusal(config | {"rope_parameters": rope | {name: value}})
+    assert said.startswith(f"{name}={value!r} among the rope parameters in config.json")
 
 
 def another(value):
