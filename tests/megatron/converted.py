@@ -20,39 +20,23 @@ from ds_moe_ep.megatron.model import build_model, load_weights
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import build_tiny
+from tests.helpers.families.megatron import MEGATRON_CASES
 
-__all__ = ["CASES", "load_converted", "save_converted"]
-
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "olmoe": ("olmoe", {}),
-    "olmoe, one expert a rank at EP4": ("olmoe", {"num_experts": 4}),
-    "olmoe, as many keys as queries": ("olmoe", {"num_key_value_heads": 4}),
-    "mixtral": ("mixtral", {"sliding_window": None}),
-    "qwen2_moe": ("qwen2_moe", {}),
-    "qwen3_moe": ("qwen3_moe", {}),
-    "qwen3_moe, not normalised": ("qwen3_moe", {"norm_topk_prob": False}),
-    "deepseek_v2": ("deepseek_v2", {}),
-    "deepseek_v2, as V2-Lite": (
-        "deepseek_v2",
-        {"topk_method": "greedy", "q_lora_rank": None},
-    ),
-    "deepseek_v3": ("deepseek_v3", {"num_experts_per_tok": 4, "routed_scaling_factor": 1.5}),
-}
-"""Name to family and what differs from its tiny config."""
+__all__ = ["load_converted", "save_converted"]
 
 
 def save_converted(case: str, folder: Path, world_size: int = 1) -> PreTrainedModel:
     """Writes a case's converted checkpoint and, for each ep_size, its arguments.
 
     Args:
-        case: One of `CASES`.
+        case: One of `MEGATRON_CASES`.
         folder: Where: `checkpoint` and `ep1.args`, `ep2.args` and so on.
         world_size: The number of ranks that the arguments are for.
 
     Returns:
         The model that was converted.
     """
-    family, changes = CASES[case]
+    family, changes = MEGATRON_CASES[case]
     model = build_tiny(family, **changes)
     model.save_pretrained(folder / "source")
     to_megatron(folder / "source", folder / "checkpoint", "local")
