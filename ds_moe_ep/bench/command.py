@@ -22,6 +22,7 @@ import torch
 
 from ds_moe_ep.bench import (
     balance,
+    balance_jobs,
     bars,
     collectives,
     e2e,
@@ -52,6 +53,7 @@ _TABLES = {
     for table in (
         *(load.TABLE, layer.TABLE, overlap.TABLE, scale.TABLE, collectives.TABLE, e2e.TABLE),
         *(e2e.UNEVEN, monitor.TABLE, replay.TABLE, predict.TABLE, balance.TABLE),
+        balance_jobs.TABLE,
     )
 }
 _DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -21,6 +21,10 @@ TINY = {
         *("--world", "2", "--shape", "tiny", "--tokens", "4", "--routing", "zipf"),
         *("--spare", "0", "1"),
     ),
+    "balance-jobs": (
+        *("--world", "2", "--shape", "tiny", "--routing", "zipf", "--spare", "1"),
+        *("--prompts", "4", "--prompt-tokens", "3", "--new-tokens", "2"),
+    ),
     "scale": ("--world", "2", "--shape", "tiny", "--tokens", "4", "--total-tokens", "6"),
     "collectives": ("--world", "2", "--message-kib", "1"),
     "e2e": (

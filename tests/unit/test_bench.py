@@ -7,8 +7,10 @@ import threading
 
 import pytest
 import torch
+from transformers import Qwen3MoeForCausalLM
 
 from ds_moe_ep.bench import load
+from ds_moe_ep.bench.balance_jobs import write_skewed_model
 from ds_moe_ep.bench.memory import PeakMemory, read_bytes_so_far
 from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import Report, markdown_table
@@ -98,6 +100,26 @@ def test_a_model_is_the_same_each_time(tmp_path):
 
 def _report(table, text):
     return Report(table, f"About {table}", f"bench {table}", text, [{"x": 1}], {"cpu": "1 core"})
+
+
+def test_tokens_of_a_skewed_model_choose_by_zipf_and_alike_in_all_layers(tmp_path):
+    write_skewed_model("zipf", "tiny", tmp_path)
+    model = Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    sizes, generator = SHAPES["tiny"], torch.Generator().manual_seed(1)
+    vocabulary = torch.randperm(sizes.vocab_size, generator=generator)
+    with torch.no_grad():  # in 16 prompts, each token of the vocabulary once
+        found = model(vocabulary.view(16, -1), output_router_logits=True).router_logits
+    chosen = [logits.topk(sizes.top_k).indices.sort().values for logits in found]
+    assert len(chosen) == sizes.num_layers
+    assert all(torch.equal(layer, chosen[0]) for layer in chosen)
+    # Expert i in proportion to (i + 1) ** -1.2, without replacement.
+    popularity = torch.arange(1.0, sizes.num_experts + 1) ** -1.2
+    drawn = popularity.expand(50_000, -1).multinomial(sizes.top_k, generator=generator)
+    shares, expected = (
+        torch.bincount(each.flatten(), minlength=sizes.num_experts) / len(each)
+        for each in (chosen[0], drawn)
+    )
+    torch.testing.assert_close(shares, expected, rtol=0, atol=5 * (0.25 / len(chosen[0])) ** 0.5)
 
 
 def test_a_section_is_replaced_and_the_others_stay(tmp_path):

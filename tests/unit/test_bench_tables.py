@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from ds_moe_ep.bench import balance, collectives, layer, predict, replay, scale
+from ds_moe_ep.bench import balance, balance_jobs, collectives, layer, predict, replay, scale
 from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.replay import prefill_flops
 from ds_moe_ep.bench.replayed_rank import even_ids
@@ -208,6 +208,23 @@ def test_placed_experts_are_compared_with_contiguous_ones():
     assert lines[2] == "| 2 | zipf | contiguous | 0.625 | 20.0 (20.0 to 20.0) | 4,000 | 1.00 |"
     assert lines[3].startswith("| 2 | zipf | placed, no copies | 0.988 | 16.0 ")
     assert lines[3].endswith("| 5,000 | 1.25 |")
+
+
+def test_jobs_on_placed_experts_are_compared_with_those_on_contiguous_ones():
+    jobs = {
+        "contiguous": {"balancedness": 0.357, "balancedness_worst_layer": 0.3},
+        "placed, 2 spare slots a rank": {"balancedness": 0.97, "balancedness_worst_layer": 0.9},
+    }
+    for rate, job in zip((200.0, 250.0), jobs.values(), strict=True):
+        job["tokens_per_s"] = vars(Spread(rate, rate - 10, rate + 10, 3))
+    sizes = {"shape": "tiny", "prompts": 64, "prompt_tokens": 32, "new_tokens": 16}
+    result = {"world_size": 4, "routing": "zipf", "hottest_factor": 7.28, "jobs": jobs, **sizes}
+    text = balance_jobs.TABLE.to_markdown([result])
+    assert text.splitlines()[2:4] == [
+        "| 4 | zipf | contiguous | 0.357 | 0.300 | 200 (190 to 210) | 1.00 |",
+        "| 4 | zipf | placed, 2 spare slots a rank | 0.970 | 0.900 | 250 (240 to 260) | 1.25 |",
+    ]
+    assert "7.3 times (zipf)" in text
 
 
 def test_predictions_stand_beside_what_was_measured():
