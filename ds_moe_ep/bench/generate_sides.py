@@ -79,8 +79,8 @@ def load_ours(
     is_replicated = dispatcher == "allreduce"
 
     def generate(prompts_BS: Tensor, num_new: int) -> Tensor | None:
-        live_rows.start_batch()
         mine_BS = prompts_BS.to(job.device) if is_replicated else _own(prompts_BS, job)
+        live_rows.start_batch(mine_BS != PAD)
         completed = complete(model, mine_BS, num_new)
         sync.join_others()
         return None if is_replicated and info.rank != 0 else completed

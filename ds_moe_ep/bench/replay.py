@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch._inductor.config
@@ -19,10 +18,11 @@ from ds_moe_ep.bench.replayed_rank import announce, build_own_part, join_fake_jo
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread, time_in_turn
+from ds_moe_ep.engine.decode_graph import capture
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 
-__all__ = ["TABLE", "capture", "prefill_flops"]
+__all__ = ["TABLE", "prefill_flops"]
 
 _MS = 1000.0
 _STEPS = 8  # decode steps of a round, for which the cache has room after the context
@@ -121,7 +121,8 @@ def _time_decode(
         with torch._inductor.config.patch(freezing=True):
             steps["compiled"]()
         for mode in ("eager", "compiled"):
-            steps[f"{mode}, {_GRAPH}"] = capture(steps[mode], rewind)
+            rewind()
+            steps[f"{mode}, {_GRAPH}"] = capture(steps[mode])
 
     def run(step: Callable[[], object]) -> None:
         for _ in range(_STEPS):
@@ -135,28 +136,6 @@ def _time_decode(
     return time_in_turn(
         sides, rounds, wait_for_all=rewind, slowest=lambda seconds: seconds / _STEPS
     )
-
-
-def capture(step: Callable[[], object], rewind: Callable[[], None]) -> Callable[[], None]:
-    """Captures a step in a CUDA graph.
-
-    Args:
-        step: The step; it was called before.
-        rewind: Takes back what a step changed.
-
-    Returns:
-        What replays it.
-    """
-    rewind()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return cast(Callable[[], None], graph.replay)
 
 
 def _time_prefill(

@@ -82,7 +82,7 @@ def measure_cost(
         ]
         settings = GenerateSettings(new_tokens, context_length)
         start_s = time.perf_counter()
-        generate_batch(engine, prompts, settings, None, job.device)
+        generate_batch(engine, prompts, settings, None)
         return time.perf_counter() - start_s
 
     with _same_pass_on_all_ranks(engine.module, layers, job.info.world_size):

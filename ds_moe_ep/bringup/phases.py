@@ -63,6 +63,8 @@ class BringUp:
         predicted_bytes: What a rank is to use at most, once the phases are done: what it used
             before loading, its weights, and its largest batch; None if the system does not say.
         available_bytes: What a rank may use; None if the system does not say.
+        largest_batch: Prompts of the largest batch of any rank, once the phases are done.
+        longest_tokens: Tokens of the longest prompt with its completion.
     """
 
     def __init__(self, options: JobOptions, job: Job, work: Work, left: Sequence[int]) -> None:
@@ -76,6 +78,8 @@ class BringUp:
         self._before_bytes: int | None = None
         self.predicted_bytes: int | None = None
         self.available_bytes: int | None = None
+        self.largest_batch = 0
+        self.longest_tokens = max(self._lengths, default=0) + self._new_tokens
 
     def check_before_loading(self) -> None:
         """Does what of phases 1 and 4 can be done before weights are loaded.
@@ -204,6 +208,7 @@ class BringUp:
         self, memory: Sequence[RankMemory], batch_size: int, of_rank: Sequence[Sequence[Batch]]
     ) -> list[Check]:
         largest = max((len(b.indices) for batches in of_rank for b in batches), default=0)
+        self.largest_batch = largest
         self._predict(memory[self._job.info.rank], largest)
         return [
             judge_weights(memory, is_exact=self._work.spec.params_are_exact),

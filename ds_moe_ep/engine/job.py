@@ -18,9 +18,8 @@ from ds_moe_ep import host_memory
 from ds_moe_ep.bringup.phases import BringUp
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.dist.shared_memory import SharedMemory
-from ds_moe_ep.engine.console import (
-    progress_bar,
-)
+from ds_moe_ep.engine.console import progress_bar
+from ds_moe_ep.engine.decode_graph import DecodeGraph
 from ds_moe_ep.engine.journal import Journal, fingerprint
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import Engine, load_engine
@@ -87,6 +86,8 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
             remove_unfinished(options.output)
 
     job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
+    progress.enter("capturing a decode pass")
+    graph = _decode_graph(options, job, engine, bring_up.largest_batch, bring_up.longest_tokens)
     num_prompts = sum(len(batch.indices) for batch in batches)
     live_rows = LiveRows(end_ids(engine.deepspeed_engine.module.generation_config), job.device)
     watched = Watched(
@@ -94,7 +95,7 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
     )
     with watch(watched) as monitor:
         results, summary = _run(
-            options, job, work, engine, batches, journal, progress, live_rows, monitor
+            options, job, work, engine, batches, journal, progress, live_rows, graph, monitor
         )
         progress.enter("writing the results")
         _finish(options, job, work, earlier | results, summary, journal, monitor)
@@ -127,10 +128,11 @@ def _run(
     journal: Journal,
     progress: Progress,
     live_rows: LiveRows,
+    graph: DecodeGraph | None,
     monitor: JobMonitor | None,
 ) -> tuple[dict[int, Result], RankSummary]:
     """Serves this rank's batches and takes part in those of the others."""
-    serve = _server(options, job, work, engine)
+    serve = _server(options, work, engine, live_rows, graph)
     results: dict[int, Result] = {}
 
     def start_step(step: int) -> None:
@@ -154,12 +156,12 @@ def _run(
             on_progress=show,
             on_step=start_step,
             live_rows=live_rows,
+            graph=graph,
         )
         for number, batch in enumerate(batches, start=1):
             prompts = [work.prompts[index] for index in batch.indices]
             ids = some([repr(each.prompt.id)[:_SHOWN_CHARS] for each in prompts])
             progress.enter(f"batch {number} of {len(batches)} (prompts {ids})")
-            live_rows.start_batch()
             if monitor is not None:
                 monitor.start_batch(len(prompts))
             done = dict(zip(batch.indices, serve(prompts), strict=True))
@@ -173,7 +175,23 @@ def _run(
             monitor.end_batches()
         sync.join_others()
     run_s = time.perf_counter() - start
-    return results, _summarise(job, work, engine, results, sync.num_steps, run_s)
+    num_replays = 0 if graph is None else graph.num_replays
+    return results, _summarise(job, work, engine, results, sync.num_steps, num_replays, run_s)
+
+
+def _decode_graph(
+    options: JobOptions, job: Job, engine: Engine, batch_size: int, cache_len: int
+) -> DecodeGraph | None:
+    """Returns what replays decode passes, if the user wants it and there are any."""
+    if not options.cuda_graphs or not batch_size or options.task == "score":
+        return None
+    return DecodeGraph(
+        engine.deepspeed_engine.module,
+        engine.layers,
+        world_size=job.info.world_size,
+        batch_size=batch_size,
+        cache_len=cache_len,
+    )
 
 
 def _shared_by_all(job: Job, engine: Engine) -> SharedMemory | None:
@@ -183,11 +201,15 @@ def _shared_by_all(job: Job, engine: Engine) -> SharedMemory | None:
 
 
 def _server(
-    options: JobOptions, job: Job, work: Work, engine: Engine
+    options: JobOptions,
+    work: Work,
+    engine: Engine,
+    live_rows: LiveRows,
+    graph: DecodeGraph | None,
 ) -> Callable[[list[EncodedPrompt]], Sequence[Result]]:
     """Returns what serves a batch of prompts under the user's task."""
     if options.task == "score":
-        return lambda prompts: score_batch(engine.deepspeed_engine, prompts, job.device)
+        return lambda prompts: score_batch(engine.deepspeed_engine, prompts, live_rows)
     settings = GenerateSettings(
         max_new_tokens=options.max_new_tokens,
         context_length=work.context_length,
@@ -196,7 +218,7 @@ def _server(
         seed=options.seed,
     )
     return lambda prompts: generate_batch(
-        engine.deepspeed_engine, prompts, settings, work.tokenizer, job.device
+        engine.deepspeed_engine, prompts, settings, work.tokenizer, live_rows, graph
     )
 
 
@@ -206,6 +228,7 @@ def _summarise(
     engine: Engine,
     results: dict[int, Result],
     num_steps: int,
+    num_replays: int,
     run_s: float,
 ) -> RankSummary:
     stats = [layer.deepspeed_moe.stats for layer in engine.layers]
@@ -224,6 +247,7 @@ def _summarise(
         comm_s=sum(stat.seconds() for stat in stats),
         comm_bytes=sum(stat.sent_bytes for stat in stats),
         num_steps=num_steps,
+        num_replays=num_replays,
         peak_memory_bytes=_peak_memory_bytes(job.device),
     )
 

@@ -27,6 +27,7 @@ class LiveRows:
 
     def __init__(self, end_ids: Collection[int], device: torch.device) -> None:
         self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.int64, device=device)
+        self._mask_BS: Tensor | None = None  # until the first pass of a batch has begun
         self._ended_B: Tensor | None = None
         self._num_completing = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -35,27 +36,32 @@ class LiveRows:
         """How often a pass was to give a prompt its next token; a device-to-host sync."""
         return int(self._num_completing)
 
-    def start_batch(self) -> None:
-        """Says that the next pass is the first of a batch."""
-        self._ended_B = None
+    def start_batch(self, mask_BS: Tensor) -> None:
+        """Says that the next pass is the first of a batch.
 
-    def of_pass(self, ids_BS: Tensor, mask_BL: Tensor | None) -> Tensor | None:
+        Args:
+            mask_BS: 1 for the tokens of its prompts, 0 for padding. A prompt that has none is none.
+        """
+        self._mask_BS = mask_BS.bool()
+        self._ended_B = ~self._mask_BS.any(dim=1)
+
+    def of_pass(self, ids_BS: Tensor) -> Tensor | None:
         """Returns which tokens of a pass are live; on a GPU no device-to-host sync.
 
         Args:
             ids_BS: Input tokens.
-            mask_BL: Attention mask of these and earlier tokens, 0 for padding.
 
         Returns:
             bool ``[B * S]``; None if all are, as far as the host knows.
         """
-        if self._ended_B is None or len(self._ended_B) != len(ids_BS):
-            self._ended_B = torch.zeros(len(ids_BS), dtype=torch.bool, device=ids_BS.device)
-        elif len(self._end_ids):
-            self._ended_B = self._ended_B | torch.isin(ids_BS[:, -1], self._end_ids)
-        live_BS = ~self._ended_B[:, None].expand(ids_BS.shape)
-        if mask_BL is not None:
-            live_BS = live_BS & mask_BL[:, -ids_BS.shape[1] :].bool()
+        if self._ended_B is None:
+            return None
+        if self._mask_BS is not None:
+            live_BS, self._mask_BS = self._mask_BS, None
+        else:
+            if len(self._end_ids):
+                self._ended_B = self._ended_B | torch.isin(ids_BS[:, -1], self._end_ids)
+            live_BS = ~self._ended_B[:, None]
         self._num_completing += live_BS[:, -1].sum()
         if not live_BS.is_cuda and bool(live_BS.all()):
             return None

@@ -52,6 +52,7 @@ class JobOptions:
     metrics: Path | None = None
     metrics_port: int | None = None
     placement: Path | None = None
+    cuda_graphs: bool = False
     timeout_s: float = 120.0
     start_timeout_s: float = 1800.0
 
@@ -199,6 +200,12 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
         choices=("sharded", "replicated"),
         default="sharded",
         help="each rank its own prompts (default: throughput), or all ranks all prompts (latency)",
+    )
+    add(
+        "--cuda-graphs",
+        action="store_true",
+        help="tell a GPU of each decode pass at once, as a CUDA graph (without a GPU: the same "
+        "passes, run as usual)",
     )
     add(
         "--metrics-port",

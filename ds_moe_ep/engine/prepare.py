@@ -28,7 +28,7 @@ from ds_moe_ep.engine.tasks import EncodedPrompt
 from ds_moe_ep.errors import ConfigError, PlanError
 from ds_moe_ep.hostfile import local_cluster
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
-from ds_moe_ep.moe.dispatch import TWO_LEVEL
+from ds_moe_ep.moe.dispatch import STATIC_SHAPES, TWO_LEVEL
 from ds_moe_ep.placement import SlotPlacement
 from ds_moe_ep.plan import ParallelPlan, make_plan
 
@@ -160,6 +160,12 @@ def _check_dispatcher(options: JobOptions, plan: ParallelPlan, job: Job) -> None
             "--batch-mode sharded gives each rank prompts of its own. Add --batch-mode replicated, "
             "or use --dispatcher auto, alltoall or allgather."
         )
+    if options.cuda_graphs and options.dispatcher not in ("auto", *STATIC_SHAPES):
+        raise ConfigError(
+            f"--cuda-graphs needs passes of one shape, but with --dispatcher {options.dispatcher} "
+            "shapes follow from the routing. Use --dispatcher auto or allgather, or leave "
+            "--cuda-graphs out."
+        )
     if options.dispatcher in TWO_LEVEL and ranks_per_node(plan.ep_size, job.nodes) is None:
         flat = options.dispatcher.removesuffix("-2level")
         raise ConfigError(
@@ -190,6 +196,8 @@ def _deepspeed_config(
 def _warn_ignored(options: JobOptions) -> None:
     if options.temperature == 0.0 and options.top_p < 1.0:
         warnings.warn("--top-p is ignored: --temperature 0 is greedy decoding.", stacklevel=2)
+    if options.cuda_graphs and options.task == "score":
+        warnings.warn("--cuda-graphs is ignored: --task score has no decode passes.", stacklevel=2)
 
 
 def _made_up(

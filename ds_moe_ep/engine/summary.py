@@ -29,6 +29,7 @@ class RankSummary:
         comm_s: Seconds of those in collectives, waiting for slower ranks included.
         comm_bytes: Bytes of rows sent to other ranks.
         num_steps: Forward passes this rank took part in.
+        num_replays: Those of them that replayed a CUDA graph, whose collectives nobody times.
         peak_memory_bytes: Of a GPU the most that torch's allocator gave out; on a CPU the most that
             the process held, of pages that others have too its share as it was at the end.
     """
@@ -45,6 +46,7 @@ class RankSummary:
     comm_s: float
     comm_bytes: int
     num_steps: int
+    num_replays: int
     peak_memory_bytes: int
 
 
@@ -60,10 +62,13 @@ def format_summary(ranks: Sequence[RankSummary], *, task: str, output: Path) -> 
     comm_share = max(rank.comm_s for rank in ranks) / run_s if run_s else 0.0
     sent_mib = sum(rank.comm_bytes for rank in ranks) / 2**20
     memory = _span([rank.peak_memory_bytes / 2**30 for rank in ranks], "GiB")
+    steps = f"{ranks[0].num_steps} steps"
+    if ranks[0].num_replays:
+        steps += f", {ranks[0].num_replays} of them replays"
     lines = {
         "prompts": f"{prompts} on {len(ranks)} ranks, {prompt_tokens:,} prompt tokens",
         "tokens": f"{tokens:,} {what}",
-        "speed": f"{speed:,.1f} tokens/s over {run_s:.2f} s, {ranks[0].num_steps} steps",
+        "speed": f"{speed:,.1f} tokens/s over {run_s:.2f} s, {steps}",
         "load": f"{max(rank.load_s for rank in ranks):.2f} s (slowest rank)",
         "communication": f"{comm} a rank, waiting included ({comm_share:.0%} of the run at most), "
         f"{sent_mib:.1f} MiB sent",

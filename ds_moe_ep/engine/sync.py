@@ -12,6 +12,7 @@ each in all layers. Nothing here knows what a pass is for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.shared_memory import SharedMemory
+from ds_moe_ep.engine.decode_graph import DecodeGraph
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
@@ -44,6 +46,7 @@ class ForwardSync:
             finished so far.
         on_step: Called at the start of each pass with its number, from 1 on.
         live_rows: Knows which rows of a pass need experts; without, all do.
+        graph: Replays the passes that all ranks can replay; each has one, or none has.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class ForwardSync:
         on_progress: Callable[[int], None] | None = None,
         on_step: Callable[[int], None] | None = None,
         live_rows: LiveRows | None = None,
+        graph: DecodeGraph | None = None,
     ) -> None:
         self._layers = layers
         self._comm = Communicator(group, shared=shared)
@@ -69,6 +73,7 @@ class ForwardSync:
         self._on_progress = on_progress if self._comm.rank == 0 else None
         self._on_step = on_step
         self._live_rows = live_rows
+        self._graph = graph
         self.num_finished = 0
         self.num_steps = 0
         model.register_forward_pre_hook(
@@ -83,8 +88,12 @@ class ForwardSync:
     @torch.no_grad()
     def join_others(self) -> None:
         """Takes part in the others' passes with zero rows until every rank has called this."""
-        while self._announce(0):
+        while (told := self._announce(0, fits=True)).has_tokens:
             self._count_step()
+            if told.graph is not None:
+                told.graph.replay_without_rows()
+                continue
+            self._tell_layers(told)
             for layer in self._layers:
                 no_rows_0H = torch.zeros(
                     (0, layer.hidden_size), dtype=self._dtype, device=self._device
@@ -93,28 +102,57 @@ class ForwardSync:
 
     def _start_own_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._count_step()
-        ids, live_T = kwargs.get("input_ids", args[0] if args else None), None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        live_T = None
         if self._live_rows is not None and ids is not None:
-            mask = kwargs.get("attention_mask")
-            is_flat = isinstance(mask, Tensor) and mask.dim() == 2
-            live_T = self._live_rows.of_pass(ids, mask if is_flat else None)
-        self._announce(_count_tokens(args, kwargs), live_T)
+            live_T = self._live_rows.of_pass(ids)
+        fits = self._graph is not None and self._graph.fits(kwargs)
+        told = self._announce(_count_tokens(args, kwargs), fits=fits)
+        if told.graph is not None:
+            told.graph.switch_on(live_T)
+        else:
+            self._tell_layers(told, live_T)
 
     def _count_step(self) -> None:
         self.num_steps += 1
         if self._on_step:
             self._on_step(self.num_steps)
 
-    def _announce(self, num_tokens: int, live_T: Tensor | None = None) -> bool:
-        """Tells all ranks what this rank brings to a pass now; returns whether any brings some."""
-        told = self._comm.gather_ints([num_tokens, self.num_finished], self._device)
-        tokens_of_rank = [count for count, _ in told]
-        known = None if _UNKNOWN in tokens_of_rank else tokens_of_rank
-        for layer in self._layers:
-            layer.announce(known, live_T)
+    def _announce(self, num_tokens: int, *, fits: bool) -> _Told:
+        """Tells all ranks what this rank brings to a pass now.
+
+        Args:
+            num_tokens: Its tokens.
+            fits: Whether it is ready to replay a pass, if all are.
+        """
+        told = self._comm.gather_ints([num_tokens, self.num_finished, int(fits)], self._device)
+        tokens_of_rank = [tokens for tokens, _, _ in told]
         if self._on_progress:
-            self._on_progress(sum(finished for _, finished in told))
-        return any(tokens_of_rank)
+            self._on_progress(sum(finished for _, finished, _ in told))
+        return _Told(
+            tokens_of_rank=None if _UNKNOWN in tokens_of_rank else tokens_of_rank,
+            has_tokens=any(tokens_of_rank),
+            graph=self._graph if all(fits for _, _, fits in told) else None,
+        )
+
+    def _tell_layers(self, told: _Told, live_T: Tensor | None = None) -> None:
+        for layer in self._layers:
+            layer.announce(told.tokens_of_rank, live_T)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What all ranks have said before a pass.
+
+    Attributes:
+        tokens_of_rank: Tokens of each; None if a rank does not know.
+        has_tokens: Whether any has some.
+        graph: What to replay; None for a pass of the usual kind.
+    """
+
+    tokens_of_rank: list[int] | None
+    has_tokens: bool
+    graph: DecodeGraph | None
 
 
 def _count_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

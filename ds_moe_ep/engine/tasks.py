@@ -4,19 +4,26 @@ Generation is transformers' ``generate``; these functions pad, call it, and cut 
 results.
 """
 
-# Shapes: B prompts of a batch, L padded length, V vocabulary
+# Shapes: B rows of a batch, L padded length, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from ds_moe_ep.engine.decode_graph import DecodeGraph
+from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.outputs import GenerateResult, ScoreResult
 from ds_moe_ep.engine.prompts import Prompt
 from ds_moe_ep.engine.sampling import sampling_processors
@@ -64,7 +71,8 @@ def generate_batch(
     batch: Sequence[EncodedPrompt],
     settings: GenerateSettings,
     tokenizer: PreTrainedTokenizerBase | None,
-    device: torch.device,
+    live_rows: LiveRows | None = None,
+    graph: DecodeGraph | None = None,
 ) -> list[GenerateResult]:
     """Generates a completion for each prompt of a batch.
 
@@ -73,7 +81,8 @@ def generate_batch(
         batch: The prompts.
         settings: How.
         tokenizer: Turns tokens into text; without one completions are None.
-        device: Device of the model.
+        live_rows: Is told of the batch.
+        graph: Replays decode passes; it settles how many rows a batch has, with or without prompts.
 
     Returns:
         A result per prompt, in the order of the batch. ``token_ids`` holds the end token if it was
@@ -81,25 +90,36 @@ def generate_batch(
     """
     longest = max(len(encoded.token_ids) for encoded in batch)
     config = _generation_config(engine.module.generation_config, settings)
+    num_empty = graph.batch_size - len(batch) if graph is not None else 0
+    no_prompt = (config.pad_token_id,)
     input_ids_BL, mask_BL = pad_left(
-        [encoded.token_ids for encoded in batch], config.pad_token_id, device
+        [*(encoded.token_ids for encoded in batch), *[no_prompt] * num_empty],
+        config.pad_token_id,
+        engine.module.device,
     )
+    is_prompt_B = torch.arange(len(mask_BL), device=mask_BL.device) < len(batch)
+    if live_rows is not None:
+        live_rows.start_batch(mask_BL * is_prompt_B[:, None])
+    if graph is not None:
+        graph.cache.reset()
     with torch.no_grad():
         output_BL = engine.generate(
             input_ids=input_ids_BL,
             attention_mask=mask_BL,
             generation_config=config,
             logits_processor=sampling_processors(
-                [encoded.prompt.id for encoded in batch],
+                [*(encoded.prompt.id for encoded in batch), *[""] * num_empty],
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 seed=settings.seed,
             ),
+            past_key_values=None if graph is None else graph.cache,
+            stopping_criteria=StoppingCriteriaList([_NoPrompt(is_prompt_B)] if num_empty else []),
             synced_gpus=False,
         )
     ends = end_ids(config)
     results = []
-    for encoded, row in zip(batch, output_BL[:, longest:].tolist(), strict=True):
+    for encoded, row in zip(batch, output_BL[: len(batch), longest:].tolist(), strict=True):
         room = min(settings.max_new_tokens, settings.context_length - len(encoded.token_ids))
         token_ids, reason = _cut(row[:room], ends)
         text = (
@@ -117,20 +137,34 @@ def generate_batch(
     return results
 
 
+class _NoPrompt(StoppingCriteria):
+    """Ends rows that have no prompt before they begin."""
+
+    def __init__(self, is_prompt_B: Tensor) -> None:
+        self._has_ended_B = ~is_prompt_B
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return self._has_ended_B
+
+
 def score_batch(
-    engine: Callable[..., Any], batch: Sequence[EncodedPrompt], device: torch.device
+    engine: Any, batch: Sequence[EncodedPrompt], live_rows: LiveRows | None = None
 ) -> list[ScoreResult]:
     """Computes the natural log probability of every token of each prompt but its first.
 
     Args:
         engine: What ``deepspeed.init_inference`` returned.
         batch: The prompts.
-        device: Device of the model.
+        live_rows: Is told of the batch.
 
     Returns:
         A result per prompt, in the order of the batch.
     """
-    input_ids_BL, mask_BL = pad_left([encoded.token_ids for encoded in batch], 0, device)
+    input_ids_BL, mask_BL = pad_left(
+        [encoded.token_ids for encoded in batch], 0, engine.module.device
+    )
+    if live_rows is not None:
+        live_rows.start_batch(mask_BL)
     with torch.no_grad():
         logits_BLV = engine(
             input_ids=input_ids_BL,
@@ -190,6 +224,7 @@ def _generation_config(own: GenerationConfig, settings: GenerateSettings) -> Gen
         do_sample=False, temperature=None, top_p=None, top_k=None, max_length=None, num_beams=1
     )
     config.max_new_tokens = settings.max_new_tokens
+    config.disable_compile = True  # as transformers would compile passes with a static cache
     if config.pad_token_id is None:
         config.pad_token_id = min(end_ids(config), default=0)
     return config

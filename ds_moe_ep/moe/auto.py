@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_moe_ep.dist.collectives import Meanwhile
 from ds_moe_ep.moe.alltoall import AllToAll
 from ds_moe_ep.moe.cost_model import LayerShape, LinkPrices, predict_s
-from ds_moe_ep.moe.dispatch import Dispatcher, Links, make_dispatcher
+from ds_moe_ep.moe.dispatch import STATIC_SHAPES, Dispatcher, Links, make_dispatcher
 from ds_moe_ep.moe.experts import Compute
 
 __all__ = ["Auto"]
@@ -30,6 +30,9 @@ class Auto:
         links: What connects the ranks.
         prices: What its messages cost, from ``measure_links``.
         num_local_experts: Experts on each rank.
+
+    Attributes:
+        has_static_shapes: Whether the shapes of a pass must follow from the tokens of each rank.
     """
 
     name = "auto"
@@ -45,6 +48,7 @@ class Auto:
         if links.across is not None:
             for name in ("alltoall-2level", "allgather-2level"):
                 self.candidates[name] = make_dispatcher(name, links, num_local_experts)
+        self.has_static_shapes = False
         self.calls: Counter[str] = Counter()
         self._predicted_s: dict[str, dict[str, float]] = {}  # when the name was chosen last
 
@@ -64,6 +68,10 @@ class Auto:
                 self.num_experts, topk_ids_TK.shape[1], x_TH.shape[1] * x_TH.element_size()
             )
             predicted_s = predict_s(self.prices, shape, tuple(num_tokens_W))
+            if self.has_static_shapes:
+                predicted_s = {
+                    name: seconds for name, seconds in predicted_s.items() if name in STATIC_SHAPES
+                }
             name = min(predicted_s, key=predicted_s.__getitem__)
             self._predicted_s[name] = predicted_s
         self.calls[name] += 1

@@ -23,7 +23,15 @@ from ds_moe_ep.moe.capacity import Capacity
 from ds_moe_ep.moe.experts import Compute
 from ds_moe_ep.moe.two_level import TwoLevel
 
-__all__ = ["DISPATCHERS", "TWO_LEVEL", "Dispatcher", "Links", "make_dispatcher", "make_links"]
+__all__ = [
+    "DISPATCHERS",
+    "STATIC_SHAPES",
+    "TWO_LEVEL",
+    "Dispatcher",
+    "Links",
+    "make_dispatcher",
+    "make_links",
+]
 
 
 class Dispatcher(Protocol):
@@ -118,6 +126,9 @@ def _two_level(kind: type[AllToAll] | type[AllGather]) -> Callable[[Links, int],
 
 TWO_LEVEL = ("alltoall-2level", "allgather-2level")
 """The dispatchers that need `Links` with both levels."""
+
+STATIC_SHAPES = ("allgather", "allgather-2level", "allreduce")
+"""The dispatchers whose shapes follow from the tokens of each rank: a CUDA graph holds them."""
 
 DISPATCHERS: dict[str, Callable[[Links, int], Dispatcher]] = {
     "alltoall": lambda links, num_local_experts: AllToAll(links.flat, num_local_experts),

@@ -75,14 +75,24 @@ class DispatchedExperts(nn.Module):
             name = "alltoall" if self.dispatcher_name == "auto" else self.dispatcher_name
             self.dispatcher = make_dispatcher(name, links, num_local_experts)
 
-    def announce(self, num_tokens: Sequence[int] | None, live_T: Tensor | None = None) -> None:
+    def announce(
+        self,
+        num_tokens: Sequence[int] | None,
+        live_T: Tensor | None = None,
+        *,
+        has_static_shapes: bool = False,
+    ) -> None:
         """Takes note of the tokens that each rank of the job brings to the next calls.
 
         Args:
             num_tokens: By global rank, the same on all ranks; None if it is not known.
             live_T: bool, which tokens of this rank need experts; None if all do.
+            has_static_shapes: Whether all shapes must follow from `num_tokens`, as a CUDA graph
+                needs it: ``auto`` then chooses among dispatchers that keep to that.
         """
         self.live_T = live_T
+        if isinstance(self.dispatcher, Auto):
+            self.dispatcher.has_static_shapes = has_static_shapes
         self._num_tokens_W = (
             None if num_tokens is None else [num_tokens[rank] for rank in self._group_ranks]
         )
@@ -189,9 +199,15 @@ class ExpertParallelMoE(MoE):
             param.allreduce = False
             param.group_name = self.expert_group_name
 
-    def announce(self, num_tokens: Sequence[int] | None, live_T: Tensor | None = None) -> None:
+    def announce(
+        self,
+        num_tokens: Sequence[int] | None,
+        live_T: Tensor | None = None,
+        *,
+        has_static_shapes: bool = False,
+    ) -> None:
         """See `DispatchedExperts.announce`."""
-        self.deepspeed_moe.announce(num_tokens, live_T)
+        self.deepspeed_moe.announce(num_tokens, live_T, has_static_shapes=has_static_shapes)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Computes what the replaced experts computed, together with the other ranks.

@@ -96,7 +96,10 @@ class JobMonitor:
         self._begun_s = time.perf_counter()
         self._usage = Usage(job.device)
         self._recorder = Recorder(
-            watched.engine.deepspeed_engine.module, watched.engine.layers, device=job.device
+            watched.engine.deepspeed_engine.module,
+            watched.engine.layers,
+            device=job.device,
+            splits_decode=not (watched.options.cuda_graphs and job.device.type == "cuda"),
         )
         self._folder: FolderWriter | None = None
         self._listeners: list[Callable[[JobNow], None]] = []

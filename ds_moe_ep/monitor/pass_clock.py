@@ -56,11 +56,13 @@ class PassClock:
 
     Args:
         device: Where passes run: by the clock on a CPU, by events without a sync on a GPU.
+        splits_decode: Whether decode passes tell their parts; replays of a CUDA graph do not.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, splits_decode: bool = True) -> None:
         self.times: dict[str, PassTimes] = {"prefill": PassTimes(), "decode": PassTimes()}
         self._device = device
+        self._splits_decode = splits_decode
         self._current: _Pass | None = None
         self._part = "other"
         self._unfinished: deque[_Pass] = deque()
@@ -73,7 +75,7 @@ class PassClock:
         """
         times = self.times[kind]
         times.count += 1
-        is_split = kind == "prefill" or times.count % _EVERY == _FIRST
+        is_split = kind == "prefill" or (self._splits_decode and times.count % _EVERY == _FIRST)
         self._current, self._part = _Pass(kind, now(self._device), is_split), "other"
         return is_split
 

@@ -35,12 +35,18 @@ class Recorder:
         model: The adapted model.
         layers: Its MoE layers in the order of a forward pass.
         device: Device of the model.
+        splits_decode: See `PassClock`.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[ExpertParallelMoE], *, device: torch.device
+        self,
+        model: nn.Module,
+        layers: Sequence[ExpertParallelMoE],
+        *,
+        device: torch.device,
+        splits_decode: bool = True,
     ) -> None:
-        self.clock = PassClock(device)
+        self.clock = PassClock(device, splits_decode=splits_decode)
         self.borders = Borders(len(layers))
         self.first_token_s = Durations()
         self._layers = layers

@@ -30,6 +30,8 @@ WAYS = {
     REPLICATED: "allreduce",
     (*REPLICATED, "--dispatcher", "alltoall"): "alltoall",
     (*REPLICATED, "--dispatcher", "allgather"): "allgather",
+    ("--cuda-graphs", "--dispatcher", "allgather"): "allgather",
+    ("--cuda-graphs", *REPLICATED): "allreduce",
 }
 
 
@@ -73,6 +75,7 @@ def test_greedy_tokens_equal_hugging_face(job, launched, way):
     output, result = launched[way].result()
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"dispatcher  {WAYS[way]}\n" in result.stdout
+    assert ("of them replays" in result.stdout) == ("--cuda-graphs" in way)
     assert token_ids(output) == job[2]
 
 

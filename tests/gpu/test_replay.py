@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from ds_moe_ep.bench.replay import capture
 from ds_moe_ep.bench.replayed_rank import announce, build_own_part, join_fake_job
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.decode_graph import capture
 from tests.helpers.families import FAMILIES, VOCAB_SIZE
 
 WORLD_SIZE, NUM_TOKENS, STEPS = 4, 3, 3
@@ -44,7 +44,8 @@ def test_a_captured_decode_step_equals_the_eager_one(tmp_path, job, family) -> N
 
     with torch.no_grad():
         expected = decode(step)
-        replay = capture(step, cache.reset)
+        cache.reset()
+        replay = capture(step)
         actual = decode(replay)
     # The same kernels on the same memory: bf16 roundings at most.
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)

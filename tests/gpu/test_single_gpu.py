@@ -13,7 +13,12 @@ from ds_moe_ep.config.deepspeed import inference_config
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.groups import RankInfo, init_distributed
 from ds_moe_ep.dist.transport import Transport
+from ds_moe_ep.engine.decode_graph import DecodeGraph
+from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import init_inference
+from ds_moe_ep.engine.prompts import Prompt
+from ds_moe_ep.engine.sync import ForwardSync
+from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import CORE_FAMILIES, VOCAB_SIZE, save_tiny
@@ -100,6 +105,38 @@ def test_a_captured_layer_computes_new_rows_when_it_is_replayed(tmp_path, device
                 place.copy_(value)
             graph.replay()
             torch.testing.assert_close(captured, layer(*fresh), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_generation_from_a_graph_gives_the_tokens_of_hugging_face(tmp_path, device, family) -> None:
+    save_tiny(family, tmp_path)
+    prompts = [(5, 9, 33, 4, 71), (17,), (3, 88, 12), (8, 7)]
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).to(device)
+    expected = []
+    for ids in prompts:
+        alone = reference.generate(torch.tensor([ids], device=device), **settings)
+        expected.append(tuple(alone[0, len(ids) :].tolist()))
+    engine = load(tmp_path, torch.float32, device)
+    engine.module.generation_config.eos_token_id = None
+    layers, live_rows = moe_layers(engine.module), LiveRows([], device)
+    graph = DecodeGraph(engine.module, layers, world_size=1, batch_size=3, cache_len=11)
+    ForwardSync(
+        engine.module,
+        layers,
+        None,
+        top_k=2,
+        dtype=torch.float32,
+        device=device,
+        live_rows=live_rows,
+        graph=graph,
+    )
+    encoded = [EncodedPrompt(Prompt(str(i), None, ids, i), ids) for i, ids in enumerate(prompts)]
+    how, found = GenerateSettings(max_new_tokens=6, context_length=64), []
+    for batch in (encoded[:3], encoded[3:]):  # the second with two rows that have no prompt
+        found += generate_batch(engine, batch, how, None, live_rows, graph)
+    assert [result.token_ids for result in found] == expected
+    assert graph.num_replays == 2 * 5
 
 
 @pytest.mark.parametrize("way", ["gather", "exchange", "reduce", "sum"])

@@ -7,6 +7,7 @@ import torch
 
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.moe import probe
+from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.cost_model import (
     GroupPrices,
     LayerShape,
@@ -15,6 +16,7 @@ from ds_moe_ep.moe.cost_model import (
     fit_prices,
     predict_s,
 )
+from ds_moe_ep.moe.dispatch import Links
 
 # 4 experts, one chosen, on as many ranks: a token wants each rank with a chance of 1/4.
 TOP_1_OF_4 = LayerShape(num_experts=4, top_k=1, row_bytes=92)  # 100 with its routing
@@ -139,3 +141,13 @@ def test_the_probe_stops_after_half_a_second_but_not_before_two_rounds(run_s, nu
     with mock.patch.object(probe.time, "perf_counter_ns", lambda: now_ns):
         (seconds,) = probe._time([run], Communicator(None), torch.device("cpu"))
     assert seconds == [pytest.approx(run_s)] * 3 * num_rounds
+
+
+def test_a_pass_of_static_shapes_is_gathered_however_cheap_it_is_to_send():
+    free = Price(latency_s=0.0, s_per_byte=0.0)
+    dear = Price(latency_s=1.0, s_per_byte=1.0)
+    auto = Auto(Links(Communicator(None)), LinkPrices(GroupPrices(1, 0.0, free, dear, dear)), 4)
+    rows = torch.zeros(2, 8), torch.zeros((2, 1), dtype=torch.int64), torch.ones(2, 1)
+    for auto.has_static_shapes in (False, True, True):
+        auto(lambda x, ids, weights: (x, torch.zeros(4)), *rows, [2])
+    assert auto.calls == {"alltoall": 1, "allgather": 2}

@@ -16,16 +16,24 @@ _END = 5
 
 def test_padding_and_what_follows_an_end_token_are_not_live():
     live = LiveRows([_END], _CPU)
-    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    first = live.of_pass(torch.tensor([[0, 7, _END], [7, 8, 9]]), mask)
+    live.start_batch(torch.tensor([[0, 1, 1], [1, 1, 1]]))
+    first = live.of_pass(torch.tensor([[0, 7, _END], [7, 8, 9]]))
     assert first.tolist() == [False, *[True] * 5]  # an end token in a prompt ends nothing
-    assert live.of_pass(torch.tensor([[8], [9]]), None) is None  # all
+    assert live.of_pass(torch.tensor([[8], [9]])) is None  # all
     passes = [[[8], [_END]], [[_END], [0]], [[0], [0]]]
-    tokens = [live.of_pass(torch.tensor(ids), None).tolist() for ids in passes]
+    tokens = [live.of_pass(torch.tensor(ids)).tolist() for ids in passes]
     assert tokens == [[True, False], [False, False], [False, False]]
     assert live.num_completing == 2 + 2 + 1
-    live.start_batch()
-    assert live.of_pass(torch.tensor([[1], [_END]]), None) is None
+    live.start_batch(torch.tensor([[1], [1]]))
+    assert live.of_pass(torch.tensor([[1], [_END]])) is None
+
+
+def test_a_row_without_a_prompt_is_never_live():
+    live = LiveRows([], _CPU)
+    live.start_batch(torch.tensor([[1, 1], [0, 0]]))
+    assert live.of_pass(torch.tensor([[7, 8], [0, 0]])).tolist() == [True, True, False, False]
+    assert live.of_pass(torch.tensor([[9], [9]])).tolist() == [True, False]
+    assert live.num_completing == 2
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss", "qwen3_next", "jamba"])
@@ -53,6 +61,7 @@ def test_tokens_are_those_of_each_prompt_alone(family):
     live_rows = LiveRows([end], _CPU)
     ForwardSync(model, layers, None, top_k=1, dtype=model.dtype, device=_CPU, live_rows=live_rows)
     ids_BL, mask_BL = pad_left(prompts, 0, _CPU)
+    live_rows.start_batch(mask_BL)
     with torch.no_grad():
         output = model.generate(ids_BL, attention_mask=mask_BL, eos_token_id=end, **settings)
     for row, tokens in zip(output[:, ids_BL.shape[1] :].tolist(), expected, strict=True):

@@ -126,6 +126,7 @@ def test_loads_are_those_of_the_models_own_router(family):
     ids = torch.randint(3, 60, (3, 6))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
     recorder.start_batch()
+    live_rows.start_batch(mask)
     recorder.start_step(1)  # as ForwardSync would tell
     with torch.no_grad():
         model.generate(ids, attention_mask=mask, max_new_tokens=4, eos_token_id=None)

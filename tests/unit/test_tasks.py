@@ -52,7 +52,7 @@ def _greedy(engine, ids, count=6):
 
 
 def _generate(engine, settings=_SETTINGS, *, batch=_BATCH, tokenizer=None):
-    return generate_batch(engine, batch, settings, tokenizer, _CPU)
+    return generate_batch(engine, batch, settings, tokenizer)
 
 
 def test_pad_left():
@@ -139,7 +139,7 @@ def test_sampling_does_not_depend_on_the_batch(engine):
 
 
 def test_scores_are_log_probabilities_of_every_token_but_the_first(engine):
-    for result in score_batch(engine, _BATCH, _CPU):
+    for result in score_batch(engine, _BATCH):
         ids = torch.tensor(_TOKEN_IDS[result.id])
         with torch.no_grad():
             logprobs_LV = engine.module(ids[None]).logits[0].log_softmax(dim=-1)
@@ -152,5 +152,5 @@ def test_scores_are_log_probabilities_of_every_token_but_the_first(engine):
 
 
 def test_a_prompt_of_one_token_has_nothing_to_score(engine):
-    (result,) = score_batch(engine, _BATCH[1:2], _CPU)
+    (result,) = score_batch(engine, _BATCH[1:2])
     assert (result.num_tokens, result.logprob, result.token_logprobs) == (1, 0.0, ())
