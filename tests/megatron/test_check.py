@@ -19,7 +19,6 @@ from tests.helpers.launch import REPO
 from tests.unit.test_config_megatron import (
     DEEPSEEK_V2,
     DEEPSEEK_V2_LITE,
-    DEEPSEEK_V3,
     FAMILIES,
     MIXTRAL,
     OLMOE,
@@ -70,15 +69,12 @@ def test_megatrons_parser_has_every_name(config, options, write):
         (QWEN2_MOE, ParallelPlan(ep_size=16, pp_size=2), {}),
         (QWEN3_MOE, ParallelPlan(ep_size=16, tp_size=4), {"grouped_gemm": True}),
         (DEEPSEEK_V2, EP64, {}),
-        (DEEPSEEK_V2_LITE, EP64, {}),
-        (DEEPSEEK_V3, EP64, {}),
     ],
     ids=lambda value: value.get("model_type") if isinstance(value, dict) else str(value),
 )
-def test_every_family_passes_and_experts_lie_where_the_plan_says(config, plan, options, write):
+def test_all_ranks_pass_and_experts_lie_where_the_plan_says(config, plan, options, write):
     spec = spec_of(config)
-    ranks = sorted({0, 1, plan.world_size // 2, plan.world_size - 1})
-    report = check_arguments(write(config, plan, **options), plan.world_size, ranks)
+    report = check_arguments(write(config, plan, **options), plan.world_size)
     assert report.problems == {} and report.not_reached == ()
     assert report.sizes == GroupSizes(
         tensor_parallel=plan.tp_size,
@@ -90,7 +86,7 @@ def test_every_family_passes_and_experts_lie_where_the_plan_says(config, plan, o
     )
     placement = make_placement(plan, spec)
     layers_per_stage = spec.num_layers // plan.pp_size
-    for rank, part in zip(ranks, report.ranks, strict=True):
+    for rank, part in zip(range(plan.world_size), report.ranks, strict=True):
         at = plan.coordinates(rank)
         own = range(at.pp_rank * layers_per_stage, (at.pp_rank + 1) * layers_per_stage)
         assert part.rank == rank
