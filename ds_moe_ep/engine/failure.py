@@ -89,7 +89,7 @@ def _explain(error: Exception, info: RankInfo, progress: Progress) -> DsMoeEpErr
         detail = first_line.rstrip(".") or type(error).__name__
         return ResourceError(
             f"[{info}] out of memory at {progress}: {detail}. "
-            "Lower --batch-size or --max-new-tokens, or use more ranks."
+            "Lower --batch-size, and --max-new-tokens if there is one, or use more ranks."
         )
     if isinstance(error, dist.DistError) or any(words in text for words in _LOST):
         detail = first_line.rstrip(".")
