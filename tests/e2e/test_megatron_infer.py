@@ -38,8 +38,13 @@ def megatron_is_installed():
 def job(tiny_model, write_prompts, tmp_path_factory):
     """A folder with what a user makes first: checkpoint, arguments for two ranks, and prompts."""
     folder = tmp_path_factory.mktemp("megatron")
+    convert_and_describe(tiny_model("olmoe"), folder)
+    write_prompts(folder / "in.jsonl", _PROMPTS)
+    return folder
+
+
+def convert_and_describe(model: Path, folder: Path) -> None:
     (folder / "hostfile").write_text("localhost slots=2\n")
-    model = tiny_model("olmoe")
     ours = [sys.executable, "-m", "ds_moe_ep"]
     convert = [model, folder / "checkpoint", "--to", "megatron", "--target-spec", "local"]
     config = ["--model", model, "--hostfile", folder / "hostfile", "--out", folder / "config"]
@@ -47,8 +52,13 @@ def job(tiny_model, write_prompts, tmp_path_factory):
     for command in ([*ours, "convert", *convert], [*ours, "config", *config]):
         result = run_command(command, is_forked=True)
         assert result.returncode == 0, result.stderr
-    write_prompts(folder / "in.jsonl", _PROMPTS)
-    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer for which w5 is token 5."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
 def files(job: Path, output: Path) -> list[str | Path]:
@@ -99,14 +109,23 @@ def test_torchrun_starts_it_with_the_other_dispatcher(job, tiny_model, tmp_path)
     assert_scores_of_hugging_face(output, tiny_model("olmoe"))
 
 
-def test_infer_py_reads_and_writes_the_same_files(job, tiny_model, tmp_path):
+def test_infer_py_reads_and_writes_the_same_files(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model("qwen2_moe"), tmp_path / "model")
+    save_tokenizer(model)
+    convert_and_describe(model, tmp_path)
+    (tmp_path / "in.jsonl").write_text(
+        '{"id": "text", "prompt": "w5 w9 w33"}\n'
+        '{"id": "tokens", "prompt_token_ids": [17, 4, 90, 8]}\n'
+        '{"prompt": "w7"}\n'
+    )
     ours, megatrons = tmp_path / "ours.jsonl", tmp_path / "megatrons.jsonl"
-    args = ["--model", tiny_model("olmoe"), "--input", job / "in.jsonl", "--output", ours]
+    args = ["--model", model, "--input", tmp_path / "in.jsonl", "--output", ours]
     for result in (
         launch_infer([*args, "--task", "score"], num_ranks=2, timeout_s=240, is_forked=True),
-        one_rank([*files(job, megatrons), "--ep-size", "1"]),
+        one_rank([*files(tmp_path, megatrons), "--ep-size", "1"]),
     ):
         assert result.returncode == 0, result.stdout + result.stderr
+    assert [record["id"] for record in records_of(ours)] == ["text", "tokens", "2"]
     for own, other in zip(*map(records_of, (ours, megatrons)), strict=True):
         assert list(own) == list(other)
         assert (own["id"], own["num_tokens"]) == (other["id"], other["num_tokens"])
@@ -129,9 +148,7 @@ def one_rank(args, *, is_forked=True, **env):
 
 
 def test_plain_python_runs_one_rank_on_text(job, tiny_model, tmp_path):
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "tokenizer")
+    save_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "in.txt").write_text("w5 w9 w33\n\nw17 w4\n")
     output = tmp_path / "out.jsonl"
     args = [*files(job, output), "--input", tmp_path / "in.txt", "--ep-size", "1"]
