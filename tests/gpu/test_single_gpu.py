@@ -13,7 +13,7 @@ from ds_moe_ep.config.deepspeed import inference_config
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.groups import RankInfo, init_distributed
 from ds_moe_ep.dist.transport import Transport
-from ds_moe_ep.engine.decode_graph import DecodeGraph
+from ds_moe_ep.engine.decode_graph import DecodeGraph, capture
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import init_inference
 from ds_moe_ep.engine.prompts import Prompt
@@ -152,3 +152,19 @@ def test_nccl_brings_rows(device, way) -> None:
     assert brought.data_ptr() != rows.data_ptr()
     torch.testing.assert_close(brought, rows, rtol=0, atol=0)
     assert transport.stats.calls == 1
+
+
+@pytest.mark.parametrize("way", ["gather", "reduce", "sum"])
+def test_a_captured_nccl_collective_brings_new_rows_when_it_is_replayed(device, way) -> None:
+    transport = Transport(torch.distributed.group.WORLD)
+    rows, brought = torch.randn((5, 8), device=device), torch.empty((5, 8), device=device)
+    bring = {
+        "gather": lambda: transport.gather(rows, [5]),
+        "reduce": lambda: transport.reduce(rows, [5]),
+        "sum": lambda: transport.sum(rows),
+    }[way]
+    replay = capture(lambda: brought.copy_(bring()))
+    for _ in range(2):
+        rows.normal_()
+        replay()
+        torch.testing.assert_close(brought, rows, rtol=0, atol=0)
