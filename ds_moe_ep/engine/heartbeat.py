@@ -48,13 +48,13 @@ def heartbeat(
         return
     roll_call = job.roll_call.with_own_client()
     heart = _Heart(replace(job, roll_call=roll_call), roll_call, progress, limit_s, lost)
-    with wake_when_others_end(job):
-        for work in (heart.beat, heart.listen):
-            threading.Thread(target=work, name=f"heartbeat-{work.__name__}", daemon=True).start()
-        try:
-            yield
-        finally:
-            heart.is_over.set()
+    wake_when_others_end(job)
+    for work in (heart.beat, heart.listen):
+        threading.Thread(target=work, name=f"heartbeat-{work.__name__}", daemon=True).start()
+    try:
+        yield
+    finally:
+        heart.is_over.set()
 
 
 class _Heart:

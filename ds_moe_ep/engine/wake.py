@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
 
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.supervisor import wake_after
@@ -19,20 +18,20 @@ __all__ = ["wake_when_others_end"]
 _CONNECT_S = 5.0
 
 
-@contextlib.contextmanager
-def wake_when_others_end(job: Job) -> Iterator[None]:
+def wake_when_others_end(job: Job) -> None:
     """Has rank 0's supervisor woken when another rank ends, and the others' when rank 0 does.
 
-    All others hold a connection to rank 0. Where one cannot be made, through a firewall say, the
-    job goes on without.
+    All others connect to rank 0. Where that is not possible, through a firewall say, the job goes
+    on without.
 
     Args:
-        job: The job, of several ranks.
+        job: The job.
     """
-    with contextlib.ExitStack() as held:
-        for connection in _listen(job) if job.info.rank == 0 else _connect(job):
-            wake_after(held.enter_context(connection))
-        yield
+    for connection in _listen(job) if job.info.rank == 0 else _connect(job):
+        wake_after(connection)
+        # Held until this process ends. A rank that is stopped, on a host with others too, must not
+        # end before somebody has said who does not answer.
+        connection.detach()
 
 
 def _listen(job: Job) -> list[socket.socket]:
