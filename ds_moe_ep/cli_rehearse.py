@@ -30,6 +30,7 @@ def add_rehearse_command(
     rehearse.add_argument(
         "--ep", dest="ep_size", type=int, metavar="N", help="as for plan (default: all GPUs)"
     )
+    rehearse.add_argument("--cuda-graphs", action="store_true", help="as for launch/infer.py")
     rehearse.set_defaults(run=_rehearse)
 
 
@@ -43,5 +44,12 @@ def _rehearse(args: argparse.Namespace) -> int:
     plan = make_plan(cluster, read_model_spec(args.model), ep_size=args.ep_size)
     signal.signal(signal.SIGTERM, lambda caught, frame: sys.exit(128 + caught))  # clean up first
     folder = go_on_guarded("ds-moe-ep-rehearsal-")
-    rehearse(args.model, cluster, plan, folder, tell=lambda line: print(line, flush=True))
+    rehearse(
+        args.model,
+        cluster,
+        plan,
+        folder,
+        options=["--cuda-graphs"] if args.cuda_graphs else [],
+        tell=lambda line: print(line, flush=True),
+    )
     return 0

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,7 +55,13 @@ class _Stage:
 
 
 def rehearse(
-    model: Path, cluster: Cluster, plan: ParallelPlan, folder: Path, *, tell: Callable[[str], None]
+    model: Path,
+    cluster: Cluster,
+    plan: ParallelPlan,
+    folder: Path,
+    *,
+    options: Sequence[str] = (),
+    tell: Callable[[str], None],
 ) -> None:
     """Rehearses a job, telling of each phase when it has worked.
 
@@ -65,6 +71,7 @@ def rehearse(
         plan: The parallel sizes that fill them.
         folder: Where to write; it is the caller's to remove, and so are processes if this ends
             early. See `guard.go_on_guarded`.
+        options: More of infer.py's.
         tell: Gets a line for each phase.
 
     Raises:
@@ -81,7 +88,7 @@ def rehearse(
         write_bundle(small, stage.cluster, plan, read_model_spec(small), folder / "config")
         tell(f"files    written, as `ds-moe-ep config` does; started by run.sh and {HOSTFILE}")
         prompts = _write_prompts(folder / "prompts.jsonl", plan.world_size)
-        tell(f"launch   {_launch(stage, folder, script)}")
+        tell(f"launch   {_launch(stage, folder, script, options)}")
     tell(f"outputs  {_compare(small, prompts, folder / 'outputs.jsonl')}")
 
 
@@ -143,10 +150,10 @@ def _write_prompts(path: Path, num_ranks: int) -> list[list[int]]:
     return prompts
 
 
-def _launch(stage: _Stage, folder: Path, script: Path) -> str:
+def _launch(stage: _Stage, folder: Path, script: Path, options: Sequence[str]) -> str:
     """Runs the generated run.sh and returns what there is to tell of it."""
     job = ["--input", folder / "prompts.jsonl", "--output", folder / "outputs.jsonl"]
-    job += ["--max-new-tokens", _NEW_TOKENS]
+    job += ["--max-new-tokens", _NEW_TOKENS, *options]
     command = stage.command(["bash", str(folder / "config" / "run.sh"), *map(str, job)])
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     env = {**os.environ, "PATH": path, "INFER": str(script)}
