@@ -190,6 +190,7 @@ class RankMetrics(Strict):
     comm_s: _Amount
     comm_bytes: NonNegativeInt
     num_steps: NonNegativeInt
+    num_replays: NonNegativeInt
     peak_memory_bytes: NonNegativeInt
     utilisation: _Amount
     num_passes: NumPasses

@@ -1,6 +1,7 @@
 """Reading a metrics folder, refusing a damaged one by name, and what the report says of it."""
 
 import copy
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -9,9 +10,10 @@ from html.parser import HTMLParser
 import pytest
 
 from ds_moe_ep.cli import main
+from ds_moe_ep.engine.summary import RankSummary
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.monitor.metrics_folder import GrowingFile, read_metrics, read_run
-from ds_moe_ep.monitor.metrics_format import Sample
+from ds_moe_ep.monitor.metrics_format import RankMetrics, Sample
 from ds_moe_ep.monitor.page import page
 from ds_moe_ep.monitor.summary_text import summary_text
 from ds_moe_ep.monitor.units import few_digits, printable, size, span, time_of, times
@@ -63,6 +65,11 @@ def test_samples_are_followed_line_by_line_and_from_the_start_of_a_new_job(tmp_p
     assert [sample.rank for sample in file.new_lines()] == [1, 2]
     path.write_bytes(lines[3])
     assert [sample.rank for sample in file.new_lines()] == [3]
+
+
+def test_a_line_of_a_rank_may_have_all_that_a_job_sums_up():
+    summed = {field.name for field in dataclasses.fields(RankSummary)}
+    assert summed - RankMetrics.model_fields.keys() == set()
 
 
 def _drop_line(files):
