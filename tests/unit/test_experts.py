@@ -172,6 +172,14 @@ def test_widths_that_cannot_be_aligned_are_left_to_the_module() -> None:
     assert not follows_contract(experts)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_narrower_than_float32_lie_as_stored(dtype: torch.dtype) -> None:
+    experts = build_experts("olmoe", ep_size=2).to(dtype)
+    lay_out_for_cpu(experts)
+    assert experts.gate_up_proj.is_contiguous()
+    assert experts.down_proj.is_contiguous()
+
+
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_laid_out_for_a_cpu_weights_and_outputs_stay(family: str) -> None:
     experts = build_experts(family, ep_size=2)
