@@ -43,6 +43,7 @@ from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
 from ds_moe_ep.heap import keep_freed_memory
 from ds_moe_ep.hostfile import Cluster, first_slots, read_hostfile
 from ds_moe_ep.local_machine import free_port, one_thread_each
+from ds_moe_ep.rehearsal.guard import go_on_guarded
 from ds_moe_ep.rehearsal.hosts import SimulatedHosts, simulate_hosts
 from ds_moe_ep.rehearsal.shared_start import shared_start
 
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         command = tables.add_parser(table.name, help=table.heading, allow_abbrev=False)
         command.add_argument("--rounds", type=int, default=5, metavar="N", help="of each side")
         _add_out_argument(command, table.document)
-        command.set_defaults(result=None, hostfile=None)
+        command.set_defaults(result=None, hostfile=None, simulate_hosts=False)
         if table.measure_alone is None:
             _add_launch_arguments(command)
         table.add_arguments(command)
@@ -164,8 +165,7 @@ def _write_computed(name: str, docs: Path) -> None:
 
 def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Sequence[str]) -> None:
     results: list[Result] = []
-    with tempfile.TemporaryDirectory(prefix="ds-moe-ep-bench-") as folder:
-        work = Path(folder)
+    with _work_folder(args) as work:
         print(f"{table.name}: preparing", file=sys.stderr)
         if table.prepare is not None:
             table.prepare(args, work)
@@ -188,6 +188,17 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
     report.write(args.out)
     print(report.to_markdown())
     print(f"\nwrote {args.out / table.document}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _work_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """Yields a folder for temporary files; hosts are made in another process (see guard.py)."""
+    prefix = "ds-moe-ep-bench-"
+    if args.simulate_hosts:
+        yield go_on_guarded(prefix)
+        return
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        yield Path(folder)
 
 
 @dataclass(frozen=True)
