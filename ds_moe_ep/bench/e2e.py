@@ -24,7 +24,7 @@ from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import time_in_turn
 from ds_moe_ep.dist.groups import Job
-from ds_moe_ep.errors import DistributedError
+from ds_moe_ep.errors import ConfigError, DistributedError
 
 __all__ = ["TABLE", "UNEVEN"]
 
@@ -41,6 +41,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--dispatcher", default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--cuda-graphs", action="store_true", help="as for launch/infer.py")
 
 
 def _add_uneven_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,14 +50,23 @@ def _add_uneven_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace, work: Path) -> None:
+    if args.cuda_graphs and len(args.batch) > 1:
+        raise ConfigError(
+            f"--cuda-graphs captures passes of one size, but --batch has {len(args.batch)}. Give "
+            "one, as --batch 16."
+        )
     write_model(SHAPES[args.model], work / args.model)
 
 
 @torch.no_grad()
 def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     folder, dtype = work / args.model, getattr(torch, args.dtype)
+    captured = None
+    if args.cuda_graphs:
+        shares = 1 if args.dispatcher == "allreduce" else job.info.world_size
+        captured = args.batch[0] // shares, args.prompt_tokens + 1 + args.new_tokens
     build: dict[str, Callable[[], GenerateSide]] = {
-        _OURS: lambda: ours(folder, job, args.dispatcher, dtype),
+        _OURS: lambda: ours(folder, job, args.dispatcher, dtype, captured=captured),
         _PEERS[0]: lambda: transformers_ep(folder, job, dtype),
         _PEERS[1]: lambda: one_process(folder, job, "grouped_mm", dtype),
         _PEERS[2]: lambda: one_process(folder, job, "eager", dtype),
@@ -232,6 +242,8 @@ def _seconds(result: Result, name: str, phase: str) -> float:
 
 
 def _variant(args: argparse.Namespace) -> tuple[str, str] | None:
+    if args.cuda_graphs:
+        return "graphs", "decode passes replayed on our side"
     if args.world == [1]:
         return "one-rank", "on one rank"
     if args.dispatcher == "allreduce":
@@ -256,4 +268,5 @@ UNEVEN = Table(
     prepare=_prepare,
     measure=_measure,
     to_markdown=_to_markdown,
+    variant=_variant,
 )

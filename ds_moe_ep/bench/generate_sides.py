@@ -23,6 +23,7 @@ from transformers.distributed import DistributedConfig
 from ds_moe_ep.adapter import bind_expert_groups, moe_layers, prepare_for_inference
 from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.decode_graph import DecodeGraph
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.plan import ParallelPlan
@@ -38,18 +39,36 @@ of all prompts on rank 0 and None elsewhere."""
 
 
 def ours(
-    folder: Path, job: Job, dispatcher: str, dtype: torch.dtype = torch.float32
+    folder: Path,
+    job: Job,
+    dispatcher: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    captured: tuple[int, int] | None = None,
 ) -> GenerateSide:
     """Returns generation with experts spread over all ranks, as infer.py runs it."""
-    return load_ours(folder, job, dispatcher, dtype)[1]
+    return load_ours(folder, job, dispatcher, dtype, captured=captured)[1]
 
 
 def load_ours(
-    folder: Path, job: Job, dispatcher: str, dtype: torch.dtype = torch.float32
+    folder: Path,
+    job: Job,
+    dispatcher: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    captured: tuple[int, int] | None = None,
 ) -> tuple[PreTrainedModel, GenerateSide]:
     """Returns a rank's part of a model with experts spread over all ranks, and its generation.
 
     With the allreduce dispatcher every rank does the whole batch, and rank 0 returns it.
+
+    Args:
+        folder: The model.
+        job: The job.
+        dispatcher: Name of the dispatcher.
+        dtype: Of the weights.
+        captured: B of this rank and S + N at most, as of which decode passes are replayed, as with
+            ``infer.py --cuda-graphs``; None replays none.
     """
     info = job.info
     model, report = load_expert_parallel_model(
@@ -65,6 +84,12 @@ def load_ours(
     layers = moe_layers(model)
     shared = layers[0].deepspeed_moe.shared
     live_rows = LiveRows([], job.device)
+    graph = None
+    if captured is not None:
+        batch_size, cache_len = captured
+        graph = DecodeGraph(
+            model, layers, world_size=info.world_size, batch_size=batch_size, cache_len=cache_len
+        )
     sync = ForwardSync(
         model,
         layers,
@@ -74,6 +99,7 @@ def load_ours(
         device=job.device,
         shared=shared if shared is not None and shared.size == info.world_size else None,
         live_rows=live_rows,
+        graph=graph,
     )
 
     is_replicated = dispatcher == "allreduce"
@@ -81,7 +107,11 @@ def load_ours(
     def generate(prompts_BS: Tensor, num_new: int) -> Tensor | None:
         mine_BS = prompts_BS.to(job.device) if is_replicated else _own(prompts_BS, job)
         live_rows.start_batch(mine_BS != PAD)
-        completed = complete(model, mine_BS, num_new)
+        with_graph: dict[str, Any] = {}
+        if graph is not None:
+            graph.cache.reset()
+            with_graph = {"past_key_values": graph.cache, "disable_compile": True}
+        completed = complete(model, mine_BS, num_new, **with_graph)
         sync.join_others()
         return None if is_replicated and info.rank != 0 else completed
 
