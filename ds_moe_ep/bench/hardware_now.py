@@ -98,7 +98,7 @@ class HardwareNow:
                 reserved_bytes=0,
                 overlaps=self._job.device.type == "cuda",
                 source="by launch/bench.py predict, all ranks at once",
-                wait_s=self._wait(comm, prices, product_s),
+                wait_s=self._wait(comm, prices),
             )
         )
 
@@ -123,24 +123,30 @@ class HardwareNow:
             wait_s=middle(lambda sample: sample.wait_s),
         )
 
-    def _wait(self, comm: Communicator, prices: GroupPrices, product_s: float) -> float:
-        """Returns what a message costs more after work than it does among ranks that are idle."""
+    def _wait(self, comm: Communicator, prices: GroupPrices) -> float:
+        """Returns what a message costs more after work than it does among ranks that are idle.
+
+        The work is a pass that is told operation by operation, as a job's are. Where ranks take
+        turns on a core, each finds the caches full of another's; a product in a loop hardly minds.
+        """
         if comm.size == 1:
             return 0.0
+        work = partial(self._models[_FEW], input_ids=self._prompt[:, :1])
+        work_s = self._seconds(work)
         one_each, row_TC = [1] * comm.size, self._rows[:1]
         rows_RC = row_TC.repeat(comm.size, 1)
-        num_layers = max(2, round(_WINDOW_S / (2 * product_s)))
+        num_layers = max(2, round(_WINDOW_S / (2 * work_s)))
         num_layers = max(self._job.all_gather(num_layers))
         self._job.wait_for_all(self._timeout_s, "measuring the hardware")
         start = time.perf_counter()
         for _ in range(num_layers):
-            self._multiply()
+            work()
             comm.gather_rows((row_TC,), one_each)
-            self._multiply()
+            work()
             comm.reduce_rows(rows_RC, one_each)
         wait(self._job.device)
         layer_s = (time.perf_counter() - start) / num_layers
-        known_s = 2 * product_s + prices.gather.latency_s + prices.reduce.latency_s
+        known_s = 2 * work_s + prices.gather.latency_s + prices.reduce.latency_s
         return max(0.0, max(self._job.all_gather(layer_s - known_s)) / 2)
 
     def _multiply(self) -> Tensor:
