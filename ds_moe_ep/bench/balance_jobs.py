@@ -52,7 +52,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shape", choices=SHAPES, default="105M", help=f"except of {_TRAINED}")
     parser.add_argument("--prompts", type=int, default=64, help="in all")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument(
         "--spare", type=int, nargs="+", default=[2], metavar="N", help="spare slots a rank"
