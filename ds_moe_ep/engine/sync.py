@@ -87,7 +87,7 @@ class ForwardSync:
 
     @torch.no_grad()
     def join_others(self) -> None:
-        """Takes part in the others' passes without rows of its own until every rank has called this."""
+        """Takes part in the others' passes, with no rows, until every rank has called this."""
         while (told := self._announce(0, fits=True)).has_tokens:
             self._count_step()
             if told.graph is not None:
