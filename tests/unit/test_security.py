@@ -90,7 +90,7 @@ def _write_everything(model: Path, folder: Path) -> None:
     journal.append({0: result})
     write_jsonl(folder / "metrics" / "bringup.jsonl", [PhaseReport(1, ())])
     write_results(folder / "out.jsonl", [result])
-    summary = RankSummary(0, "host", "allgather", 1, 1, 1, 1, 0.1, 0.1, 0.1, 1, 1, 1)
+    summary = RankSummary(0, "host", "allgather", 1, 1, 1, 1, 0.1, 0.1, 0.1, 1, 1, 0, 1)
     _write_metrics(folder / "metrics", summary)
     Report("table", "Heading", "command", "text", [{"world_size": 1}]).write(folder / "bench")
 
