@@ -24,10 +24,10 @@ from ds_moe_ep.adapter import adapt, moe_layers, prepare_for_inference
 from ds_moe_ep.bench.floors import wait
 from ds_moe_ep.bench.generate_sides import complete
 from ds_moe_ep.bench.models import SHAPES, Shape
-from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.host_memory import available_bytes
-from ds_moe_ep.moe.cost_model import GroupPrices
+from ds_moe_ep.moe.cost_model import LinkPrices
+from ds_moe_ep.moe.dispatch import Links
 from ds_moe_ep.plan import ParallelPlan
 from ds_moe_ep.predict.hardware import Device, Launches
 
@@ -68,11 +68,11 @@ class HardwareNow:
         """Generates once, so that libraries are loaded and memory is touched that all runs need."""
         complete(self._models[_FEW], self._prompt, 2)
 
-    def measure(self, comm: Communicator, prices: GroupPrices) -> None:
+    def measure(self, links: Links, prices: LinkPrices) -> None:
         """Measures everything once.
 
         Args:
-            comm: Collectives of all ranks.
+            links: What connects all ranks.
             prices: What they cost, measured just now.
         """
         matrices = itertools.cycle(self._matrices)
@@ -98,7 +98,7 @@ class HardwareNow:
                 reserved_bytes=0,
                 overlaps=self._job.device.type == "cuda",
                 source="by launch/bench.py predict, all ranks at once",
-                wait_s=self._wait(comm, prices),
+                wait_s=self._wait(links, prices),
             )
         )
 
@@ -123,30 +123,34 @@ class HardwareNow:
             wait_s=middle(lambda sample: sample.wait_s),
         )
 
-    def _wait(self, comm: Communicator, prices: GroupPrices) -> float:
-        """Returns what a message costs more after work than it does among ranks that are idle.
+    def _wait(self, links: Links, prices: LinkPrices) -> float:
+        """Returns what messages cost more after work than they do among ranks that are idle.
 
         The work is a pass that is told operation by operation, as a job's are. Where ranks take
         turns on a core, each finds the caches full of another's; a product in a loop hardly minds.
         """
-        if comm.size == 1:
+        if links.flat.size == 1:
             return 0.0
+        levels = [(links.flat, prices.flat)]
+        if links.across and links.within and prices.across and prices.within:
+            levels = [(links.across, prices.across), (links.within, prices.within)]
         work = partial(self._models[_FEW], input_ids=self._prompt[:, :1])
         work_s = self._seconds(work)
-        one_each, row_TC = [1] * comm.size, self._rows[:1]
-        rows_RC = row_TC.repeat(comm.size, 1)
         num_layers = max(2, round(_WINDOW_S / (2 * work_s)))
         num_layers = max(self._job.all_gather(num_layers))
         self._job.wait_for_all(self._timeout_s, "measuring the hardware")
         start = time.perf_counter()
         for _ in range(num_layers):
             work()
-            comm.gather_rows((row_TC,), one_each)
+            for comm, _ in levels:
+                comm.gather_rows((self._rows[:1],), [1] * comm.size)
             work()
-            comm.reduce_rows(rows_RC, one_each)
+            for comm, _ in reversed(levels):
+                comm.reduce_rows(self._rows[: comm.size], [1] * comm.size)
         wait(self._job.device)
         layer_s = (time.perf_counter() - start) / num_layers
-        known_s = 2 * work_s + prices.gather.latency_s + prices.reduce.latency_s
+        known_s = 2 * work_s
+        known_s += sum(price.gather.latency_s + price.reduce.latency_s for _, price in levels)
         return max(0.0, max(self._job.all_gather(layer_s - known_s)) / 2)
 
     def _multiply(self) -> Tensor:

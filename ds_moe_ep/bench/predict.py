@@ -74,7 +74,7 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     for _ in range(args.rounds):
         # Next to each other, as the machine is not always as fast.
         prices.append(measure_links(links, job.device))
-        hardware.measure(links.flat, prices[-1].flat)
+        hardware.measure(links, prices[-1])
         for batch in args.batch:
             _time(args, job, side, batch, times[batch])
     device, link_prices = hardware.device(), _middle(prices)

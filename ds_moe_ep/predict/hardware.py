@@ -77,8 +77,8 @@ class Device:
             GPU does; a CPU core does one thing after the other.
         source: Where the figures come from.
         is_shared: Whether ranks share it, so that an idle rank leaves its time to the others.
-        wait_s: Seconds that a rank waits at a message for another that has not been given a core,
-            after work and on average; 0 where each rank has a device of its own.
+        wait_s: Seconds that a rank waits after work for others that have not been given a core, on
+            average, at the first message; 0 where each rank has a device of its own.
         kernel_s: Seconds that an operation takes the device however little it reads, and however
             early it was told: kernels start and end one after the other. On a CPU core this is
             measured as launching.

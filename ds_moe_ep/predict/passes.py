@@ -31,8 +31,8 @@ __all__ = [
 _WIDTHS_MOVED = 2 * 10
 # Of a row at an expert: gathered and summed (each read and written), and read by the up projection.
 _HIDDEN_MOVED, _EXPERT_WIDTHS_MOVED = 5, 6
-# Of a layer, one after the other.
-_MESSAGES = {"allgather": 2, "alltoall": 3, "allgather-2level": 4, "alltoall-2level": 6}
+# Of a layer: after the router and after the experts. A message right after finds all ranks there.
+_WAITS = 2
 _READING, _PRODUCTS = "memory bandwidth", "matrix products"
 _LATENCY, _SENDING, _LAUNCHING = "network latency", "network bandwidth", "launching operations"
 _KERNELS = "starting kernels"
@@ -304,7 +304,7 @@ def _communication(deployment: Deployment, each: Pass) -> tuple[Part, str]:
     shape, num_layers, ep_size = _layer_shape(spec), len(spec.moe_layers), deployment.plan.ep_size
     predicted = predict_s(links, shape, (each.tokens,) * ep_size)
     dispatcher = min(predicted, key=predicted.__getitem__)
-    waits_s = num_layers * _MESSAGES[dispatcher] * deployment.device.wait_s
+    waits_s = num_layers * _WAITS * deployment.device.wait_s
     seconds = num_layers * predicted[dispatcher] + waits_s
     latency_s = num_layers * predict_s(links, shape, (0,) * ep_size)[dispatcher] + waits_s
     bound = _LATENCY if 2 * latency_s > seconds else _SENDING
