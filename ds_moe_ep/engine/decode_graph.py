@@ -71,7 +71,8 @@ class DecodeGraph:
         self._held: dict[str, Any] = {}  # what a pass is given, in memory of its own
         self._output: Any = None
         self._is_on = False
-        self._replay = self._capture_first_pass(model)
+        self._launch: Callable[[], object] = self._pass
+        self._capture_first_pass(model)
         model.forward = functools.wraps(self._forward)(
             lambda *args, **kwargs: self._run(*args, **kwargs)
         )
@@ -103,7 +104,6 @@ class DecodeGraph:
         self._live_B.zero_()
         self._rewind_to(0)  # or the rows would outgrow the cache
         self._replay()
-        self.num_replays += 1
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``forward``."""
@@ -114,17 +114,19 @@ class DecodeGraph:
             if isinstance(own, Tensor):
                 own.copy_(other)
         self._replay()
-        self.num_replays += 1
         return self._output
+
+    def _replay(self) -> None:
+        self._launch()
+        self.num_replays += 1
 
     def _pass(self) -> None:
         for layer in self._layers:
             layer.announce(self._num_tokens_W, self._live_B, has_static_shapes=True)
         self._output = self._forward(**self._held)
 
-    def _capture_first_pass(self, model: PreTrainedModel) -> Callable[[], object]:
-        """Generates a little, of which nothing counts; returns what replays its decode pass."""
-        replays: list[Callable[[], object]] = []
+    def _capture_first_pass(self, model: PreTrainedModel) -> None:
+        """Generates a little, of which nothing counts, and captures its decode pass."""
 
         def forward(**kwargs: Any) -> Any:
             if kwargs["input_ids"].shape[1] > 1:
@@ -136,11 +138,9 @@ class DecodeGraph:
                 return self._forward(**kwargs)
             self._held = pytree.tree_map_only(Tensor, Tensor.clone, kwargs)
             if self._live_B.is_cuda:
-                replays.append(capture(self._pass))
+                self._launch = capture(self._pass)
                 self._rewind_to(_PROMPT_TOKENS)
-            else:
-                replays.append(self._pass)
-            replays[0]()
+            self._launch()
             return self._output
 
         ids_BS = torch.zeros(
@@ -160,7 +160,6 @@ class DecodeGraph:
             )
         for layer in self._layers:
             layer.announce(None)
-        return replays[0]
 
     def _rewind_to(self, num_tokens: int) -> None:
         for layer in self.cache.layers:

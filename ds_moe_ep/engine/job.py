@@ -86,8 +86,7 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
             remove_unfinished(options.output)
 
     job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
-    progress.enter("capturing a decode pass")
-    graph = _decode_graph(options, job, engine, bring_up.largest_batch, bring_up.longest_tokens)
+    graph = _decode_graph(options, job, engine, bring_up, progress)
     num_prompts = sum(len(batch.indices) for batch in batches)
     live_rows = LiveRows(end_ids(engine.deepspeed_engine.module.generation_config), job.device)
     watched = Watched(
@@ -180,17 +179,18 @@ def _run(
 
 
 def _decode_graph(
-    options: JobOptions, job: Job, engine: Engine, batch_size: int, cache_len: int
+    options: JobOptions, job: Job, engine: Engine, bring_up: BringUp, progress: Progress
 ) -> DecodeGraph | None:
     """Returns what replays decode passes, if the user wants it and there are any."""
-    if not options.cuda_graphs or not batch_size or options.task == "score":
+    if not options.cuda_graphs or not bring_up.largest_batch or options.task == "score":
         return None
+    progress.enter("capturing a decode pass")
     return DecodeGraph(
         engine.deepspeed_engine.module,
         engine.layers,
         world_size=job.info.world_size,
-        batch_size=batch_size,
-        cache_len=cache_len,
+        batch_size=bring_up.largest_batch,
+        cache_len=bring_up.longest_tokens,
     )
 
 
