@@ -121,13 +121,16 @@ def _speaks_alone(info: RankInfo, lost: bool) -> bool:
 
 
 def _speaks_for_host() -> bool:
-    """Decides where rank 0, and the store in it, is what was lost: the first rank on each host."""
-    time.sleep(_ANSWER_S)
+    """Decides where rank 0, and the store in it, is what was lost: the first rank on each host.
+
+    The others there find its claim, which lasts until it ends, if they find out within its wait.
+    """
     name = f"\0ds_moe_ep {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     claim = socket.socket(socket.AF_UNIX)
     with contextlib.suppress(OSError):
         claim.bind(name)
         claim.detach()  # held until this process ends
+        time.sleep(_ANSWER_S)
         return True
     return False
 
