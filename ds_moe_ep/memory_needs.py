@@ -84,6 +84,7 @@ class BatchNeeds:
         new_tokens: int,
         element_bytes: int,
         on_gpu: bool,
+        gathers: bool = False,
     ) -> BatchNeeds:
         """Return the needs of a prompt.
 
@@ -94,33 +95,46 @@ class BatchNeeds:
             new_tokens: tokens to be generated; 0 is scoring, which keeps the logits of all tokens
                 and no cache.
             element_bytes: bytes of a number at run time.
-            on_gpu: whether tensors come from torch's allocator for GPUs, not from the C library.
+            on_gpu: whether tensors come from torch's allocator for GPUs, not from the C library,
+                and experts compute in shapes that do not depend on the routing.
+            gathers: whether the rows of all ranks come to each, as with the allgather dispatcher,
+                not those alone that chose its experts.
         """
         num_logits = prompt_tokens if new_tokens == 0 else 1
         logits = num_logits * spec.vocab_size * (element_bytes + _FLOAT32_BYTES)
         cached_tokens = prompt_tokens + new_tokens if new_tokens else 0
-        held = _widest_step(spec, ep_size) * (_HELD_ON_GPU if on_gpu else _HELD_ON_CPU)
+        numbers = _widest_step(spec, ep_size, on_gpu=on_gpu, gathers=gathers)
+        held = numbers * (_HELD_ON_GPU if on_gpu else _HELD_ON_CPU)
         return cls(
             kv_bytes=cached_tokens * kv_bytes_per_token(spec, element_bytes),
             pass_bytes=int(prompt_tokens * held * element_bytes) + logits,
         )
 
 
-def _widest_step(spec: ModelSpec, ep_size: int) -> float:
+def _widest_step(spec: ModelSpec, ep_size: int, *, on_gpu: bool, gathers: bool) -> float:
     """Return the numbers that are alive for a token at the widest step of its widest layer."""
     hidden, width = spec.hidden_size, spec.moe_intermediate_size
     dense = 3 * spec.intermediate_size if len(spec.moe_layers) < spec.num_layers else 0
     routed = 0.0
     if spec.is_moe:
-        experts_elsewhere = spec.num_experts - spec.num_experts // ep_size
-        unwanted = comb(experts_elsewhere, spec.top_k) / comb(spec.num_experts, spec.top_k)
-        ranks_wanted = ep_size * (1.0 - unwanted)  # by a token, on average
-        # A pair of a row and an expert: gate and up, and their product, next to what they are of;
-        # or the row, the product and the output.
-        pairs = spec.top_k * max(hidden + 4 * width, 2 * hidden + width)
+        num_local_experts = spec.num_experts // ep_size
+        rows = float(ep_size) if gathers else _ranks_wanted(spec, ep_size)
+        # Pairs of a row and an expert: those that were chosen, or as many as there may be.
+        pairs = float(spec.top_k)
+        if on_gpu:
+            pairs = rows * (1 if num_local_experts == 1 else spec.top_k)
+        # Of a pair: gate and up, and their product, next to what they are of; or the row, the
+        # product and the output.
+        of_pairs = pairs * max(hidden + 4 * width, 2 * hidden + width)
         shared = 3 * spec.shared_expert_intermediate_size
-        routed = _ROWS_HELD * ranks_wanted * hidden + pairs + shared
+        routed = _ROWS_HELD * rows * hidden + of_pairs + shared
     return _WIDTHS_HELD * hidden + max(dense, routed)
+
+
+def _ranks_wanted(spec: ModelSpec, ep_size: int) -> float:
+    """Return how many ranks own an expert of a token, on average, if all are chosen equally."""
+    elsewhere = spec.num_experts - spec.num_experts // ep_size
+    return ep_size * (1.0 - comb(elsewhere, spec.top_k) / comb(spec.num_experts, spec.top_k))
 
 
 def largest_batch(room_bytes: int, needs: BatchNeeds) -> int:

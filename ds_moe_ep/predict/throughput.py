@@ -66,7 +66,12 @@ class Memory:
 
     @classmethod
     def of(
-        cls, spec: ModelSpec, plan: ParallelPlan, sequences: Sequences, device: Device | None
+        cls,
+        spec: ModelSpec,
+        plan: ParallelPlan,
+        sequences: Sequences,
+        device: Device | None,
+        dispatcher: str = "alltoall",
     ) -> Memory:
         """Returns the memory that sequences take; without a device, not what there is room for."""
         weights = weight_bytes(spec, plan, spec.param_bytes)
@@ -84,6 +89,7 @@ class Memory:
                 new_tokens=sequences.new_tokens,
                 element_bytes=spec.param_bytes,
                 on_gpu=device is None or device.overlaps,
+                gathers=dispatcher.startswith("allgather"),
             ),
             room,
         )

@@ -285,6 +285,25 @@ def test_needs_by_hand():
     assert needs.pass_bytes == pytest.approx(100 * 2 * 2.2 * numbers + logits, abs=1)
     on_gpu = BatchNeeds.of(spec, new_tokens=28, on_gpu=True, **asked)
     assert on_gpu.pass_bytes == pytest.approx(100 * 2 * 1.7 * numbers + logits, abs=1)
+    # Gathered, the rows of all 64 ranks are held; on a GPU each is then a pair with the one expert.
+    gathered = BatchNeeds.of(spec, new_tokens=28, on_gpu=False, gathers=True, **asked)
+    more = 1.5 * (64 - 8) * 2048
+    assert gathered.pass_bytes == pytest.approx(100 * 2 * 2.2 * (numbers + more) + logits, abs=1)
+    on_gpu = BatchNeeds.of(spec, new_tokens=28, on_gpu=True, gathers=True, **asked)
+    more += (64 - 8) * (2048 + 4 * 1024)
+    assert on_gpu.pass_bytes == pytest.approx(100 * 2 * 1.7 * (numbers + more) + logits, abs=1)
+    # With all experts on one rank, a row there is a pair with each of the 8 that it chose.
+    alone = {**asked, "ep_size": 1, "new_tokens": 28}
+    numbers = (4 + 1.5) * 2048 + 8 * (2048 + 4 * 1024)
+    for on_gpu, held in ((False, 2.2), (True, 1.7)):
+        needs_alone = BatchNeeds.of(spec, on_gpu=on_gpu, **alone)
+        assert needs_alone.pass_bytes == pytest.approx(100 * 2 * held * numbers + logits, abs=1)
+    # Two ranks of 32: 1 - (32! / (24! 8!)) / (64! / (56! 8!)) of the tokens want each of the two,
+    # and on a GPU all 8 slots of such a row are computed.
+    two = BatchNeeds.of(spec, on_gpu=True, **{**alone, "ep_size": 2})
+    rows = 2 * (1 - 10_518_300 / 4_426_165_368)
+    numbers = (4 + 1.5 * rows) * 2048 + rows * 8 * (2048 + 4 * 1024)
+    assert two.pass_bytes == pytest.approx(100 * 2 * 1.7 * numbers + logits, abs=1)
     # An expert: three matrices of 2048 x 1024; one of each of 16 layers on a rank.
     experts = 16 * 3 * 2048 * 1024
     plan = ParallelPlan(64)
