@@ -1,7 +1,12 @@
-"""Every dispatcher on real ranks, against experts with known answers and the slow reference."""
+"""Every dispatcher on real ranks, forward and backward, against one process that has all tokens.
+
+That process computes the layer, and its gradients, in float64 with the slow reference, or with
+experts whose answer has a closed form. All cases run for every dispatcher, in fp32 and bf16.
+"""
 
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -15,13 +20,24 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
 from ds_moe_ep.dist.shared_memory import SharedMemory
+from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, Price
-from ds_moe_ep.moe.dispatch import DISPATCHERS, TWO_LEVEL, Links, make_dispatcher, make_links
+from ds_moe_ep.moe.dispatch import (
+    DISPATCHERS,
+    TWO_LEVEL,
+    Dispatcher,
+    Links,
+    make_dispatcher,
+    make_links,
+)
 from ds_moe_ep.moe.experts import NOT_HERE, run_local_experts
 from ds_moe_ep.moe.probe import measure_links
 from ds_moe_ep.moe.reference import reference_moe
 from tests.helpers import run_ranks
+
+# Shapes: T tokens of a rank, R tokens of all ranks, H hidden, K top_k, E experts, e local experts,
+# W ranks
 
 HIDDEN, WIDTH, TOP_K = 16, 8, 3
 EXPERTS_PER_RANK = (1, 4)
@@ -44,9 +60,9 @@ DISPATCHERS_OF_WORLD = {
 class ScaleExperts(nn.Module):
     """Expert i multiplies by i + 1, so an output tells which experts computed it."""
 
-    def __init__(self, first: int, num_experts: int) -> None:
+    def __init__(self, which: range) -> None:
         super().__init__()
-        self.first, self.num_experts = first, num_experts
+        self.first, self.num_experts = which.start, len(which)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         assert ((top_k_index >= 0) & (top_k_index < self.num_experts)).all()
@@ -60,104 +76,245 @@ class IdentityExperts(ScaleExperts):
         return hidden_states * top_k_weights
 
 
-def gated_experts(num_experts: int, dtype: torch.dtype) -> OlmoeExperts:
-    """All experts of a layer, the same on every rank."""
-    config = OlmoeConfig(hidden_size=HIDDEN, intermediate_size=WIDTH, num_experts=num_experts)
+def gated_experts(which: range) -> OlmoeExperts:
+    """Real experts; the parameters of one follow from its number alone, whoever else is there."""
+    config = OlmoeConfig(hidden_size=HIDDEN, intermediate_size=WIDTH, num_experts=len(which))
     config._experts_implementation = "eager"
     experts = OlmoeExperts(config)
-    generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for param in experts.parameters():
-            param.copy_(torch.randn(param.shape, generator=generator) * 0.15)
-    return experts.to(dtype)
+        for place, expert in enumerate(which):
+            generator = torch.Generator().manual_seed(expert)
+            for param in experts.parameters():
+                param[place] = torch.randn(param.shape[1:], generator=generator) * 0.15
+    return experts
 
 
-def local_part(experts: OlmoeExperts, first: int, num_local: int) -> OlmoeExperts:
-    """The experts of one rank, with parameters of their own."""
-    config = OlmoeConfig(hidden_size=HIDDEN, intermediate_size=WIDTH, num_experts=num_local)
-    config._experts_implementation = "eager"
-    part = OlmoeExperts(config).to(experts.down_proj.dtype)
-    with torch.no_grad():
-        for name, param in part.named_parameters():
-            param.copy_(getattr(experts, name)[first : first + num_local])
-    return part
+def scaled(_: nn.Module, x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
+    """What `ScaleExperts` come to; ``NOT_HERE``, which is -1, scales by zero."""
+    return x_RH * ((ids_RK + 1) * weights_RK).sum(dim=1, keepdim=True)
 
 
-class Ranks:
-    """What a case needs on one rank.
+def given_back(_: nn.Module, x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
+    """What `IdentityExperts` come to: the input, where weights are 1/K."""
+    return x_RH * weights_RK.sum(dim=1, keepdim=True)
 
-    Args:
-        rank: This rank.
-        links: What connects it with the others.
-        dispatcher: Name of the dispatcher under test.
-        num_local: Experts on each rank.
-        announced: Whether the dispatcher is told the tokens of every rank.
+
+def at_random(scores_RE: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct experts, and their weights."""
+    weights_RK, ids_RK = scores_RE.topk(min(TOP_K, scores_RE.shape[1]), dim=1)
+    return ids_RK, weights_RK
+
+
+def with_equal_weights(scores_RE: Tensor) -> tuple[Tensor, Tensor]:
+    ids_RK, weights_RK = at_random(scores_RE)
+    return ids_RK, torch.full_like(weights_RK, 1 / weights_RK.shape[1])
+
+
+def to_the_last_expert(scores_RE: Tensor) -> tuple[Tensor, Tensor]:
+    ids_RK, weights_RK = at_random(scores_RE)
+    return torch.full_like(ids_RK, scores_RE.shape[1] - 1), weights_RK
+
+
+def with_padding(scores_RE: Tensor) -> tuple[Tensor, Tensor]:
+    """Every third token needs no expert: its row comes back as zeros."""
+    ids_RK, weights_RK = at_random(scores_RE)
+    ids_RK[::3] = NOT_HERE
+    return ids_RK, weights_RK
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tokens of every rank, how they are routed, and what should become of them.
+
+    Attributes:
+        num_tokens: Tokens of a rank, from the rank and the number of ranks.
+        route: Expert ids and weights ``[R, K]`` from scores ``[R, E]``.
+        make_experts: The experts of a range.
+        expected: The output ``[R, H]``, from all experts, tokens, expert ids and weights.
+        dtype: Of tokens and experts.
+        is_counted: Whether alltoall tells first how many rows will come, as with batches that are
+            too large to be sent to all ranks.
     """
 
-    def __init__(
-        self, rank: int, links: Links, dispatcher: str, num_local: int, *, announced: bool
-    ) -> None:
-        self.rank, self.world_size, self.num_local = rank, links.flat.size, num_local
-        self.num_experts = self.world_size * num_local
-        self.top_k = min(TOP_K, self.num_experts)
-        self.comm, self.announced = links.flat, announced
-        self.is_replicated = dispatcher == "allreduce"  # all ranks have the tokens of rank 0
-        if dispatcher.startswith("auto"):
-            _, _, chosen = dispatcher.partition(": ")
-            prices = prices_for(chosen, links) if chosen else measured(links)
-            self.dispatcher = Auto(links, prices, num_local)
-        else:
-            self.dispatcher = make_dispatcher(dispatcher, links, num_local)
+    num_tokens: Callable[[int, int], int]
+    route: Callable[[Tensor], tuple[Tensor, Tensor]] = at_random
+    make_experts: Callable[[range], nn.Module] = gated_experts
+    expected: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] = reference_moe
+    dtype: torch.dtype = torch.float32
+    is_counted: bool = False
 
-    def tokens(
-        self, count: int, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Random rows, distinct experts and weights of this rank."""
-        generator = torch.Generator().manual_seed(100 + self.rank * (not self.is_replicated))
-        x_TH = torch.randn(count, HIDDEN, generator=generator).to(dtype)
-        scores_TE = torch.rand(count, self.num_experts, generator=generator)
-        weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
-        return x_TH, ids_TK, weights_TK
+    def num_tokens_of_ranks(self, world_size: int) -> list[int]:
+        return [self.num_tokens(rank, world_size) for rank in range(world_size)]
 
-    def dispatch(
-        self, experts: nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Calls the dispatcher as the layer does."""
-        num_tokens_W = None
-        if self.announced:
-            counts = self.comm.gather_ints([len(x_TH)], x_TH.device)
-            num_tokens_W = [count for (count,) in counts]
-        compute = partial(run_local_experts, experts)
-        return self.dispatcher(compute, x_TH, ids_TK, weights_TK, num_tokens_W)
 
-    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
-        """Sums over the ranks that have tokens of their own."""
-        if not self.is_replicated:
-            dist.all_reduce(tensor)
-        return tensor
+def equal(count: int) -> Callable[[int, int], int]:
+    """As many tokens on every rank."""
+    return lambda rank, world_size: count
 
-    def check(
-        self, count: int, *, dtype=torch.float32, ids_TK: Tensor | None = None, **tolerance
-    ) -> Tensor:
-        """Compares with the reference; returns the rows each local expert got."""
-        full = gated_experts(self.num_experts, dtype)
-        x_TH, routed_TK, weights_TK = self.tokens(count, dtype)
-        has_distinct_ids = ids_TK is None
-        ids_TK = routed_TK if ids_TK is None else ids_TK
-        local = local_part(full, self.rank * self.num_local, self.num_local)
-        with torch.no_grad():
-            actual_TH, rows_e = self.dispatch(local, x_TH, ids_TK, weights_TK)
-            expected_TH = reference_moe(full, x_TH, ids_TK, weights_TK)
-        chosen_E = torch.bincount(ids_TK.flatten(), minlength=self.num_experts)
-        chosen_E = self.sum_over_tokens(chosen_E)
-        # Assertions come after the last collective of a case, so that one that fails leaves the
-        # ranks in step.
-        first = self.rank * self.num_local
-        if has_distinct_ids:  # else a token's choices of one expert may be one row or several
-            assert rows_e.tolist() == chosen_E[first : first + self.num_local].tolist()
-        assert actual_TH.dtype == dtype
-        torch.testing.assert_close(actual_TH, expected_TH, **tolerance)
-        return rows_e
+
+_IN_FP32 = {
+    "identity_gives_the_input_back": Case(
+        equal(7), with_equal_weights, IdentityExperts, given_back
+    ),
+    "the_right_experts_compute": Case(equal(7), at_random, ScaleExperts, scaled),
+    "random_routing": Case(equal(13)),
+    "unequal_counts": Case(lambda rank, world_size: 1 + 5 * rank),
+    "a_rank_without_tokens": Case(lambda rank, world_size: 0 if rank == 1 else 6),
+    "only_one_rank_has_tokens": Case(lambda rank, world_size: 9 if rank == world_size - 1 else 0),
+    "no_rank_has_tokens": Case(equal(0)),
+    "all_tokens_on_one_expert": Case(equal(8), to_the_last_expert),
+    "rows_that_need_no_expert": Case(equal(13), with_padding, ScaleExperts, scaled),
+    # Too many for sums in one step, and for the shared memory of the test.
+    "many_tokens": Case(equal(1100), with_equal_weights, IdentityExperts, given_back),
+    "rows_are_counted_first": Case(equal(13), is_counted=True),
+}
+CASES = _IN_FP32 | {
+    f"{name}_in_bf16": replace(case, dtype=torch.bfloat16) for name, case in _IN_FP32.items()
+}
+
+
+def cases_of(dispatcher: str) -> list[str]:
+    """All that there can be: a replicated batch is as long on all ranks, and only alltoall counts.
+
+    Auto's alltoall always counts, so ``auto: alltoall`` has that in every case.
+    """
+    return [
+        name
+        for name, case in CASES.items()
+        if (dispatcher != "allreduce" or len(set(case.num_tokens_of_ranks(4))) == 1)
+        and (dispatcher.startswith("alltoall") or not case.is_counted)
+    ]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A batch of all ranks, rank after rank, and what one process in float64 makes of it.
+
+    Attributes:
+        x: Tokens ``[R, H]``.
+        ids: Expert ids ``[R, K]``.
+        weights: Routing weights ``[R, K]``.
+        out_grad: The gradient of the output, given.
+        out: The output ``[R, H]``.
+        grads: Gradients of x, of weights, and of each parameter of all experts.
+    """
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    out_grad: Tensor
+    out: Tensor
+    grads: list[Tensor]
+
+
+@cache
+def solve(case: Case, num_tokens: int, num_experts: int) -> Solution:
+    """Makes the tokens of a case and computes them without a dispatcher, once for all of them."""
+    generator = torch.Generator().manual_seed(100)
+    x_RH = torch.randn(num_tokens, HIDDEN, generator=generator).to(case.dtype)
+    out_grad_RH = torch.randn(num_tokens, HIDDEN, generator=generator).to(case.dtype)
+    ids_RK, weights_RK = case.route(torch.rand(num_tokens, num_experts, generator=generator))
+    x, weights = x_RH.double().requires_grad_(), weights_RK.double().requires_grad_()
+    experts = case.make_experts(range(num_experts)).to(case.dtype).double()
+    out_RH = case.expected(experts, x, ids_RK, weights)
+    out_RH = out_RH + 0 * x  # without a token, nothing else requires a gradient
+    grads = gradients(out_RH, out_grad_RH.double(), x, weights, experts)
+    return Solution(x_RH, ids_RK, weights_RK, out_grad_RH, out_RH.detach(), grads)
+
+
+def gradients(
+    out: Tensor, out_grad: Tensor, x: Tensor, weights: Tensor, experts: nn.Module
+) -> list[Tensor]:
+    """Of x, of weights and of each parameter; zeros where nothing depends on one."""
+    inputs = [x, weights, *experts.parameters()]
+    return list(torch.autograd.grad(out, inputs, out_grad, materialize_grads=True))
+
+
+def check(
+    case: Case, rank: int, links: Links, name: str, num_local: int, *, is_announced: bool
+) -> None:
+    """Compares what a dispatcher makes of a case on this rank, backward too, with its solution."""
+    num_tokens_W = case.num_tokens_of_ranks(links.flat.size)
+    # With allreduce, all ranks have the tokens of rank 0.
+    batches, place = (num_tokens_W[:1], 0) if name == "allreduce" else (num_tokens_W, rank)
+    mine = slice(sum(batches[:place]), sum(batches[: place + 1]))
+    here = slice(rank * num_local, (rank + 1) * num_local)
+    all_experts = range(links.flat.size * num_local)
+    solution = solve(case, sum(batches), len(all_experts))
+
+    experts = case.make_experts(all_experts[here]).to(case.dtype)
+    x_TH = solution.x[mine].clone().requires_grad_()
+    weights_TK = solution.weights[mine].clone().requires_grad_()
+    dispatcher = make(name, links, num_local, is_counted=case.is_counted)
+    dispatch = partial(
+        dispatcher,
+        partial(run_local_experts, experts),
+        x_TH,
+        solution.ids[mine],
+        weights_TK,
+        num_tokens_W if is_announced else None,
+    )
+    with torch.no_grad():
+        inferred = dispatch()
+    trained = dispatch()
+    grads = gradients(trained[0], solution.out_grad[mine], x_TH, weights_TK, experts)
+
+    # Assertions come after the last collective of a case, so that one that fails leaves the ranks
+    # in step.
+    check_choice(dispatcher, name, is_announced=is_announced)
+    for out_TH, rows_e in (inferred, trained):
+        assert out_TH.dtype == case.dtype
+        assert_close("output", out_TH, solution.out[mine], case.dtype)
+        check_rows(rows_e, solution.ids, here)
+    names = ["x", "weights", *dict(experts.named_parameters())]
+    parts = [mine, mine] + [here] * (len(names) - 2)
+    for what, found, wanted, part in zip(names, grads, solution.grads, parts, strict=True):
+        assert_close(f"gradient of {what}", found, wanted[part], case.dtype)
+
+
+def assert_close(what: str, found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """Compares with a float64 tensor; the tolerance is for the roundings of what is tested.
+
+    A value is a sum of terms, each rounded to bf16's 8 bits (2^-8 = 0.4%) a few times on the way:
+    what an expert computes from rows, its weights and activations, the rows that come back, the
+    sum. Five such roundings are 2%; 3% is the bound, of the value or, where terms cancel out, of
+    the largest in the tensor.
+    """
+    rtol, atol = 1e-5, 1e-6
+    if dtype == torch.bfloat16:
+        rtol, atol = 3e-2, 3e-2 * max(wanted.abs().flatten().tolist(), default=0.0)
+    torch.testing.assert_close(
+        found.double(), wanted, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def check_rows(rows_e: Tensor, ids_RK: Tensor, here: slice) -> None:
+    """A token's choices of one expert may be one row or several; else rows are conserved."""
+    chosen_RKE = ids_RK[:, :, None] == torch.arange(here.stop)
+    tokens_E, slots_E = chosen_RKE.any(dim=1).sum(dim=0), chosen_RKE.sum(dim=(0, 1))
+    for rows, *allowed in zip(
+        rows_e.tolist(), tokens_E[here].tolist(), slots_E[here].tolist(), strict=True
+    ):
+        assert rows in allowed
+
+
+def check_choice(dispatcher: Dispatcher, name: str, *, is_announced: bool) -> None:
+    """Forced prices choose what they are meant to, where tokens are known to all."""
+    _, _, chosen = name.partition(": ")
+    if isinstance(dispatcher, Auto) and chosen:
+        assert set(dispatcher.calls) == {chosen if is_announced else "alltoall"}
+
+
+def make(name: str, links: Links, num_local: int, *, is_counted: bool) -> Dispatcher:
+    """Returns the dispatcher under test."""
+    if name.startswith("auto"):
+        _, _, chosen = name.partition(": ")
+        prices = prices_for(chosen, links) if chosen else measured(links)
+        return Auto(links, prices, num_local)
+    dispatcher = make_dispatcher(name, links, num_local)
+    if is_counted:
+        getattr(dispatcher, "across", dispatcher).send_to_all_bytes = 0
+    return dispatcher
 
 
 @cache
@@ -185,172 +342,6 @@ def prices_for(chosen: str, links: Links) -> LinkPrices:
     )
 
 
-FP32 = {"rtol": 1e-5, "atol": 1e-6}
-# An output is a sum of a few terms of order one, and a gradient of a few more. Each is rounded to
-# bf16's 8 bits (2^-8 = 0.4%) a few times on the way: what an expert computes from rows, its weights
-# and activations, the rows that come back, the sum. Five such roundings are 2%; 3% is the bound, of
-# the value or, where terms cancel out, of one.
-BF16 = {"rtol": 3e-2, "atol": 3e-2}
-
-
-def identity_gives_the_input_back(at: Ranks, dtype=torch.float32, **tolerance) -> None:
-    x_TH, ids_TK, _ = at.tokens(7, dtype)
-    weights_TK = torch.full(ids_TK.shape, 1 / at.top_k)
-    out_TH, _ = at.dispatch(IdentityExperts(0, at.num_local), x_TH, ids_TK, weights_TK)
-    torch.testing.assert_close(out_TH.float(), x_TH.float(), **(tolerance or FP32))
-
-
-def the_right_experts_compute(at: Ranks, dtype=torch.float32, **tolerance) -> None:
-    x_TH, ids_TK, weights_TK = at.tokens(7, dtype)
-    experts = ScaleExperts(at.rank * at.num_local, at.num_local)
-    out_TH, _ = at.dispatch(experts, x_TH, ids_TK, weights_TK)
-    scale_T1 = ((ids_TK + 1) * weights_TK).sum(dim=1, keepdim=True)
-    torch.testing.assert_close(out_TH.float(), x_TH * scale_T1, **(tolerance or FP32))
-
-
-def random_routing(at: Ranks, dtype=torch.float32, **tolerance) -> None:
-    at.check(13, dtype=dtype, **(tolerance or FP32))
-
-
-def unequal_counts(at: Ranks, dtype=torch.float32, **tolerance) -> None:
-    at.check(1 + 5 * at.rank, dtype=dtype, **(tolerance or FP32))
-
-
-def a_rank_without_tokens(at: Ranks, dtype=torch.float32, **tolerance) -> None:
-    at.check(0 if at.rank == 1 else 6, dtype=dtype, **(tolerance or FP32))
-
-
-def only_one_rank_has_tokens(at: Ranks, dtype=torch.float32, **tolerance) -> None:
-    at.check(9 if at.rank == at.world_size - 1 else 0, dtype=dtype, **(tolerance or FP32))
-
-
-def no_rank_has_tokens(at: Ranks, dtype=torch.float32, **tolerance) -> None:
-    assert at.check(0, dtype=dtype, **(tolerance or FP32)).sum() == 0
-
-
-def all_tokens_on_one_expert(at: Ranks, dtype=torch.float32, **tolerance) -> None:
-    rows_e = at.check(
-        8, ids_TK=torch.full((8, at.top_k), at.num_experts - 1), dtype=dtype, **(tolerance or FP32)
-    )
-    assert not rows_e[:-1].any()
-    num_tokens = 8 if at.is_replicated else 8 * at.world_size
-    wanted = (num_tokens, num_tokens * at.top_k) if at.rank == at.world_size - 1 else (0,)
-    assert int(rows_e[-1]) in wanted
-
-
-def bf16(case: Callable[..., None]) -> Callable[[Ranks], None]:
-    """The same case in bf16."""
-
-    def run(at: Ranks) -> None:
-        case(at, dtype=torch.bfloat16, **BF16)
-
-    run.__name__ = f"{case.__name__}_in_bf16"
-    return run
-
-
-def many_tokens(at: Ranks) -> None:
-    """Too many for sums in one step, and for the shared memory of the test."""
-    x_TH, ids_TK, _ = at.tokens(1100)
-    weights_TK = torch.full(ids_TK.shape, 1 / at.top_k)
-    out_TH, _ = at.dispatch(IdentityExperts(0, at.num_local), x_TH, ids_TK, weights_TK)
-    torch.testing.assert_close(out_TH, x_TH, **FP32)
-
-
-def rows_that_need_no_expert(at: Ranks) -> None:
-    """Padding: its rows come back as zeros, and no expert has computed them."""
-    x_TH, ids_TK, weights_TK = at.tokens(13)
-    is_live_T = torch.arange(13) % 3 != at.rank * (not at.is_replicated) % 3
-    experts = ScaleExperts(at.rank * at.num_local, at.num_local)
-    out_TH, rows_e = at.dispatch(
-        experts, x_TH, ids_TK.masked_fill(~is_live_T[:, None], NOT_HERE), weights_TK
-    )
-    chosen_E = torch.bincount(ids_TK[is_live_T].flatten(), minlength=at.num_experts)
-    chosen_E = at.sum_over_tokens(chosen_E)
-    scale_T1 = ((ids_TK + 1) * weights_TK).sum(dim=1, keepdim=True) * is_live_T[:, None]
-    first = at.rank * at.num_local
-    assert rows_e.tolist() == chosen_E[first : first + at.num_local].tolist()
-    torch.testing.assert_close(out_TH, x_TH * scale_T1, **FP32)
-
-
-def rows_are_counted_first(at: Ranks, dtype=torch.float32, **tolerance) -> None:
-    """What alltoall does with batches that are too large to be sent to all ranks."""
-    dispatcher = getattr(at.dispatcher, "candidates", {}).get("alltoall", at.dispatcher)
-    for each in (dispatcher, getattr(dispatcher, "across", None)):
-        if hasattr(each, "send_to_all_bytes"):
-            each.send_to_all_bytes = 0
-    at.dispatcher = dispatcher
-    at.check(13, dtype=dtype, **(tolerance or FP32))
-
-
-def backward(at: Ranks, dtype=torch.float32, **tolerance) -> None:
-    tolerance = tolerance or FP32
-    full = gated_experts(at.num_experts, dtype)
-    local = local_part(full, at.rank * at.num_local, at.num_local)
-    # A rank without tokens takes part in backward too.
-    count = 0 if at.rank == 0 and not at.is_replicated else 5
-    x_TH, ids_TK, weights_TK = at.tokens(count, dtype)
-    out_grad_TH = torch.linspace(-1, 1, count * HIDDEN).view(count, HIDDEN).to(dtype)
-
-    def gradients(run: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        x, weights = x_TH.clone().requires_grad_(), weights_TK.clone().requires_grad_()
-        out_TH = run(x, weights)
-        if out_TH.requires_grad:  # not the reference's without a token
-            out_TH.backward(out_grad_TH)
-        return tuple(torch.zeros_like(v) if v.grad is None else v.grad for v in (x, weights))
-
-    actual = gradients(lambda x, weights: at.dispatch(local, x, ids_TK, weights)[0])
-    expected = gradients(lambda x, weights: reference_moe(full, x, ids_TK, weights))
-    totals = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in full.named_parameters()
-    }
-    for total in totals.values():
-        at.sum_over_tokens(total)  # the reference's experts saw this rank's tokens only
-    for found, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(found, wanted, **tolerance)
-    for name, total in totals.items():
-        mine = total[at.rank * at.num_local : (at.rank + 1) * at.num_local]
-        found = getattr(local, name).grad
-        torch.testing.assert_close(
-            torch.zeros_like(mine) if found is None else found, mine, **tolerance
-        )
-
-
-_UNEQUAL = (unequal_counts, a_rank_without_tokens, only_one_rank_has_tokens)
-_IN_BOTH_TYPES = (
-    identity_gives_the_input_back,
-    the_right_experts_compute,
-    random_routing,
-    no_rank_has_tokens,
-    all_tokens_on_one_expert,
-    rows_are_counted_first,
-    backward,
-    *_UNEQUAL,
-)
-CASES = {
-    case.__name__: case
-    for case in (
-        *_IN_BOTH_TYPES,
-        *map(bf16, _IN_BOTH_TYPES),
-        many_tokens,
-        rows_that_need_no_expert,
-    )
-}
-# Not for a replicated batch.
-UNEQUAL = {case.__name__ for each in _UNEQUAL for case in (each, bf16(each))}
-
-
-def cases_of(dispatcher: str) -> list[str]:
-    return [name for name in CASES if dispatcher != "allreduce" or name not in UNEQUAL]
-
-
-def _check_choice(at: Ranks, dispatcher: str, *, is_announced: bool) -> None:
-    """Forced prices choose what they are meant to, where tokens are known to all."""
-    _, _, chosen = dispatcher.partition(": ")
-    if chosen and isinstance(at.dispatcher, Auto):
-        assert set(at.dispatcher.calls) == {chosen if is_announced else "alltoall"}
-
-
 def run_all_cases(rank: int, world_size: int) -> dict[tuple[Any, ...], str]:
     """Runs every case of every dispatcher; returns the tracebacks of those that failed."""
     failed = {}
@@ -368,17 +359,18 @@ def run_all_cases(rank: int, world_size: int) -> dict[tuple[Any, ...], str]:
     for dispatcher in DISPATCHERS_OF_WORLD[world_size]:
         for num_local in EXPERTS_PER_RANK:
             for way in WAYS:
+                at_links = links_by_memory if way == "memory" else links
+                is_announced = way != "unannounced"
                 for name in cases_of(dispatcher):
-                    at = Ranks(
-                        rank,
-                        links_by_memory if way == "memory" else links,
-                        dispatcher,
-                        num_local,
-                        announced=way != "unannounced",
-                    )
                     try:
-                        CASES[name](at)
-                        _check_choice(at, dispatcher, is_announced=way != "unannounced")
+                        check(
+                            CASES[name],
+                            rank,
+                            at_links,
+                            dispatcher,
+                            num_local,
+                            is_announced=is_announced,
+                        )
                     except AssertionError:
                         failed[dispatcher, num_local, way, name] = traceback.format_exc()
     return failed
@@ -431,13 +423,13 @@ def check_bytes_between_nodes(rank: int, world_size: int) -> None:
     ids_TK[4:] += here - elsewhere
     x_TH = torch.ones(num_tokens, HIDDEN)
     weights_TK = torch.full(ids_TK.shape, 1 / 3)
-    experts = partial(run_local_experts, IdentityExperts(0, num_local))
+    experts = partial(run_local_experts, IdentityExperts(range(num_local)))
     out_TH, _ = make_dispatcher("alltoall-2level", links, num_local)(
         experts, x_TH, ids_TK, weights_TK
     )
     assert links.across is not None
     exchanged = links.across.stats.by_kind["exchange"]
-    torch.testing.assert_close(out_TH, x_TH, **FP32)
+    torch.testing.assert_close(out_TH, x_TH)
     # A row goes with three ids and three weights, each 12 bytes that take 16; its output returns.
     row_bytes = HIDDEN * 4
     assert exchanged.durations.count == 2
@@ -446,3 +438,19 @@ def check_bytes_between_nodes(rank: int, world_size: int) -> None:
 
 def test_a_row_crosses_between_nodes_once_for_all_experts_there(tmp_path):
     run_ranks(check_bytes_between_nodes, 4, tmp_path)
+
+
+def check_unequal_batches_are_refused(rank: int, world_size: int) -> None:
+    links = make_links(dist.group.WORLD)
+    num_tokens_W = [3 + each for each in range(world_size)]
+    x_TH = torch.ones(num_tokens_W[rank], HIDDEN)
+    ids_T1 = torch.zeros(len(x_TH), 1, dtype=torch.int64)
+    compute = partial(run_local_experts, IdentityExperts(range(1)))
+    with pytest.raises(DistributedError, match=r"same tokens on every rank.*\[3, 4\].*alltoall"):
+        make_dispatcher("allreduce", links, 1)(
+            compute, x_TH, ids_T1, torch.ones(len(x_TH), 1), num_tokens_W
+        )
+
+
+def test_allreduce_refuses_batches_that_differ_on_every_rank(tmp_path):
+    run_ranks(check_unequal_batches_are_refused, 2, tmp_path)
