@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ds_moe_ep.bench.memory import PeakMemory
 from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
-from ds_moe_ep.bench.timing import time_in_turn
+from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.errors import ConfigError, DistributedError
 
@@ -175,10 +176,11 @@ def _to_markdown(results: Sequence[Result]) -> str:
             "decode": result["batch"] * result["new_tokens"],
         }
         for phase, num_tokens in tokens.items():
-            rates = {name: num_tokens / _seconds(result, name, phase) for name in result["all_s"]}
+            seconds = {name: _seconds(result, name, phase) for name in result["all_s"]}
+            ours_s = seconds[_OURS].median
             row = [result["world_size"], result["batch"], phase]
-            row += [f"{rates[name]:,.0f}" if name in rates else "-" for name in names]
-            row += [f"{rates[_OURS] / rates[peer]:.2f}" if peer in rates else "-" for peer in peers]
+            row += [_rate(num_tokens, seconds[n]) if n in seconds else "-" for n in names]
+            row += [f"{seconds[p].median / ours_s:.2f}" if p in seconds else "-" for p in peers]
             rows.append(row)
     first = [
         [
@@ -202,9 +204,11 @@ def _to_markdown(results: Sequence[Result]) -> str:
         f"{sizes['new_tokens']} new ones; {_equality(results)}. Ranks have one thread each and "
         f"share the prompts{_REPLICATED if sizes['dispatcher'] == 'allreduce' else ''}; one "
         "process has a thread a core "
-        "and all prompts, while the ranks wait. Prefill is the time to the first token, decode "
-        "that of the tokens after it (a difference of medians); "
-        f"{sizes['prefill_s'][_OURS]['num_rounds']} rounds of each. "
+        "and all prompts, while the ranks wait. Rates are of the median time (least to most) of "
+        f"{sizes['prefill_s'][_OURS]['num_rounds']} rounds. Prefill is the time to the first "
+        "token. Decode is that of the tokens after it, the time of all tokens less that of the "
+        "first, which are timed apart: a difference of medians, and the range is the widest that "
+        "both ranges allow. "
         "Memory is what loading the model and generating for most prompts add to a process, by "
         "its proportional set size: weights, caches, temporary tensors; not Python and "
         "libraries. Of a GPU's it is what torch's allocator gave out."
@@ -236,9 +240,20 @@ def _in_all_and_most(peak_bytes: Sequence[int]) -> str:
     return f"{sum(peak_bytes) / 1e6:,.0f} ({max(peak_bytes) / 1e6:,.0f})"
 
 
-def _seconds(result: Result, name: str, phase: str) -> float:
-    first_s = float(result["prefill_s"][name]["median"])
-    return first_s if phase == "prefill" else float(result["all_s"][name]["median"]) - first_s
+def _seconds(result: Result, name: str, phase: str) -> Spread:
+    first = Spread(**result["prefill_s"][name])
+    if phase == "prefill":
+        return first
+    all_ = Spread(**result["all_s"][name])
+    return Spread(
+        all_.median - first.median, all_.min - first.max, all_.max - first.min, all_.num_rounds
+    )
+
+
+def _rate(num_tokens: int, seconds: Spread) -> str:
+    """Returns tokens/s with their range; nothing bounds them where the least time is not known."""
+    most = num_tokens / seconds.min if seconds.min > 0 else math.inf
+    return f"{num_tokens / seconds.median:,.0f} ({num_tokens / seconds.max:,.0f} to {most:,.0f})"
 
 
 def _variant(args: argparse.Namespace) -> tuple[str, str] | None:

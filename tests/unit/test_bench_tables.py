@@ -1,18 +1,24 @@
 """What the benchmark's tables count, and how they show it."""
 
 import argparse
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from ds_moe_ep.bench import balance, balance_jobs, collectives, layer, predict, replay, scale
+from ds_moe_ep.bench import balance, balance_jobs, collectives, e2e, layer, predict, replay, scale
 from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.replay import prefill_flops
 from ds_moe_ep.bench.replayed_rank import even_ids
+from ds_moe_ep.bench.report import Report
 from ds_moe_ep.bench.scale import least_bytes
 from ds_moe_ep.bench.timing import Spread
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model_spec import read_model_spec
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+RECORDED = DOCUMENT.parent / "benchmarks"
 
 
 def cells(text, line):
@@ -119,6 +125,50 @@ def test_collectives_show_the_rate_of_what_a_rank_gets_and_the_fit():
     result["layers"] = [{"num_tokens": 16, "seconds": seconds}]
     row = "| 4 | 16 | 2.00 (1.00 to 4.00) | 3.00 (1.50 to 6.00) | 1.50 |"
     assert row in collectives.TABLE.to_markdown([result]).splitlines()
+
+
+def generated(**sides):
+    """Two ranks, of each side's times to the first token and to the last: median, least, most."""
+    first_s, all_s = (
+        {
+            name: vars(Spread(*(ms / 1000 for ms in times[which]), 5))
+            for name, times in sides.items()
+        }
+        for which in (0, 1)
+    )
+    return {
+        **{"world_size": 2, "batch": 16, "prompt_tokens": 32, "all_prompt_tokens": 512},
+        **{"new_tokens": 8, "dtype": "float32", "dispatcher": "auto"},
+        **{"prefill_s": first_s, "all_s": all_s, "equal_share": dict.fromkeys(sides, 1.0)},
+        "peak_bytes": dict.fromkeys(sides, [2_000_000, 1_000_000]),
+    }
+
+
+def test_rates_of_generation_have_the_range_that_the_times_allow():
+    text = e2e.TABLE.to_markdown([generated(ours=((200, 160, 256), (600, 416, 800)))])
+    assert cells(text, 2) == ["2", "16", "prefill", "2,560 (2,000 to 3,200)"]
+    # 128 tokens in 600 - 200 ms; in 800 - 160 at most and 416 - 256 at least.
+    assert cells(text, 3) == ["2", "16", "decode", "320 (200 to 800)"]
+    text = e2e.TABLE.to_markdown([generated(ours=((200, 160, 416), (600, 416, 800)))])
+    assert cells(text, 3)[-1] == "320 (200 to inf)"
+
+
+def test_rates_are_compared_by_their_medians():
+    ours, peer = ((200, 100, 300), (600, 500, 700)), ((500, 100, 800), (1500, 900, 1600))
+    text = e2e.TABLE.to_markdown([generated(ours=ours, **{"transformers EP": peer})])
+    assert [cells(text, line)[-1] for line in (2, 3)] == ["2.50", "2.50"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*RECORDED.glob("e2e*.json"), RECORDED / "uneven.json"]),
+    ids=lambda path: path.stem,
+)
+def test_a_recorded_generation_is_shown_as_it_would_be_today(path):
+    recorded = json.loads(path.read_text())
+    assert recorded["text"] == e2e.TABLE.to_markdown(recorded["results"])
+    section = Report(**recorded).to_markdown()
+    assert f"<!-- bench {path.stem} -->\n{section}\n<!-- end" in DOCUMENT.read_text()
 
 
 def test_the_operations_of_a_prefill(tmp_path):
