@@ -224,6 +224,10 @@ def _layers_to_markdown(results: Sequence[Result]) -> str:
     return f"{_ABOUT_DEEPSPEED}{markdown_table(titles, rows)}" if rows else ""
 
 
+def _variant(args: argparse.Namespace) -> tuple[str, str] | None:
+    return ("deepspeed-shm", f"and {DEEPSPEED}") if args.deepspeed_shm else None
+
+
 TABLE = Table(
     name="collectives",
     heading="What the links do",
@@ -231,4 +235,5 @@ TABLE = Table(
     prepare=_prepare,
     measure=_measure,
     to_markdown=_to_markdown,
+    variant=_variant,
 )

@@ -171,6 +171,14 @@ def test_a_recorded_generation_is_shown_as_it_would_be_today(path):
     assert f"<!-- bench {path.stem} -->\n{section}\n<!-- end" in DOCUMENT.read_text()
 
 
+def test_deepspeeds_shared_memory_is_a_section_of_its_own():
+    variants = [
+        collectives.TABLE.variant(argparse.Namespace(deepspeed_shm=asked))
+        for asked in (True, False)
+    ]
+    assert variants == [("deepspeed-shm", "and DeepSpeed's shared memory"), None]
+
+
 def test_the_operations_of_a_prefill(tmp_path):
     SHAPES["tiny"].config().save_pretrained(tmp_path)
     # A layer has four projections of 64 x 64, a router of 8 x 64, two norms of 64 and two of 32 for
