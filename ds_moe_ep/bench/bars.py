@@ -20,6 +20,7 @@ DOCUMENT = "performance.md"
 """The file in docs/ that the table stands in."""
 
 _SHOWN_ONE_BY_ONE = 6
+_GPU_BARS = "[One rank of a large job](benchmarks.md#one-rank-of-a-large-job)"
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ BARS = (
     ),
     _auto("layer-ours", "auto, layer, our dispatchers alone"),
     _auto("layer", "auto, layer, among the peers"),
+    _auto("layer-hosts", "auto, layer, 64 ranks as 8 x 8"),
     *(
         _bytes(side, table, ranks)
         for side in ("routed rows only", "auto")
@@ -178,7 +180,8 @@ def to_markdown(folder: Path) -> str:
     return (
         f"{markdown_table(['what', 'against', 'bar', 'reached', ''], rows)}\n\n"
         "Ratios of medians. A bar is met if all its rows meet it before they are rounded; those "
-        f"that miss are bold. Tables, and when they were recorded: {days}."
+        f"that miss are bold. Tables, and when they were recorded: {days}. The bars of one rank on "
+        f"a GPU stand below its table, {_GPU_BARS}."
     )
 
 
