@@ -15,7 +15,7 @@ from ds_moe_ep.dist.collectives import Communicator, Meanwhile
 from ds_moe_ep.moe.allgather import AllGather
 from ds_moe_ep.moe.experts import NOT_HERE, Compute, local_ids
 
-__all__ = ["AllToAll"]
+__all__ = ["AllToAll", "sum_by_token"]
 
 # Up to this many bytes from any rank, sending every row everywhere takes less time than telling
 # first how many rows will come: about latency times bandwidth, of gloo as of NCCL.
@@ -67,22 +67,24 @@ class AllToAll:
             )
         token_S, rank_S, send_counts_W = self._route(topk_ids_TK)
         send_counts, recv_counts = self.comm.exchange_counts(send_counts_W)
-        rows: tuple[Tensor, ...] = (x_TH[token_S],)
+        # On a CPU many times as quick as indexing.
+        rows: tuple[Tensor, ...] = (x_TH.index_select(0, token_S),)
+        ids_SK = topk_ids_TK.index_select(0, token_S)
         if self.num_local_experts > 1:
-            ids_SK = local_ids(
-                topk_ids_TK[token_S], rank_S[:, None], self.comm.size, self.num_local_experts
+            ids_there_SK = local_ids(
+                ids_SK, rank_S[:, None], self.comm.size, self.num_local_experts
             )
             # Weights travel as float32: it holds every routing dtype exactly, and a rank without
             # tokens need not know which.
-            rows += (ids_SK.int(), topk_weights_TK[token_S].float())
+            rows += (ids_there_SK.int(), topk_weights_TK.index_select(0, token_S).float())
         received = self.comm.exchange_rows(rows, send_counts, recv_counts, meanwhile)
         y_RH, tokens_per_expert = compute(*received)
         (y_SH,) = self.comm.exchange_rows((y_RH,), recv_counts, send_counts)
         weights_S = None
         if self.num_local_experts == 1:
-            is_chosen_SK = topk_ids_TK[token_S] == rank_S[:, None]
-            weights_S = topk_weights_TK[token_S].masked_fill(~is_chosen_SK, 0.0).sum(dim=1)
-        return _sum_by_token(y_SH, token_S, weights_S, x_TH), tokens_per_expert
+            weights_SK = topk_weights_TK.index_select(0, token_S)
+            weights_S = weights_SK.masked_fill(ids_SK != rank_S[:, None], 0.0).sum(dim=1)
+        return sum_by_token(y_SH, token_S, weights_S, x_TH), tokens_per_expert
 
     def _are_few(self, num_tokens_W: Sequence[int], x_TH: Tensor) -> bool:
         row_bytes = x_TH.shape[1] * x_TH.element_size()
@@ -106,8 +108,15 @@ class AllToAll:
         return token_S, rank_S, wanted_TW.sum(dim=0)
 
 
-def _sum_by_token(y_SH: Tensor, token_S: Tensor, weights_S: Tensor | None, x_TH: Tensor) -> Tensor:
-    """Sums in float32 the rows that came back for each token, in the shape and dtype of `x_TH`."""
+def sum_by_token(y_SH: Tensor, token_S: Tensor, weights_S: Tensor | None, x_TH: Tensor) -> Tensor:
+    """Sums in float32 the rows that came back for each token, in the shape and dtype of `x_TH`.
+
+    Args:
+        y_SH: The rows.
+        token_S: The token of each.
+        weights_S: What each counts; without, 1.
+        x_TH: The tokens.
+    """
     if y_SH.shape[0] == 0:
         # Zeros, through which backward reaches the other ranks.
         return torch.zeros_like(x_TH) + y_SH.sum().to(x_TH.dtype)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.row_layout import RowLayout
+from ds_moe_ep.moe.alltoall import sum_by_token
 from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, fit_prices
 from ds_moe_ep.moe.dispatch import Links
 
@@ -92,9 +93,9 @@ def _local_work(device: torch.device) -> _Measurement:
     order_T = torch.randperm(num_rows, device=device)
 
     def run() -> Tensor:
-        sent = (rows_TC[order_T], order_T[:, None])
+        sent = (rows_TC.index_select(0, order_T), order_T[:, None])
         RowLayout(sent).pack(sent)
-        return torch.zeros_like(rows_TC).index_add(0, order_T, rows_TC)
+        return sum_by_token(rows_TC, order_T, None, rows_TC)
 
     return _Measurement("local", "local", num_rows * _ROW_BYTES, run)
 
