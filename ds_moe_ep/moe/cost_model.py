@@ -1,8 +1,9 @@
 """Predicts what a layer's communication costs with each dispatcher: arithmetic, no tensors.
 
-The matrix products are left out: every dispatcher computes the same (row, expert) pairs on the same
-ranks. The prices of messages, and of sorting rows by rank before and summing them after, are
-measured by probe.py.
+The matrix products are left out: on a CPU every dispatcher computes the same (row, expert) pairs on
+the same ranks. (On a GPU one of static shapes also works on rows that no expert here is to see.)
+The prices of messages, and of sorting rows by rank before and summing them after, are measured by
+probe.py.
 """
 
 from __future__ import annotations
