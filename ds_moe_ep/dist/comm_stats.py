@@ -12,7 +12,7 @@ import torch
 from ds_moe_ep.dist.durations import Durations
 from ds_moe_ep.dist.moments import Moment, has_passed, now, seconds_between, wait_until
 
-__all__ = ["Collective", "CommStats", "KindStats"]
+__all__ = ["CommStats", "KindStats"]
 
 
 @dataclass
@@ -29,20 +29,18 @@ class KindStats:
 
 
 @dataclass
-class Collective:
+class _Collective:
     """One that is on its way.
 
     Attributes:
         kind: See `CommStats.timed`.
-        sent_bytes: Bytes that leave this rank for another one.
-        took_place: Whether it is to be counted.
+        since: When its time began to count, before anything else was done meanwhile or after that.
+        spans: The times that have counted so far.
     """
 
     kind: str
-    sent_bytes: int
-    took_place: bool = True
-    _since: Moment | None = None
-    _spans: list[tuple[Moment, Moment]] = field(default_factory=list)
+    since: Moment
+    spans: list[tuple[Moment, Moment]] = field(default_factory=list)
 
 
 class CommStats:
@@ -50,14 +48,14 @@ class CommStats:
 
     def __init__(self) -> None:
         self._kinds: defaultdict[str, KindStats] = defaultdict(KindStats)
-        self._current: Collective | None = None
-        self._unfinished: deque[Collective] = deque()  # on a GPU, whose clock is read later
+        self._current: _Collective | None = None
+        self._unfinished: deque[_Collective] = deque()  # on a GPU, whose clock is read later
 
     @property
     def by_kind(self) -> dict[str, KindStats]:
         """The costs by kind; waits for a GPU to finish what it was given."""
         while self._unfinished:
-            wait_until(self._unfinished[0]._spans[-1][1])
+            wait_until(self._unfinished[0].spans[-1][1])
             self._read_clocks()
         return dict(self._kinds)
 
@@ -89,7 +87,7 @@ class CommStats:
         self._unfinished.clear()
 
     @contextmanager
-    def timed(self, kind: str, device: torch.device, sent_bytes: int) -> Iterator[Collective]:
+    def timed(self, kind: str, device: torch.device, sent_bytes: int) -> Iterator[None]:
         """Times one collective: by the clock on a CPU, by events without a sync on a GPU.
 
         In a compiled pass nothing is counted: it would be compiled anew for each new count. Neither
@@ -101,19 +99,17 @@ class CommStats:
             device: Where its tensors live.
             sent_bytes: Bytes that leave this rank for another one.
         """
-        collective = Collective(kind, sent_bytes)
         if torch.compiler.is_compiling() or _is_capturing(device):
-            yield collective
+            yield
             return
+        collective = _Collective(kind, since=now(device))
         self._current = collective
-        collective._since = now(device)
-        yield collective
+        yield
         self._end_span(collective, device)
         self._current = None
-        if collective.took_place:
-            self._kinds[kind].sent_bytes += sent_bytes
-            self._unfinished.append(collective)
-            self._read_clocks()
+        self._kinds[kind].sent_bytes += sent_bytes
+        self._unfinished.append(collective)
+        self._read_clocks()
 
     @contextmanager
     def untimed(self, device: torch.device) -> Iterator[None]:
@@ -124,18 +120,17 @@ class CommStats:
             return
         self._end_span(collective, device)
         yield
-        collective._since = now(device)
+        collective.since = now(device)
 
     @staticmethod
-    def _end_span(collective: Collective, device: torch.device) -> None:
-        assert collective._since is not None
-        collective._spans.append((collective._since, now(device)))
+    def _end_span(collective: _Collective, device: torch.device) -> None:
+        collective.spans.append((collective.since, now(device)))
 
     def _read_clocks(self) -> None:
         """Counts the times of those that have ended."""
-        while self._unfinished and has_passed(self._unfinished[0]._spans[-1][1]):
+        while self._unfinished and has_passed(self._unfinished[0].spans[-1][1]):
             collective = self._unfinished.popleft()
-            seconds = sum(seconds_between(begin, end) for begin, end in collective._spans)
+            seconds = sum(seconds_between(begin, end) for begin, end in collective.spans)
             self._kinds[collective.kind].durations.add(seconds)
 
 

@@ -1,8 +1,8 @@
 """Rows between ranks on one host through memory that they share, for tensors on the CPU.
 
 gloo sends even a few bytes through sockets and threads of its own: milliseconds, where eight ranks
-share a few cores. Here a rank writes its rows once, and all others read them there. Which rows, and
-what for, is the communicator's business; it also has gloo for what does not fit.
+share a few cores. Here a rank writes its rows once, and all others read them there; many rows
+slot by slot. Which rows, and what for, is the communicator's business.
 """
 
 # Shapes: W ranks of the group, T rows of this rank, R rows of all, C columns
@@ -24,8 +24,8 @@ __all__ = ["SharedMemory"]
 
 _FOLDER = "/dev/shm"
 
-# Words at the head of a slot: whether the rows fit in it, then where the part for each rank starts.
-_FITS, _STARTS = 0, 1
+# Words at the head of a slot: how many rows its rank sends, and the first of those for each rank.
+_NUM_ROWS, _STARTS = 0, 1
 
 
 class SharedMemory:
@@ -88,27 +88,34 @@ class SharedMemory:
             return None
         return cls(memory, rank=rank, size=size, slot_bytes=slot_bytes, timeout_s=timeout_s)
 
+    def holds(self, rows: Tensor) -> bool:
+        """Returns whether rows like these can go by it: those of other ranks are as wide."""
+        return self._rows_at_once(rows) > 0
+
     def exchange(
         self,
         rows_SC: Tensor,
         send: Sequence[int],
         recv: Sequence[int],
         meanwhile: Callable[[], None] | None = None,
-    ) -> Tensor | None:
-        """Sends rows to their ranks, as ``Communicator.exchange_rows`` does.
-
-        Returns:
-            None, on all ranks alike, if some rank's rows do not fit its slot. So do the others.
-        """
-        width, row_bytes = rows_SC.shape[1], rows_SC.shape[1] * rows_SC.element_size()
-        starts = [row_bytes * sum(send[:rank]) for rank in range(self.size)]
-        if not self._publish(rows_SC, starts, meanwhile=meanwhile):
-            return None
-        received_RC = rows_SC.new_empty((sum(recv), width))
-        for rank, part in enumerate(received_RC.split(list(recv))):
-            if part.shape[0]:
-                start = self._words[self._heads[self._turn][rank] + _STARTS + self.rank]
-                part.copy_(self._rows(part.dtype, part.shape[0], width, start)[rank])
+    ) -> Tensor:
+        """Sends rows to their ranks, as ``Communicator.exchange_rows`` does."""
+        most = self._rows_at_once(rows_SC)
+        starts = [sum(send[:rank]) for rank in range(self.size)]
+        self._publish(rows_SC[:most], [rows_SC.shape[0], *starts], meanwhile=meanwhile)
+        heads = self._heads[self._turn]
+        first = [self._words[head + _STARTS + self.rank] for head in heads]
+        num_rows = max(self._words[head + _NUM_ROWS] for head in heads)
+        received_RC = rows_SC.new_empty((sum(recv), rows_SC.shape[1]))
+        parts = received_RC.split(list(recv))
+        for begin in range(0, max(1, num_rows), most):
+            if begin:
+                self._publish(rows_SC[begin : begin + most])
+            for rank, part in enumerate(parts):
+                here = slice(max(0, begin - first[rank]), max(0, begin + most - first[rank]))
+                if (rows := part[here]).shape[0]:
+                    start = first[rank] + here.start - begin
+                    rows.copy_(self._rows(rows, rows.shape[0], start)[rank])
         return received_RC
 
     def gather(
@@ -116,84 +123,94 @@ class SharedMemory:
         rows_TC: Tensor,
         counts: Sequence[int],
         meanwhile: Callable[[], None] | None = None,
-    ) -> Tensor | None:
+    ) -> Tensor:
         """Gives every rank the rows of all."""
-        if not self._publish(rows_TC, meanwhile=meanwhile):
-            return None
-        width = rows_TC.shape[1]
-        rows_WTC = self._rows(rows_TC.dtype, max(counts), width)
-        if min(counts) == max(counts):
-            return rows_WTC.clone(memory_format=torch.contiguous_format).flatten(0, 1)
-        return torch.cat([rows_WTC[rank, :count] for rank, count in enumerate(counts)])
+        most, longest = self._rows_at_once(rows_TC), max(counts)
+        if longest <= most:
+            self._publish(rows_TC, meanwhile=meanwhile)
+            rows_WTC = self._rows(rows_TC, longest)
+            if min(counts) == longest:
+                return rows_WTC.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+            return torch.cat([rows_WTC[rank, :count] for rank, count in enumerate(counts)])
+        gathered_RC = rows_TC.new_empty((sum(counts), rows_TC.shape[1]))
+        parts = gathered_RC.split(list(counts))
+        for begin in range(0, longest, most):
+            self._publish(rows_TC[begin : begin + most], meanwhile=None if begin else meanwhile)
+            rows_WTC = self._rows(rows_TC, min(most, longest - begin))
+            for part, rows_TC_there in zip(parts, rows_WTC, strict=True):
+                rows = part[begin : begin + most]
+                rows.copy_(rows_TC_there[: rows.shape[0]])
+        return gathered_RC
 
     def reduce(
         self,
         partial_RC: Tensor,
         counts: Sequence[int],
         meanwhile: Callable[[], None] | None = None,
-    ) -> Tensor | None:
+    ) -> Tensor:
         """Sums what all ranks have for the rows of this one."""
         own = slice(sum(counts[: self.rank]), sum(counts[: self.rank + 1]))
         return self._sum(partial_RC, own, meanwhile)
 
-    def sum(self, partial_TC: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor | None:
+    def sum(self, partial_TC: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
         """Sums what all ranks have, bit for bit the same everywhere."""
         return self._sum(partial_TC, slice(0, partial_TC.shape[0]), meanwhile)
 
-    def _sum(
-        self, partial_RC: Tensor, rows: slice, meanwhile: Callable[[], None] | None
-    ) -> Tensor | None:
-        if not self._publish(partial_RC, meanwhile=meanwhile):
-            return None
-        dtype, width = partial_RC.dtype, partial_RC.shape[1]
-        start = rows.start * width * dtype.itemsize
-        rows_WTC = self._rows(dtype, rows.stop - rows.start, width, start)
-        return rows_WTC.sum(dim=0, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+    def _sum(self, partial_RC: Tensor, own: slice, meanwhile: Callable[[], None] | None) -> Tensor:
+        most, dtype = self._rows_at_once(partial_RC), partial_RC.dtype
+        sums = []
+        for begin in range(0, max(1, partial_RC.shape[0]), most):
+            rows_RC = partial_RC[begin : begin + most]
+            self._publish(rows_RC, meanwhile=None if begin else meanwhile)
+            start, stop = max(own.start, begin), min(own.stop, begin + most)
+            if start < stop:
+                rows_WTC = self._rows(partial_RC, stop - start, start - begin)
+                sum_TC = rows_WTC.sum(dim=0, dtype=torch.promote_types(dtype, torch.float32))
+                sums.append(sum_TC.to(dtype))
+        if not sums:
+            return partial_RC.new_empty((0, partial_RC.shape[1]))
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+    def _rows_at_once(self, rows: Tensor) -> int:
+        """Returns how many such rows a slot holds, the same on all ranks."""
+        return self.slot_bytes // max(1, rows.shape[1] * rows.element_size())
 
     def _publish(
         self,
         rows_TC: Tensor,
-        starts: Sequence[int] = (),
+        words: Sequence[int] = (),
         *,
         meanwhile: Callable[[], None] | None = None,
-    ) -> bool:
-        """Writes this rank's rows, and where those for each rank start, and waits for all ranks.
-
-        Returns:
-            Whether the rows of all have fitted.
-        """
+    ) -> None:
+        """Writes this rank's rows, and words at the head of its slot, and waits for all ranks."""
         self._exchanges += 1
-        heads = self._heads[self._turn]
-        head = heads[self.rank]
-        fits = rows_TC.nbytes <= self.slot_bytes
-        self._words[head + _FITS] = fits
-        if fits:
-            for place, start in enumerate(starts, start=head + _STARTS):
-                self._words[place] = start
-            self._rows(rows_TC.dtype, *rows_TC.shape)[self.rank].copy_(rows_TC)
+        head = self._heads[self._turn][self.rank]
+        for place, word in enumerate(words, start=head):
+            self._words[place] = word
+        self._rows(rows_TC, rows_TC.shape[0])[self.rank].copy_(rows_TC)
         self._meeting.come()
         if meanwhile is not None:
             meanwhile()
         self._meeting.wait()
-        return all(self._words[each + _FITS] for each in heads)
 
     @property
     def _turn(self) -> int:
         return self._exchanges % 2
 
-    def _rows(self, dtype: torch.dtype, num_rows: int, width: int, start: int = 0) -> Tensor:
-        """Returns a view of rows in all ranks' slots, from byte `start` of each, ``[W, T, C]``.
+    def _rows(self, like: Tensor, num_rows: int, start: int = 0) -> Tensor:
+        """Returns a view of rows in all ranks' slots, from row `start` of each, ``[W, T, C]``.
 
         One operation, as a small exchange costs about what its operations do.
         """
+        dtype, width = like.dtype, like.shape[1]
         if dtype not in self._elements:
             with torch.inference_mode(False):  # later exchanges may be in another mode
                 self._elements[dtype] = self._elements[torch.uint8].view(dtype)
-        first = self._first_slot + self._turn * self._slot_step + _head_bytes(self.size) + start
+        first = self._first_slot + self._turn * self._slot_step + _head_bytes(self.size)
         return self._elements[dtype].as_strided(
             (self.size, num_rows, width),
             (2 * self._slot_step // dtype.itemsize, width, 1),
-            first // dtype.itemsize,
+            first // dtype.itemsize + start * width,
         )
 
 

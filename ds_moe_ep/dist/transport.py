@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.dist.comm_stats import Collective, CommStats
+from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.shared_memory import SharedMemory
 
 __all__ = ["Meanwhile", "Transport"]
@@ -35,7 +35,7 @@ class Transport:
     Args:
         group: The process group, or None for a group of one, where nothing travels.
         stats: Where costs are counted; by default in a record of its own.
-        shared: Memory that all ranks of the group share; what fits there goes by it.
+        shared: Memory that all ranks of the group share; rows go by it.
     """
 
     def __init__(
@@ -110,11 +110,9 @@ class Transport:
             The received rows ``[R, C]``, those from rank 0 first.
         """
         rows_sent = sum(send) - send[self.rank]
-        if self._shared:
-            by_memory = partial(self._shared.exchange, rows_SC, send, recv, meanwhile)
-            if (received_RC := self._try(kind, by_memory, rows_SC, rows_sent)) is not None:
-                return received_RC
-            meanwhile = None  # it is done
+        if self._shared and self._shared.holds(rows_SC):
+            with self._timed(kind, rows_SC, rows_sent):
+                return self._shared.exchange(rows_SC, send, recv, meanwhile)
         received_RC = rows_SC.new_empty((sum(recv), rows_SC.shape[1]))
         with self._timed(kind, rows_SC, rows_sent):
             sent_SC = rows_SC.contiguous()
@@ -127,12 +125,9 @@ class Transport:
     ) -> Tensor:
         """Gives every rank the rows of all ``[R, C]``, of which each has ``counts[rank]``."""
         num_rows = counts[self.rank]
-        if self._shared:
-            by_memory = partial(self._shared.gather, rows_TC, counts, meanwhile)
-            rows_sent = (self.size - 1) * num_rows
-            if (gathered_RC := self._try("gather", by_memory, rows_TC, rows_sent)) is not None:
-                return gathered_RC
-            meanwhile = None  # it is done
+        if self._shared and self._shared.holds(rows_TC):
+            with self._timed("gather", rows_TC, (self.size - 1) * num_rows):
+                return self._shared.gather(rows_TC, counts, meanwhile)
         if self._only_exchanges:
             rows_RC = rows_TC.repeat(self.size, 1)
             sizes = [num_rows] * self.size
@@ -152,12 +147,9 @@ class Transport:
     ) -> Tensor:
         """Sums what all ranks have for the rows of this one ``[T, C]``, from ``[R, C]`` each."""
         num_rows, width = counts[self.rank], partial_RC.shape[1]
-        if self._shared:
-            by_memory = partial(self._shared.reduce, partial_RC, counts, meanwhile)
-            rows_sent = sum(counts) - num_rows
-            if (sum_TC := self._try("reduce", by_memory, partial_RC, rows_sent)) is not None:
-                return sum_TC
-            meanwhile = None  # it is done
+        if self._shared and self._shared.holds(partial_RC):
+            with self._timed("reduce", partial_RC, sum(counts) - num_rows):
+                return self._shared.reduce(partial_RC, counts, meanwhile)
         if self._only_exchanges:
             sizes = [num_rows] * self.size
             received_RC = self.exchange(partial_RC, counts, sizes, meanwhile, kind="reduce")
@@ -181,12 +173,10 @@ class Transport:
             with self._timed("sum", sum_TC, 2 * num_rows * (self.size - 1) // self.size):
                 self._run(partial(dist.all_reduce, sum_TC), meanwhile)
             return sum_TC
-        if self._shared and partial_TC.nbytes <= _ONE_SHOT_SHARED_BYTES:
-            by_memory = partial(self._shared.sum, partial_TC, meanwhile)
-            rows_sent = (self.size - 1) * num_rows
-            if (sum_TC := self._try("sum", by_memory, partial_TC, rows_sent)) is not None:
-                return sum_TC
-            meanwhile = None  # it is done
+        is_small = partial_TC.nbytes <= _ONE_SHOT_SHARED_BYTES
+        if self._shared and is_small and self._shared.holds(partial_TC):
+            with self._timed("sum", partial_TC, (self.size - 1) * num_rows):
+                return self._shared.sum(partial_TC, meanwhile)
         if partial_TC.nbytes <= _ONE_SHOT_BYTES:
             blocks_WTC = self.gather(partial_TC, [num_rows] * self.size, meanwhile)
             blocks_WTC = blocks_WTC.view(self.size, *partial_TC.shape)
@@ -203,16 +193,7 @@ class Transport:
             if work is not None:
                 work.wait()  # on a GPU the stream waits, not the host
 
-    def _try(
-        self, kind: str, by_memory: Callable[[], Tensor | None], rows: Tensor, rows_sent: int
-    ) -> Tensor | None:
-        """Returns what came by shared memory; None, and not counted, if rows did not fit there."""
-        with self._timed(kind, rows, rows_sent) as collective:
-            result = by_memory()
-            collective.took_place = result is not None
-        return result
-
-    def _timed(self, kind: str, rows: Tensor, rows_sent: int) -> AbstractContextManager[Collective]:
+    def _timed(self, kind: str, rows: Tensor, rows_sent: int) -> AbstractContextManager[None]:
         num_bytes = rows_sent * rows.shape[1] * rows.element_size()
         return self.stats.timed(kind, rows.device, num_bytes)
 

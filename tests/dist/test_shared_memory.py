@@ -1,4 +1,4 @@
-"""Rows by shared memory: what does not fit, a rank that does not come, slots used again."""
+"""Rows by shared memory: more than fit at once, a rank that does not come, slots used again."""
 
 import time
 
@@ -39,20 +39,39 @@ def _results_stay(rank: int, memory: SharedMemory) -> None:
     assert [rows[:, 1].tolist() for rows in came] == [[0, 1, 2]] * 3 + [[3]]
 
 
-def _too_large_for_one(rank: int, memory: SharedMemory) -> None:
-    """All ranks are told, and the next exchange works again; gloo takes the rows instead."""
-    counts = [1, 600, 1]
-    rows = torch.full((counts[rank], 2), float(rank))
-    assert memory.gather(rows, counts) is None
-    assert memory.gather(rows[:1], [1, 1, 1])[:, 1].tolist() == [0, 1, 2]
+def _many_rows(rank: int, memory: SharedMemory) -> None:
+    """They go slot by slot, 512 rows of two numbers each; what is done meanwhile is done once."""
+    counts, done = [1, 1300, 512], []
+    own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    rows = torch.arange(2.0 * sum(counts)).view(-1, 2)
+    gathered = memory.gather(rows[own], counts, lambda: done.append("gather"))
+    torch.testing.assert_close(gathered, rows, rtol=0, atol=0)
+    summed = memory.reduce(rows * (rank + 1), counts, lambda: done.append("reduce"))
+    torch.testing.assert_close(summed, 6 * rows[own], rtol=0, atol=0)
+    # So many rows from each rank to each: next to none, parts of slots, more than a slot.
+    sends = [[0, 3, 700], [600, 0, 0], [511, 2, 1030]]
+    recvs = [send[rank] for send in sends]
+    sent = [torch.arange(2.0 * sum(send)).view(-1, 2) + 10_000 * r for r, send in enumerate(sends)]
+    received = memory.exchange(sent[rank], sends[rank], recvs, lambda: done.append("exchange"))
+    parts = [rows_of.split(send)[rank] for rows_of, send in zip(sent, sends, strict=True)]
+    torch.testing.assert_close(received, torch.cat(parts), rtol=0, atol=0)
+    nothing = memory.exchange(rows[:0], [0, 0, 0], [0, 0, 0])
+    assert nothing.shape == (0, 2)
+    assert done == ["gather", "reduce", "exchange"]
+    assert memory.gather(rows[rank : rank + 1], [1, 1, 1])[:, 0].tolist() == [0.0, 2.0, 4.0]
+
+
+def _rows_wider_than_a_slot(rank: int, memory: SharedMemory) -> None:
+    """They go by gloo, on all ranks alike."""
+    wide = torch.full((1, 1025), float(rank))
+    assert memory.holds(wide[:, :1024]) and not memory.holds(wide)
     comm = Communicator(dist.group.WORLD, shared=memory)
-    (gathered,) = comm.gather_rows((rows,), counts)
-    assert gathered[:, 0].tolist() == [0.0] + [1.0] * 600 + [2.0]
-    assert comm.stats.sent_bytes == 2 * counts[rank] * 8  # once, though memory was tried first
-    partial = torch.full((602, 2), float(rank + 1))
-    assert comm.reduce_rows(partial, counts).unique().tolist() == [6.0]
-    (received,) = comm.exchange_rows((rows[:1].repeat(3, 1),), [1, 1, 1], [1, 1, 1])
-    assert received[:, 0].tolist() == [0.0, 1.0, 2.0]
+    assert comm.sum_over_ranks(wide).unique().tolist() == [3.0]
+    (gathered,) = comm.gather_rows((wide,), [1, 1, 1])
+    assert gathered[:, -1].tolist() == [0.0, 1.0, 2.0]
+    assert comm.reduce_rows(gathered, [1, 1, 1]).unique().tolist() == [3.0 * rank]
+    (received,) = comm.exchange_rows((wide.repeat(3, 1),), [1, 1, 1], [1, 1, 1])
+    assert received[:, -1].tolist() == [0.0, 1.0, 2.0]
 
 
 def _modes_change(rank: int, memory: SharedMemory) -> None:
@@ -87,7 +106,8 @@ def _run(rank: int, world_size: int) -> list[str]:
     for case in (
         _rounds,
         _results_stay,
-        _too_large_for_one,
+        _many_rows,
+        _rows_wider_than_a_slot,
         _modes_change,
         _sums_are_of_float32,
         _a_clock_that_is_set_ends_no_wait,
