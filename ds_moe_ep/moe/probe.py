@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.row_layout import RowLayout
@@ -58,14 +57,15 @@ def measure_links(links: Links, device: torch.device) -> LinkPrices:
     comms = {"flat": links.flat, "across": links.across, "within": links.within}
     found = {name: comm for name, comm in comms.items() if comm is not None}
     measurements = [m for name, comm in found.items() for m in _measurements(name, comm, device)]
-    measurements.append(_local_work(device))
+    measurements.append(_local_work(links.flat, device))
     seconds = _time([measurement.run for measurement in measurements], links.flat, device)
     timed = list(zip(measurements, seconds, strict=True))
     local, local_s = timed.pop()
-    return LinkPrices(
-        **{name: _prices(name, comm.size, timed) for name, comm in found.items()},
-        local_s_per_byte=min(local_s) / local.num_bytes,
+    prices = {name: _prices(name, comm.size, timed) for name, comm in found.items()}
+    work_s = max(
+        0.0, min(local_s) - prices["flat"].gather.seconds(_ROW_BYTES * (links.flat.size - 1))
     )
+    return LinkPrices(**prices, local_s_per_byte=work_s / local.num_bytes)
 
 
 def _measurements(name: str, comm: Communicator, device: torch.device) -> list[_Measurement]:
@@ -86,16 +86,20 @@ def _measurements(name: str, comm: Communicator, device: torch.device) -> list[_
     return found
 
 
-def _local_work(device: torch.device) -> _Measurement:
-    """Returns what a rank does itself with rows that go to some ranks each, and come back."""
+def _local_work(comm: Communicator, device: torch.device) -> _Measurement:
+    """Returns what a rank does itself with rows that go to some ranks each, and come back.
+
+    All ranks meet after it: where they share cores, it takes as long as all of them need.
+    """
     num_rows = _LARGE_BYTES // _ROW_BYTES
     rows_TC = torch.zeros((num_rows, _ROW_BYTES // 4), device=device)
     order_T = torch.randperm(num_rows, device=device)
 
-    def run() -> Tensor:
+    def run() -> None:
         sent = (rows_TC.index_select(0, order_T), order_T[:, None])
         RowLayout(sent).pack(sent)
-        return sum_by_token(rows_TC, order_T, None, rows_TC)
+        sum_by_token(rows_TC, order_T, None, rows_TC)
+        comm.gather_rows((rows_TC[:1],), [1] * comm.size)
 
     return _Measurement("local", "local", num_rows * _ROW_BYTES, run)
 
