@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import median
+from statistics import mean, median
 
 import torch
 from torch import Tensor
@@ -33,12 +33,14 @@ from ds_moe_ep.predict.hardware import Device, Launches
 
 __all__ = ["HardwareNow"]
 
-# Each thing is repeated for so long, while all other ranks do the same.
-_WINDOW_S = 0.3
+# Each thing is repeated for so long, while all other ranks do the same; and for so long by a rank
+# itself, where ranks take turns on a core.
+_WINDOW_S, _OWN_S = 0.3, 0.1
 _MANY_ROWS = 256
 # More than the caches keep: of a rank, and of all ranks that share them.
 _READ_BYTES, _ALL_READ_BYTES = 4 << 20, 128 << 20
 _FEW, _MANY, _NEW = 2, 6, 8  # layers of the small models, and steps after a first pass
+_LEAST_LAYERS = 4  # of messages after work
 
 
 class HardwareNow:
@@ -136,22 +138,26 @@ class HardwareNow:
             levels = [(links.across, prices.across), (links.within, prices.within)]
         work = partial(self._models[_FEW], input_ids=self._prompt[:, :1])
         work_s = self._seconds(work)
-        num_layers = max(2, round(_WINDOW_S / (2 * work_s)))
+        num_layers = max(_LEAST_LAYERS, round(_WINDOW_S / (2 * work_s)))
         num_layers = max(self._job.all_gather(num_layers))
-        self._job.wait_for_all(self._timeout_s, "measuring the hardware")
-        start = time.perf_counter()
-        for _ in range(num_layers):
+
+        def layer() -> None:
             work()
             for comm, _ in levels:
                 comm.gather_rows((self._rows[:1],), [1] * comm.size)
             work()
             for comm, _ in reversed(levels):
                 comm.reduce_rows(self._rows[: comm.size], [1] * comm.size)
+
+        layer()  # brings the ranks together
+        start = time.perf_counter()
+        for _ in range(num_layers):
+            layer()
         wait(self._job.device)
         layer_s = (time.perf_counter() - start) / num_layers
         known_s = 2 * work_s
         known_s += sum(price.gather.latency_s + price.reduce.latency_s for _, price in levels)
-        return max(0.0, max(self._job.all_gather(layer_s - known_s)) / 2)
+        return max(0.0, mean(self._job.all_gather(layer_s - known_s)) / 2)
 
     def _multiply(self) -> Tensor:
         """Multiplies many rows by a matrix that stays in the cache."""
@@ -161,8 +167,9 @@ class HardwareNow:
         """Returns the seconds of a call while all ranks make such calls, of the mean rank."""
         run()
         self._job.wait_for_all(self._timeout_s, "measuring the hardware")
+        window_s = max(_WINDOW_S, _OWN_S * self._job.info.world_size / (os.cpu_count() or 1))
         start, calls = time.perf_counter(), 0
-        while time.perf_counter() - start < _WINDOW_S:
+        while time.perf_counter() - start < window_s:
             run()
             wait(self._job.device)
             calls += 1

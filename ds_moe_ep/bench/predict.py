@@ -81,8 +81,9 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     spec, plan = read_model_spec(folder), ParallelPlan(job.info.world_size)
     deployment = Deployment(spec, plan, device, link_prices)
     sequences = Sequences(args.prompt_tokens, 1 + args.new_tokens)
-    memory = Memory.of(spec, plan, sequences, device)
-    of_narrow = Memory.of(read_model_spec(work / _NARROW), plan, sequences, device)
+    dispatcher = predict_pass(deployment, _first_pass(deployment, args, most)).dispatcher
+    memory = Memory.of(spec, plan, sequences, device, dispatcher)
+    of_narrow = Memory.of(read_model_spec(work / _NARROW), plan, sequences, device, dispatcher)
     other_bytes = narrow[-1].grown_bytes - of_narrow.weight_bytes - of_narrow.needs.num_bytes
     fit = {name: price for name, price in asdict(link_prices).items() if price is not None}
     local_s_per_byte = fit.pop("local_s_per_byte")
@@ -183,14 +184,17 @@ def _time(
     times["step"].append((spreads[str(1 + args.new_tokens)].median - first_s) / args.new_tokens)
 
 
+def _first_pass(deployment: Deployment, args: argparse.Namespace, batch: int) -> Pass:
+    prompts = -(-batch // deployment.plan.world_size)
+    return Pass(prompts, args.prompt_tokens, is_first=True)
+
+
 def _passes(
     deployment: Deployment, args: argparse.Namespace, batch: int, times: dict[str, list[float]]
 ) -> list[Result]:
-    prompts = -(-batch // deployment.plan.world_size)
-    asked = {
-        "first": Pass(prompts, args.prompt_tokens, is_first=True),
-        "step": Pass(prompts, context=args.prompt_tokens + args.new_tokens // 2),
-    }
+    first = _first_pass(deployment, args, batch)
+    context = args.prompt_tokens + args.new_tokens // 2
+    asked = {"first": first, "step": Pass(first.prompts, context=context)}
     found = []
     for name, each in asked.items():
         predicted: PassTimes = predict_pass(deployment, each)
