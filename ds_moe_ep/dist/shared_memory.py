@@ -32,8 +32,8 @@ class SharedMemory:
     """A place for each rank of a group to write what the others read.
 
     A rank has two slots and uses them in turn: when it writes into one again, every rank has begun
-    the exchange in between, and so has read what was there. So an exchange waits just once, and
-    what it is given to do meanwhile is done before.
+    the exchange in between, and so has read what was there. So an exchange waits just once, or
+    once for each slot that its rows fill, and what it is given to do meanwhile is done before.
 
     Args:
         memory: Mapped by all ranks.
