@@ -73,7 +73,15 @@ class Memory:
         device: Device | None,
         dispatcher: str = "alltoall",
     ) -> Memory:
-        """Returns the memory that sequences take; without a device, not what there is room for."""
+        """Returns the memory that sequences take; without a device, not what there is room for.
+
+        Args:
+            spec: The model.
+            plan: The parallel sizes.
+            sequences: What is asked of it.
+            device: What each rank computes on.
+            dispatcher: How rows travel.
+        """
         weights = weight_bytes(spec, plan, spec.param_bytes)
         room = None
         if device is not None and device.memory_bytes is not None:
