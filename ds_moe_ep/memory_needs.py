@@ -84,7 +84,7 @@ class BatchNeeds:
         new_tokens: int,
         element_bytes: int,
         on_gpu: bool,
-        gathers: bool = False,
+        dispatcher: str = "alltoall",
     ) -> BatchNeeds:
         """Return the needs of a prompt.
 
@@ -97,12 +97,13 @@ class BatchNeeds:
             element_bytes: bytes of a number at run time.
             on_gpu: whether tensors come from torch's allocator for GPUs, not from the C library,
                 and experts compute in shapes that do not depend on the routing.
-            gathers: whether the rows of all ranks come to each, as with the allgather dispatcher,
-                not those alone that chose its experts.
+            dispatcher: how rows travel: with allgather, those of all ranks come to each, not those
+                alone that chose its experts.
         """
         num_logits = prompt_tokens if new_tokens == 0 else 1
         logits = num_logits * spec.vocab_size * (element_bytes + _FLOAT32_BYTES)
         cached_tokens = prompt_tokens + new_tokens if new_tokens else 0
+        gathers = dispatcher.startswith("allgather")
         numbers = _widest_step(spec, ep_size, on_gpu=on_gpu, gathers=gathers)
         held = numbers * (_HELD_ON_GPU if on_gpu else _HELD_ON_CPU)
         return cls(

@@ -240,7 +240,7 @@ class BringUp:
             new_tokens=self._new_tokens,
             element_bytes=self._work.dtype.itemsize,
             on_gpu=self._job.device.type == "cuda",
-            gathers=self._options.dispatcher.startswith("allgather"),
+            dispatcher=self._options.dispatcher,
         )
 
     def _per_rank(self) -> int:

@@ -97,7 +97,7 @@ class Memory:
                 new_tokens=sequences.new_tokens,
                 element_bytes=spec.param_bytes,
                 on_gpu=device is None or device.overlaps,
-                gathers=dispatcher.startswith("allgather"),
+                dispatcher=dispatcher,
             ),
             room,
         )

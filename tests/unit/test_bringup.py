@@ -286,10 +286,10 @@ def test_needs_by_hand():
     on_gpu = BatchNeeds.of(spec, new_tokens=28, on_gpu=True, **asked)
     assert on_gpu.pass_bytes == pytest.approx(100 * 2 * 1.7 * numbers + logits, abs=1)
     # Gathered, the rows of all 64 ranks are held; on a GPU each is then a pair with the one expert.
-    gathered = BatchNeeds.of(spec, new_tokens=28, on_gpu=False, gathers=True, **asked)
+    gathered = BatchNeeds.of(spec, new_tokens=28, on_gpu=False, dispatcher="allgather", **asked)
     more = 1.5 * (64 - 8) * 2048
     assert gathered.pass_bytes == pytest.approx(100 * 2 * 2.2 * (numbers + more) + logits, abs=1)
-    on_gpu = BatchNeeds.of(spec, new_tokens=28, on_gpu=True, gathers=True, **asked)
+    on_gpu = BatchNeeds.of(spec, new_tokens=28, on_gpu=True, dispatcher="allgather", **asked)
     more += (64 - 8) * (2048 + 4 * 1024)
     assert on_gpu.pass_bytes == pytest.approx(100 * 2 * 1.7 * (numbers + more) + logits, abs=1)
     # With all experts on one rank, a row there is a pair with each of the 8 that it chose.
