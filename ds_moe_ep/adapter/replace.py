@@ -225,7 +225,8 @@ def bind_expert_groups(
             shared = open_within_nodes(ep_group, node_groups, nodes, timeout_s=timeout_s)
         if device is not None and "auto" in names and ep_size > 1:
             links = make_links(ep_group, node_groups, shared=shared)
-            prices = measure_links(links, device)
+            first = next(layer for layer in layers if layer.ep_size == ep_size)
+            prices = measure_links(links, device, first)
         for experts in of_size:
             experts.node_groups, experts.shared, experts.prices = node_groups, shared, prices
     for layer in layers:

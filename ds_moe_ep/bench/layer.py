@@ -75,10 +75,11 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     model = build_one_layer(SHAPES[args.shape])
     reference = transformers_block(model)
     announced = [0]
-    sides: dict[str, LayerSide] = {
+    ours = {
         name: OurLayer(model, job, name, lambda: announced * job.info.world_size)
         for name in args.dispatchers
     }
+    sides: dict[str, LayerSide] = {**ours}
     sides |= {name: _PEERS[name](model, job) for name in args.peers}
     results = []
     for routing in args.routing:
@@ -95,6 +96,9 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
                     "routing": routing,
                     "tokens_per_rank": num_tokens,
                     "seconds": {name: vars(spread) for name, spread in seconds.items()},
+                    "chosen": {
+                        name: choices for name, side in ours.items() if (choices := side.choices())
+                    },
                 }
             )
     return results
@@ -120,6 +124,7 @@ def _to_markdown(results: Sequence[Result]) -> str:
     titles = ["ranks", "routing", "tokens a rank", *(f"{name}, ms" for name in names)]
     titles += [f"{rival} / {ours[0]}" for rival in rivals]
     titles += [f"{ours[0]} / best other"] if ours[1:] else []
+    titles += [f"{name} chose" for name in results[0]["chosen"]]
     rows, of_best = [], []
     for result in results:
         seconds = result["seconds"]
@@ -131,6 +136,7 @@ def _to_markdown(results: Sequence[Result]) -> str:
         if ours[1:]:
             of_best.append(own / min(seconds[each]["median"] for each in ours[1:]))
             row.append(f"{of_best[-1]:.2f}")
+        row += [", ".join(choices) for choices in result["chosen"].values()]
         rows.append(row)
     return f"{markdown_table(titles, rows)}\n\n{_about(results, names, rivals, of_best)}"
 

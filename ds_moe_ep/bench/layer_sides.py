@@ -29,6 +29,7 @@ from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.errors import DistributedError
+from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.placement import SlotPlacement
 from ds_moe_ep.plan import ParallelPlan
 
@@ -101,6 +102,15 @@ class OurLayer:
     def stats(self) -> CommStats:
         """What this rank's collectives cost so far."""
         return self._layer.deepspeed_moe.stats
+
+    def choices(self) -> list[str]:
+        """Returns what ``auto`` has chosen since it was asked last; nothing of another one."""
+        dispatcher = self._layer.deepspeed_moe.dispatcher
+        if not isinstance(dispatcher, Auto):
+            return []
+        names = sorted(dispatcher.calls)
+        dispatcher.calls.clear()
+        return names
 
     def num_rows_computed(self) -> int:
         """Returns the rows that this rank's experts have computed so far."""

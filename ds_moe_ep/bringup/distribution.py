@@ -17,7 +17,6 @@ from ds_moe_ep.engine.prompts import Prompt
 from ds_moe_ep.engine.schedule import Batch
 from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch
 from ds_moe_ep.moe.auto import Auto
-from ds_moe_ep.moe.cost_model import LayerShape, predict_s
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
 __all__ = ["WorkCost", "balance", "check_balance", "check_dispatcher", "measure_cost"]
@@ -172,10 +171,9 @@ def check_dispatcher(layers: Sequence[ExpertParallelMoE], num_rows: int, top_k: 
         why = "one rank a group, nothing travels" if layers[0].ep_size == 1 else "as asked for"
         return Check("dispatcher", PASS, f"{experts.describe_dispatch()}: {why}")
     element_bytes = next(experts.experts.parameters()).element_size()
-    shape = LayerShape(dispatcher.num_experts, top_k, layers[0].hidden_size * element_bytes)
-    num_ranks = dispatcher.prices.flat.size
-    predicted_s = predict_s(dispatcher.prices, shape, (num_rows,) * num_ranks)
-    chosen = min(predicted_s, key=predicted_s.__getitem__)
+    chosen, predicted_s = dispatcher.choose(
+        top_k, layers[0].hidden_size * element_bytes, [num_rows] * dispatcher.prices.flat.size
+    )
     each = ", ".join(f"{name} {s * 1e3:.3g}" for name, s in predicted_s.items())
     return Check(
         "dispatcher",

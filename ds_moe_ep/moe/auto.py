@@ -28,7 +28,7 @@ class Auto:
 
     Args:
         links: What connects the ranks.
-        prices: What its messages cost, from ``measure_links``.
+        prices: What its messages and its experts cost, from ``measure_links``.
         num_local_experts: Experts on each rank.
 
     Attributes:
@@ -64,20 +64,29 @@ class Auto:
         """See ``Dispatcher``."""
         name = "alltoall"
         if num_tokens_W is not None:
-            shape = LayerShape(
-                self.num_experts, topk_ids_TK.shape[1], x_TH.shape[1] * x_TH.element_size()
-            )
-            predicted_s = predict_s(self.prices, shape, tuple(num_tokens_W))
-            if self.has_static_shapes:
-                predicted_s = {
-                    name: seconds for name, seconds in predicted_s.items() if name in STATIC_SHAPES
-                }
-            name = min(predicted_s, key=predicted_s.__getitem__)
+            row_bytes = x_TH.shape[1] * x_TH.element_size()
+            name, predicted_s = self.choose(topk_ids_TK.shape[1], row_bytes, num_tokens_W)
             self._predicted_s[name] = predicted_s
         self.calls[name] += 1
         return self.candidates[name](
             compute, x_TH, topk_ids_TK, topk_weights_TK, num_tokens_W, meanwhile
         )
+
+    def choose(
+        self, top_k: int, row_bytes: int, num_tokens_W: Sequence[int]
+    ) -> tuple[str, dict[str, float]]:
+        """Returns what a pass would be dispatched by, and the predicted seconds of each candidate.
+
+        Args:
+            top_k: Experts of a token.
+            row_bytes: Bytes of a token's hidden state.
+            num_tokens_W: Tokens of each rank.
+        """
+        shape = LayerShape(self.num_experts, top_k, row_bytes)
+        predicted_s = predict_s(self.prices, shape, tuple(num_tokens_W))
+        if self.has_static_shapes:
+            predicted_s = {name: s for name, s in predicted_s.items() if name in STATIC_SHAPES}
+        return min(predicted_s, key=predicted_s.__getitem__), predicted_s
 
     def describe(self) -> str:
         """Tells what was chosen how often, and what was predicted of the others then."""

@@ -1,9 +1,9 @@
-"""Predicts what a layer's communication costs with each dispatcher: arithmetic, no tensors.
+"""Predicts what the experts of a layer cost with each dispatcher: arithmetic, no tensors.
 
-The matrix products are left out: on a CPU every dispatcher computes the same (row, expert) pairs on
-the same ranks. (On a GPU one of static shapes also works on rows that no expert here is to see.)
-The prices of messages, and of sorting rows by rank before and summing them after, are measured by
-probe.py.
+That is messages, sorting rows by rank before and summing them after, and the experts' work. Every
+dispatcher computes the same (row, expert) pairs on the same ranks; but a GPU, whose shapes must not
+depend on the routing, also moves the slots of rows that no expert here is to see. The prices are
+measured by probe.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from functools import lru_cache
 from math import comb
 from statistics import median
 
-__all__ = ["GroupPrices", "LayerShape", "LinkPrices", "Price", "fit_prices", "predict_s"]
+__all__ = [
+    "ExpertPrices",
+    "GroupPrices",
+    "LayerShape",
+    "LinkPrices",
+    "Price",
+    "fit_prices",
+    "predict_s",
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,20 @@ class GroupPrices:
 
 
 @dataclass(frozen=True)
+class ExpertPrices:
+    """What the experts of a rank cost.
+
+    Attributes:
+        s_per_pair: Seconds for each pair of a row and an expert that it chose: the products.
+        s_per_slot: Seconds for each top-k slot that is looked through for an expert of this rank:
+            next to nothing on a CPU, the moving of a row on a GPU.
+    """
+
+    s_per_pair: float
+    s_per_slot: float
+
+
+@dataclass(frozen=True)
 class LinkPrices:
     """The prices of an expert group, and of its two levels where it has them.
 
@@ -63,12 +85,15 @@ class LinkPrices:
         within: The ranks of this node.
         local_s_per_byte: Seconds for each byte that a rank copies into rows for some ranks each,
             and sums up again when they have come back.
+        experts: What the experts themselves cost; None where it was not measured, and counts
+            nothing.
     """
 
     flat: GroupPrices
     across: GroupPrices | None = None
     within: GroupPrices | None = None
     local_s_per_byte: float = 0.0
+    experts: ExpertPrices | None = None
 
 
 @dataclass(frozen=True)
@@ -129,10 +154,10 @@ def fit_prices(samples_of: Mapping[str, Sequence[tuple[int, float]]]) -> dict[st
 def predict_s(
     prices: LinkPrices, shape: LayerShape, num_tokens: tuple[int, ...]
 ) -> dict[str, float]:
-    """Predicts the seconds of a layer's collectives.
+    """Predicts the seconds of a layer's collectives, and of its experts if their prices are known.
 
     Args:
-        prices: What was measured of the group's links.
+        prices: What was measured of the group.
         shape: The layer.
         num_tokens: Tokens of each rank of the group.
 
@@ -141,9 +166,10 @@ def predict_s(
     """
     local = prices.local_s_per_byte
     own_share = shape.share_wanted(shape.num_experts // prices.flat.size)
+    routed_s, gathered_s = _experts_s(prices, shape, sum(num_tokens), own_share)
     predicted = {
-        "alltoall": _exchange_s(prices.flat, shape, num_tokens, own_share, local),
-        "allgather": _gather_s(prices.flat, shape, num_tokens),
+        "alltoall": _exchange_s(prices.flat, shape, num_tokens, own_share, local) + routed_s,
+        "allgather": _gather_s(prices.flat, shape, num_tokens) + gathered_s,
     }
     if prices.across is None or prices.within is None:
         return predicted
@@ -151,19 +177,37 @@ def predict_s(
     places = range(within.size)
     columns = [list(num_tokens[place :: within.size]) for place in places]
     node_share = shape.share_wanted(shape.num_experts // across.size)
-    predicted["alltoall-2level"] = max(
-        _exchange_s(across, shape, column, node_share, local) for column in columns
-    ) + _exchange_s(
-        within,
-        shape,
-        [node_share * sum(column) for column in columns],
-        own_share / node_share,
-        local,
+    predicted["alltoall-2level"] = (
+        max(_exchange_s(across, shape, column, node_share, local) for column in columns)
+        + _exchange_s(
+            within,
+            shape,
+            [node_share * sum(column) for column in columns],
+            own_share / node_share,
+            local,
+        )
+        + routed_s
     )
-    predicted["allgather-2level"] = max(
-        _gather_s(across, shape, column) for column in columns
-    ) + _gather_s(within, shape, [sum(column) for column in columns])
+    predicted["allgather-2level"] = (
+        max(_gather_s(across, shape, column) for column in columns)
+        + _gather_s(within, shape, [sum(column) for column in columns])
+        + gathered_s
+    )
     return predicted
+
+
+def _experts_s(
+    prices: LinkPrices, shape: LayerShape, num_tokens: int, own_share: float
+) -> tuple[float, float]:
+    """The work of a rank's experts: where routed rows come to it, and where all rows do."""
+    if prices.experts is None:
+        return 0.0, 0.0
+    num_ranks = prices.flat.size
+    pairs_s = num_tokens * shape.top_k / num_ranks * prices.experts.s_per_pair
+    if shape.num_experts == num_ranks:  # a row has one slot for the one expert; bare rows have none
+        return pairs_s, pairs_s + num_tokens * prices.experts.s_per_slot
+    slots_s = num_tokens * shape.top_k * prices.experts.s_per_slot
+    return pairs_s + own_share * slots_s, pairs_s + slots_s
 
 
 def _exchange_s(

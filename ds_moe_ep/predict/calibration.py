@@ -115,8 +115,10 @@ def links_from_result(result: Mapping[str, Any]) -> LinkPrices:
         kinds = {kind: Price(**prices[kind]) for kind in ("exchange", "gather", "reduce")}
         return GroupPrices(size=prices["size"], counts_s=prices["counts_s"], **kinds)
 
-    levels = {level: group(prices) for level, prices in result["fit"].items()}
-    return LinkPrices(**levels, local_s_per_byte=result["local_s_per_byte"])
+    level = {name: group(prices) for name, prices in result["fit"].items()}
+    return LinkPrices(
+        level["flat"], level.get("across"), level.get("within"), result["local_s_per_byte"]
+    )
 
 
 def _replayed(results: Sequence[dict[str, Any]], base: Device | None) -> Device:

@@ -40,7 +40,7 @@ def test_one_rank_needs_to_send_nothing():
     assert least_bytes(torch.tensor([[0, 7], [3, 4]]), [2], 8, row_bytes=10) == 0
 
 
-def layer_result(**ms):
+def layer_result(chosen, **ms):
     seconds = {name: spread(each) for name, each in ms.items()}
     return {
         "world_size": 2,
@@ -48,18 +48,20 @@ def layer_result(**ms):
         "routing": "uniform",
         "tokens_per_rank": 4,
         "seconds": seconds,
+        "chosen": {"auto": chosen},
     }
 
 
 def test_a_layer_table_compares_auto_with_the_best_of_each_row():
     results = [
-        layer_result(auto=4.0, alltoall=8.0, allgather=3.2),
-        layer_result(auto=4.0, alltoall=5.0, allgather=8.0),
-        layer_result(auto=4.0, alltoall=4.0, allgather=4.0),
+        layer_result(["alltoall"], auto=4.0, alltoall=8.0, allgather=3.2),
+        layer_result(["alltoall"], auto=4.0, alltoall=5.0, allgather=8.0),
+        layer_result(["allgather"], auto=4.0, alltoall=4.0, allgather=4.0),
     ]
     text = layer.TABLE.to_markdown(results)
-    assert cells(text, 0)[-1] == "auto / best other"
-    assert [cells(text, line)[-1] for line in (2, 3, 4)] == ["1.25", "0.80", "1.00"]
+    assert cells(text, 0)[-2:] == ["auto / best other", "auto chose"]
+    ends = [cells(text, line)[-2:] for line in (2, 3, 4)]
+    assert ends == [["1.25", "alltoall"], ["0.80", "alltoall"], ["1.00", "allgather"]]
     assert "1.00 times what the best other" in text
     assert "1.25 times at most" in text
     assert "DeepSpeed" not in text

@@ -5,10 +5,14 @@ from unittest import mock
 import pytest
 import torch
 
+from ds_moe_ep.adapter import adapt, moe_layers
+from ds_moe_ep.bench.layer_sides import build_one_layer
+from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.moe import probe
 from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.cost_model import (
+    ExpertPrices,
     GroupPrices,
     LayerShape,
     LinkPrices,
@@ -17,6 +21,7 @@ from ds_moe_ep.moe.cost_model import (
     predict_s,
 )
 from ds_moe_ep.moe.dispatch import Links
+from ds_moe_ep.plan import ParallelPlan
 
 # 4 experts, one chosen, on as many ranks: a token wants each rank with a chance of 1/4.
 TOP_1_OF_4 = LayerShape(num_experts=4, top_k=1, row_bytes=92)  # 100 with its routing
@@ -125,6 +130,38 @@ def test_two_levels_add_up():
     # Place 0 of each node has gathered eight rows, of which a half wanted the node.
     assert predicted["allgather-2level"] == pytest.approx(2 + 8 * 192)
     assert predicted["alltoall-2level"] == pytest.approx(2 + 8 / 2 * 192 / 2)
+
+
+def test_gathered_rows_are_looked_through_for_the_experts_of_a_rank():
+    free = Price(0.0, 0.0)
+    experts = ExpertPrices(s_per_pair=100.0, s_per_slot=1.0)
+    links = LinkPrices(prices(4, free), experts=experts)
+    # One expert on each of four ranks: of ten tokens 10/4 choose it, and with allgather all ten are
+    # looked at. Bare rows are not.
+    assert predict_s(links, TOP_1_OF_4, (4, 4, 1, 1)) == {"alltoall": 250.0, "allgather": 260.0}
+    two_levels = LinkPrices(links.flat, prices(2, free), prices(2, free), experts=experts)
+    predicted = predict_s(two_levels, TOP_1_OF_4, (4, 4, 1, 1))
+    assert predicted["alltoall-2level"] == 250.0
+    assert predicted["allgather-2level"] == 260.0
+    # Two of eight experts each, two chosen: 10 * 2/4 pairs. A row has two slots; with alltoall rows
+    # come that chose one or both: all but 15 of 28 ways to choose.
+    predicted = predict_s(links, LayerShape(8, 2, 92), (4, 4, 1, 1))
+    assert predicted == {
+        "alltoall": pytest.approx(500 + 20 * 13 / 28),
+        "allgather": pytest.approx(500 + 20),
+    }
+
+
+def test_the_probe_measures_experts_for_rows_that_chose_them_and_rows_that_did_not():
+    model = build_one_layer(SHAPES["105M"])
+    adapt(model, ParallelPlan(1), ep_rank=0)
+    (layer,) = moe_layers(model)
+    links, cpu = Links(Communicator(None)), torch.device("cpu")
+    found = probe.measure_links(links, cpu, layer).experts
+    assert found is not None
+    # On a CPU products of 32 rows take many times what it takes to see that none is wanted.
+    assert found.s_per_pair > found.s_per_slot >= 0.0
+    assert probe.measure_links(links, cpu).experts is None
 
 
 @pytest.mark.parametrize(
