@@ -67,8 +67,8 @@ class ExpertPrices:
 
     Attributes:
         s_per_pair: Seconds for each pair of a row and an expert that it chose: the products.
-        s_per_slot: Seconds for each top-k slot that is looked through for an expert of this rank:
-            next to nothing on a CPU, the moving of a row on a GPU.
+        s_per_slot: Seconds for each top-k slot that a GPU moves, whether its expert is here or not;
+            0 on a CPU, which picks out those of this rank.
     """
 
     s_per_pair: float

@@ -12,11 +12,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import mean
 
 import torch
+from torch import Tensor
 
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.row_layout import RowLayout
@@ -31,8 +32,13 @@ __all__ = ["measure_links"]
 _ROW_BYTES = 1024
 # What a rank sends in all in a large message: enough for its bytes to outweigh the latency.
 _LARGE_BYTES = 512 * 1024
-# Rows at a rank's experts: on a GPU more than it multiplies without looking which are chosen.
-_EXPERT_ROWS_ON_GPU, _EXPERT_ROWS_ON_CPU = 1024, 32
+# Rows that a rank sorts, and rows at its experts. A GPU needs two sizes of each, as a kernel takes
+# some microseconds however few they are: at experts more than it multiplies without looking which
+# chose them, and few enough for the memory that weights leave.
+_SORTED_ROWS, _SORTED_ROWS_ON_GPU = (512,), (512, 16384)
+_EXPERT_ROWS, _EXPERT_ROWS_ON_GPU = (32,), (1024, 4096)
+# About a millisecond, in which a GPU does nothing and is told what to do next.
+_SLEEP_CYCLES = 2_000_000
 # Rounds of all measurements, so that a moment in which the machine is busy spoils but one sample of
 # each. With many ranks on few cores a round takes seconds; then two must do.
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 5
@@ -42,14 +48,25 @@ _RUNS = 3
 _ENOUGH_S = 0.5
 
 
+_Clock = Callable[[Callable[[], object]], float]
+"""Does something once, and returns the seconds it took."""
+
+
 @dataclass(frozen=True)
 class _Measurement:
-    """What to repeat: of which group and kind, and how many bytes a rank sends, or rows it has."""
+    """What to repeat.
+
+    Attributes:
+        group: Of which group it is a collective; "work" if it is none.
+        kind: Which.
+        amount: How many bytes a rank sends, or rows it has.
+        seconds: Does it once, and returns how long it took.
+    """
 
     group: str
     kind: str
     amount: int
-    run: Callable[[], object]
+    seconds: Callable[[], float]
 
 
 def measure_links(
@@ -67,27 +84,60 @@ def measure_links(
     comms = {"flat": links.flat, "across": links.across, "within": links.within}
     found = {name: comm for name, comm in comms.items() if comm is not None}
     measurements = [m for name, comm in found.items() for m in _measurements(name, comm, device)]
-    works = [_local_work(device), *(_expert_works(layer, device) if layer is not None else ())]
-    measurements += [
-        replace(work, run=partial(_work_and_meet, work.run, links.flat, device)) for work in works
-    ]
-    seconds = _time([measurement.run for measurement in measurements], links.flat, device)
+    measurements += _works(links.flat, layer, device)
+    seconds = _time([measurement.seconds for measurement in measurements], links.flat, device)
     timed = list(zip(measurements, seconds, strict=True))
-    prices = {name: _prices(name, comm.size, timed) for name, comm in found.items()}
+    prices = {name: _prices(comm.size, _samples_of(name, timed)) for name, comm in found.items()}
     meeting_s = prices["flat"].gather.seconds(_ROW_BYTES * (links.flat.size - 1))
-    work_s = {
-        work.kind: max(0.0, min(of_work) - meeting_s) / work.amount
-        for work, of_work in timed[-len(works) :]
+    nothing = [] if device.type == "cuda" else [(0, meeting_s)]
+    # Seconds of a byte, or of a row.
+    work = {
+        kind: fit_prices({kind: [*nothing, *samples]})[kind].s_per_byte
+        for kind, samples in _samples_of("work", timed).items()
     }
-    experts = ExpertPrices(work_s["pairs"], work_s["slots"]) if layer is not None else None
-    return LinkPrices(**prices, local_s_per_byte=work_s["bytes"], experts=experts)
+    experts = None
+    if layer is not None:
+        slot_s = work.get("slots", 0.0)
+        experts = ExpertPrices(max(0.0, work["pairs"] - slot_s), slot_s)
+    return LinkPrices(**prices, local_s_per_byte=work["bytes"], experts=experts)
+
+
+def _clock(run: Callable[[], object], device: torch.device) -> float:
+    start_s = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start_s
+
+
+def _clock_until_all_are_done(comm: Communicator, run: Callable[[], object]) -> float:
+    """Times work of a rank: where ranks share cores, it takes as long as all of them need."""
+    row_TC = torch.zeros((1, _ROW_BYTES // 4))
+
+    def run_and_meet() -> None:
+        run()
+        comm.gather_rows((row_TC,), [1] * comm.size)
+
+    return _clock(run_and_meet, row_TC.device)
+
+
+def _gpu_clock(run: Callable[[], object]) -> float:
+    """Times what a GPU does, not how long it takes to tell it, which a graph or much work hides."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_SLEEP_CYCLES)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def _measurements(name: str, comm: Communicator, device: torch.device) -> list[_Measurement]:
     """Lists what is measured of a group: numbers of rows, and two sizes of each other kind."""
     size = comm.size
     one_each_W = torch.ones(size, dtype=torch.int64, device=device)
-    found = [_Measurement(name, "counts", 0, partial(comm.exchange_counts, one_each_W))]
+    count = partial(comm.exchange_counts, one_each_W)
+    found = [_Measurement(name, "counts", 0, partial(_clock, count, device))]
     for num_rows in (1, max(2, _LARGE_BYTES // _ROW_BYTES // size)):
         rows_TC = torch.zeros((num_rows, _ROW_BYTES // 4), device=device)
         rows_RC, counts = rows_TC.repeat(size, 1), [num_rows] * size
@@ -97,21 +147,33 @@ def _measurements(name: str, comm: Communicator, device: torch.device) -> list[_
             "reduce": partial(comm.reduce_rows, rows_RC, counts),
         }
         num_bytes = (size - 1) * num_rows * _ROW_BYTES
-        found += [_Measurement(name, kind, num_bytes, run) for kind, run in runs.items()]
+        found += [
+            _Measurement(name, kind, num_bytes, partial(_clock, run, device))
+            for kind, run in runs.items()
+        ]
     return found
 
 
-def _work_and_meet(work: Callable[[], object], comm: Communicator, device: torch.device) -> None:
-    """Does what a rank does itself. Where ranks share cores, it takes as long as all need."""
-    with torch.no_grad():
-        work()
-    row_TC = torch.zeros((1, _ROW_BYTES // 4), device=device)
-    comm.gather_rows((row_TC,), [1] * comm.size)
+def _works(
+    comm: Communicator, layer: ExpertParallelMoE | None, device: torch.device
+) -> list[_Measurement]:
+    """Lists what is measured of a rank's own work."""
+    on_gpu = device.type == "cuda"
+    clock = _gpu_clock if on_gpu else partial(_clock_until_all_are_done, comm)
+    sorted_rows = _SORTED_ROWS_ON_GPU if on_gpu else _SORTED_ROWS
+    works = [_sorting(num_rows, clock, device) for num_rows in sorted_rows]
+    if layer is None:
+        return works
+    for num_rows in _EXPERT_ROWS_ON_GPU if on_gpu else _EXPERT_ROWS:
+        here_T1 = torch.arange(num_rows, device=device)[:, None] % layer.num_local_experts
+        works.append(_experts(layer, "pairs", here_T1, clock))
+        if on_gpu:
+            works.append(_experts(layer, "slots", torch.full_like(here_T1, NOT_HERE), clock))
+    return works
 
 
-def _local_work(device: torch.device) -> _Measurement:
+def _sorting(num_rows: int, clock: _Clock, device: torch.device) -> _Measurement:
     """Returns what a rank does with rows that go to some ranks each, and come back."""
-    num_rows = _LARGE_BYTES // _ROW_BYTES
     rows_TC = torch.zeros((num_rows, _ROW_BYTES // 4), device=device)
     order_T = torch.randperm(num_rows, device=device)
 
@@ -120,62 +182,58 @@ def _local_work(device: torch.device) -> _Measurement:
         RowLayout(sent).pack(sent)
         sum_by_token(rows_TC, order_T, None, rows_TC)
 
-    return _Measurement("work", "bytes", num_rows * _ROW_BYTES, run)
+    return _Measurement("work", "bytes", num_rows * _ROW_BYTES, partial(clock, run))
 
 
-def _expert_works(layer: ExpertParallelMoE, device: torch.device) -> list[_Measurement]:
-    """Returns what a rank's experts do with rows that chose one each, and that chose none."""
-    experts = layer.deepspeed_moe.experts
-    num_rows = _EXPERT_ROWS_ON_GPU if device.type == "cuda" else _EXPERT_ROWS_ON_CPU
-    x_TH = torch.zeros(
-        (num_rows, layer.hidden_size), dtype=next(experts.parameters()).dtype, device=device
-    )
-    weights_T1 = torch.ones((num_rows, 1), device=device)
-    spread_T1 = torch.arange(num_rows, device=device)[:, None] % layer.num_local_experts
-    works = []
-    for kind, ids_T1 in ("pairs", spread_T1), ("slots", torch.full_like(spread_T1, NOT_HERE)):
-        run = partial(run_local_experts, experts, x_TH, ids_T1, weights_T1)
-        works.append(_Measurement("work", kind, num_rows, run))
-    return works
+def _experts(
+    layer: ExpertParallelMoE, kind: str, local_ids_T1: Tensor, clock: _Clock
+) -> _Measurement:
+    """Returns what a rank's experts do with rows that chose one each, or none of them."""
+    experts, num_rows = layer.deepspeed_moe.experts, len(local_ids_T1)
+    like = next(experts.parameters())
+    x_TH = like.new_zeros((num_rows, layer.hidden_size))
+    weights_T1 = torch.ones((num_rows, 1), device=like.device)
+    run = torch.no_grad()(partial(run_local_experts, experts, x_TH, local_ids_T1, weights_T1))
+    return _Measurement("work", kind, num_rows, partial(clock, run))
 
 
-def _prices(
-    name: str, size: int, timed: Sequence[tuple[_Measurement, Sequence[float]]]
-) -> GroupPrices:
-    samples_of: dict[str, list[tuple[int, float]]] = defaultdict(list)
+def _samples_of(
+    group: str, timed: Sequence[tuple[_Measurement, Sequence[float]]]
+) -> dict[str, list[tuple[int, float]]]:
+    """Returns what was measured of a group: amounts and seconds, by kind."""
+    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for measurement, seconds in timed:
-        if measurement.group == name:
-            samples_of[measurement.kind] += [(measurement.amount, s) for s in seconds]
+        if measurement.group == group:
+            found[measurement.kind] += [(measurement.amount, s) for s in seconds]
+    return found
+
+
+def _prices(size: int, samples_of: dict[str, list[tuple[int, float]]]) -> GroupPrices:
     counts_s = min(seconds for _, seconds in samples_of.pop("counts"))
     return GroupPrices(size=size, counts_s=counts_s, **fit_prices(samples_of))
 
 
 def _time(
-    runs: Sequence[Callable[[], object]], everyone: Communicator, device: torch.device
+    clocks: Sequence[Callable[[], float]], everyone: Communicator, device: torch.device
 ) -> list[list[float]]:
-    """Repeats collectives in turn, all ranks starting each together.
+    """Repeats measurements in turn, all ranks starting each together.
 
     Returns:
-        The seconds of each run of each collective, of the ranks on average.
+        The seconds of each run of each, of the ranks on average.
     """
-    for run in runs:
-        run()  # the first is slower: connections open, buffers are made
+    for clock in clocks:
+        clock()  # the first is slower: connections open, buffers are made
     rounds: list[list[float]] = []
     while len(rounds) < _LEAST_ROUNDS or (
         len(rounds) < _MOST_ROUNDS and sum(map(sum, rounds)) < _ENOUGH_S
     ):
         own_ns = []
-        for run in runs:
+        for clock in clocks:
             everyone.gather_ints([0], device)
-            for _ in range(_RUNS):
-                start_ns = time.perf_counter_ns()
-                run()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                own_ns.append(time.perf_counter_ns() - start_ns)
+            own_ns += [round(clock() * 1e9) for _ in range(_RUNS)]
         all_ns = everyone.gather_ints(own_ns, device)
         rounds.append([mean(each_ns) / 1e9 for each_ns in zip(*all_ns, strict=True)])
     return [
         [each for seconds in rounds for each in seconds[first : first + _RUNS]]
-        for first in range(0, len(runs) * _RUNS, _RUNS)
+        for first in range(0, len(clocks) * _RUNS, _RUNS)
     ]

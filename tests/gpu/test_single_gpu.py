@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ds_moe_ep.adapter import bind_expert_groups, moe_layers
+from ds_moe_ep.adapter import adapt, bind_expert_groups, moe_layers
+from ds_moe_ep.bench.layer_sides import build_one_layer
+from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.config.deepspeed import inference_config
 from ds_moe_ep.dist.collectives import Communicator
@@ -20,6 +22,8 @@ from ds_moe_ep.engine.prompts import Prompt
 from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch
 from ds_moe_ep.model_spec import read_model_spec
+from ds_moe_ep.moe.dispatch import Links
+from ds_moe_ep.moe.probe import measure_links
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import CORE_FAMILIES, VOCAB_SIZE, save_tiny
 
@@ -76,6 +80,19 @@ def test_collectives_are_timed_without_a_sync(device) -> None:
         torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
     assert comm.stats.calls == 1
     assert 0.0 < comm.stats.seconds() < 10.0
+
+
+def test_the_probe_tells_a_row_s_price_from_that_of_starting_kernels(device) -> None:
+    model = build_one_layer(SHAPES["620M"]).to(device, torch.bfloat16)
+    adapt(model, PLAN, ep_rank=0)
+    (layer,) = moe_layers(model)
+    found = measure_links(Links(Communicator(None)), device, layer)
+    assert found.experts is not None
+    row_bytes = 2 * layer.hidden_size
+    # Each is moved some times, at most at 10 TB/s; starting kernels for one alone takes over 10 us.
+    assert row_bytes / 10e12 < found.experts.s_per_slot < 1e-6
+    assert 1 / 10e12 < found.local_s_per_byte < 1e-9
+    assert 0.0 <= found.experts.s_per_pair < 1e-6
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

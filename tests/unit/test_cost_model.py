@@ -1,7 +1,5 @@
 """The cost model's arithmetic: fits to known lines, and predictions counted by hand."""
 
-from unittest import mock
-
 import pytest
 import torch
 
@@ -152,15 +150,16 @@ def test_gathered_rows_are_looked_through_for_the_experts_of_a_rank():
     }
 
 
-def test_the_probe_measures_experts_for_rows_that_chose_them_and_rows_that_did_not():
+def test_the_probe_measures_the_experts_of_a_layer():
     model = build_one_layer(SHAPES["105M"])
     adapt(model, ParallelPlan(1), ep_rank=0)
     (layer,) = moe_layers(model)
     links, cpu = Links(Communicator(None)), torch.device("cpu")
     found = probe.measure_links(links, cpu, layer).experts
     assert found is not None
-    # On a CPU products of 32 rows take many times what it takes to see that none is wanted.
-    assert found.s_per_pair > found.s_per_slot >= 0.0
+    # A pair is 196,608 operations; no core does a million of them in a microsecond.
+    assert 0.2e-6 < found.s_per_pair < 1e-3
+    assert found.s_per_slot == 0.0
     assert probe.measure_links(links, cpu).experts is None
 
 
@@ -169,14 +168,7 @@ def test_the_probe_measures_experts_for_rows_that_chose_them_and_rows_that_did_n
     [(0.001, 5), (0.06, 3), (0.1, 2), (4.0, 2)],  # three runs a round, until half a second
 )
 def test_the_probe_stops_after_half_a_second_but_not_before_two_rounds(run_s, num_rounds):
-    now_ns = 0
-
-    def run():
-        nonlocal now_ns
-        now_ns += int(run_s * 1e9)
-
-    with mock.patch.object(probe.time, "perf_counter_ns", lambda: now_ns):
-        (seconds,) = probe._time([run], Communicator(None), torch.device("cpu"))
+    (seconds,) = probe._time([lambda: run_s], Communicator(None), torch.device("cpu"))
     assert seconds == [pytest.approx(run_s)] * 3 * num_rounds
 
 
