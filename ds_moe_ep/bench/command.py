@@ -13,7 +13,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,18 +164,18 @@ def _write_computed(name: str, docs: Path) -> None:
 
 def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Sequence[str]) -> None:
     results: list[Result] = []
-    with _work_folder(args) as work:
-        print(f"{table.name}: preparing", file=sys.stderr)
-        if table.prepare is not None:
-            table.prepare(args, work)
-        if table.measure_alone is not None:
-            quiet_libraries()
-            results = table.measure_alone(args, work)
-        else:
-            with _place(args, script) as place:
-                for world_size in args.world:
-                    print(f"{table.name}: measuring with {world_size} ranks", file=sys.stderr)
-                    results += _launch(place, argv, world_size, work)
+    work = go_on_guarded("ds-moe-ep-bench-")
+    print(f"{table.name}: preparing", file=sys.stderr)
+    if table.prepare is not None:
+        table.prepare(args, work)
+    if table.measure_alone is not None:
+        quiet_libraries()
+        results = table.measure_alone(args, work)
+    else:
+        with _place(args, script) as place:
+            for world_size in args.world:
+                print(f"{table.name}: measuring with {world_size} ranks", file=sys.stderr)
+                results += _launch(place, argv, world_size, work)
     command = shlex.join(["python", os.path.join("launch", script.name), *argv])
     name, heading = table.name, table.heading
     if args.hostfile:
@@ -188,17 +187,6 @@ def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Seq
     report.write(args.out)
     print(report.to_markdown())
     print(f"\nwrote {args.out / table.document}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _work_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """Yields a folder for temporary files; hosts are made in another process (see guard.py)."""
-    prefix = "ds-moe-ep-bench-"
-    if args.simulate_hosts:
-        yield go_on_guarded(prefix)
-        return
-    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
-        yield Path(folder)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ MOST_S = 480.0
 _WAIT_S = 600.0  # on a machine that is very busy
 
 _REHEARSE = [sys.executable, "-m", "ds_moe_ep", "rehearse", "--model", MODEL, "--hostfile"]
-_BENCH_LAYER = [sys.executable, REPO / "launch" / "bench.py", "layer", "--simulate-hosts"]
-_BENCH_LAYER += ["--world", "4", "--shape", "tiny", "--tokens", "4", "--routing", "uniform"]
-_BENCH_LAYER += ["--dispatchers", "auto", "alltoall", "alltoall-2level", "--peers"]
-_BENCH_LAYER += ["--rounds", "1", "--hostfile"]
+_BENCH_LAYER = [sys.executable, REPO / "launch" / "bench.py", "layer", "--world", "4"]
+_BENCH_LAYER += ["--shape", "tiny", "--tokens", "4", "--routing", "uniform", "--peers"]
+_BENCH_HOSTS = [*_BENCH_LAYER, "--dispatchers", "auto", "alltoall", "alltoall-2level"]
+_BENCH_HOSTS += ["--rounds", "1", "--simulate-hosts", "--hostfile"]
 
 _reason = why_no_hosts()
 needs_hosts = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -167,7 +167,7 @@ def _path_without_pdsh(folder: Path) -> str:
 @needs_hosts
 @pytest.mark.slow
 def test_the_benchmark_measures_several_hosts(tmp_path):
-    command = [*_BENCH_LAYER, _two_hosts(tmp_path), "--out", tmp_path]
+    command = [*_BENCH_HOSTS, _two_hosts(tmp_path), "--out", tmp_path]
     ended = run_command(command, timeout_s=300.0)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "best flat / auto | alltoall / auto |" in (tmp_path / "benchmarks.md").read_text()
@@ -197,8 +197,14 @@ def test_a_rehearsal_without_hosts_that_is_killed_in_mid_launch_leaves_nothing(t
 @needs_hosts
 @pytest.mark.slow
 def test_a_benchmark_of_made_hosts_that_is_killed_leaves_nothing(tmp_path):
-    command = [*_BENCH_LAYER, _two_hosts(tmp_path), "--out", tmp_path]
+    command = [*_BENCH_HOSTS, _two_hosts(tmp_path), "--out", tmp_path]
     _assert_nothing_is_left(command, tmp_path, signal.SIGKILL, -signal.SIGKILL, makes_hosts=True)
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_ended_leaves_nothing(tmp_path):
+    command = [*_BENCH_LAYER, "--rounds", "1000", "--out", tmp_path]
+    _assert_nothing_is_left(command, tmp_path, signal.SIGTERM, -signal.SIGTERM)
 
 
 def _assert_nothing_is_left(
@@ -240,7 +246,8 @@ def _num_ranks(pid: int) -> int:
     """The ranks below a process that DeepSpeed's launcher has started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         below = psutil.Process(pid).children(recursive=True)
-        return sum("shared_start.py" in " ".join(_words(process)[1:3]) for process in below)
+        launchers = [each for each in below if "deepspeed.launcher.launch" in _words(each)]
+        return sum(len(launcher.children()) for launcher in launchers)
     return 0
 
 
