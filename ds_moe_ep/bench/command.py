@@ -38,11 +38,11 @@ from ds_moe_ep.bench.report import Report, write_section
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import init_distributed, read_rank_info
 from ds_moe_ep.engine.console import only_rank_0_prints, quiet_libraries
+from ds_moe_ep.engine.options import positive
 from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError
 from ds_moe_ep.heap import keep_freed_memory
 from ds_moe_ep.hostfile import Cluster, first_slots, read_hostfile
 from ds_moe_ep.local_machine import free_port, one_thread_each
-from ds_moe_ep.rehearsal.guard import go_on_guarded
 from ds_moe_ep.rehearsal.hosts import SimulatedHosts, simulate_hosts
 from ds_moe_ep.rehearsal.shared_start import shared_start
 
@@ -76,12 +76,13 @@ _COMPUTED = {
 }
 
 
-def main(script: Path, argv: Sequence[str]) -> int:
+def main(script: Path, argv: Sequence[str], work: Path | None) -> int:
     """Writes a table, or is one of the ranks that measure for it.
 
     Args:
         script: The file that was started.
         argv: Its arguments.
+        work: A folder for temporary files; a rank has it among its arguments.
 
     Returns:
         The exit code.
@@ -90,10 +91,10 @@ def main(script: Path, argv: Sequence[str]) -> int:
     try:
         if args.table in _COMPUTED:
             _write_computed(args.table, args.out)
-        elif args.result:
+        elif work is None:
             _run_rank(_TABLES[args.table], args)
         else:
-            _write_table(_TABLES[args.table], args, script, argv)
+            _write_table(_TABLES[args.table], args, script, argv, work)
     except DsMoeEpError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -105,7 +106,7 @@ def main(script: Path, argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench.py",
-        description="Measure against what a user would pick instead, both sides in one job.",
+        description="Measure ds_moe_ep, mostly against what a user would pick instead.",
         allow_abbrev=False,
     )
     tables = parser.add_subparsers(dest="table", required=True, metavar="TABLE")
@@ -114,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
         _add_out_argument(command, section.document)
     for table in _TABLES.values():
         command = tables.add_parser(table.name, help=table.heading, allow_abbrev=False)
-        command.add_argument("--rounds", type=int, default=5, metavar="N", help="of each side")
+        command.add_argument(
+            "--rounds", type=positive(int), default=5, metavar="N", help="of each side"
+        )
         _add_out_argument(command, table.document)
         command.set_defaults(result=None, hostfile=None, simulate_hosts=False)
         if table.measure_alone is None:
@@ -129,7 +132,8 @@ def _add_out_argument(command: argparse.ArgumentParser, document: str) -> None:
         type=Path,
         default=_DOCS,
         metavar="DIR",
-        help=f"folder of {document} and benchmarks/ (default: the checkout's docs)",
+        help=f"folder of {document} and benchmarks/, whose table is replaced (default: the "
+        "checkout's docs)",
     )
 
 
@@ -162,9 +166,10 @@ def _write_computed(name: str, docs: Path) -> None:
     print(f"\nwrote {docs / section.document}", file=sys.stderr)
 
 
-def _write_table(table: Table, args: argparse.Namespace, script: Path, argv: Sequence[str]) -> None:
+def _write_table(
+    table: Table, args: argparse.Namespace, script: Path, argv: Sequence[str], work: Path
+) -> None:
     results: list[Result] = []
-    work = go_on_guarded("ds-moe-ep-bench-")
     print(f"{table.name}: preparing", file=sys.stderr)
     if table.prepare is not None:
         table.prepare(args, work)

@@ -52,9 +52,24 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=_TOKENS, metavar="T", help="tokens a rank"
     )
-    parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
-    parser.add_argument("--dispatchers", nargs="+", default=_OURS, metavar="D")
-    parser.add_argument("--peers", nargs="*", choices=_PEERS, default=_installed(), metavar="P")
+    parser.add_argument(
+        "--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="how tokens choose"
+    )
+    parser.add_argument(
+        "--dispatchers",
+        nargs="+",
+        default=_OURS,
+        metavar="D",
+        help="of ours; all are compared with the first",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=_PEERS,
+        default=_installed(),
+        metavar="P",
+        help=f"others to compare with: {', '.join(_PEERS)}; none named: ours alone",
+    )
 
 
 def _installed() -> list[str]:
@@ -97,7 +112,9 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
                     "tokens_per_rank": num_tokens,
                     "seconds": {name: vars(spread) for name, spread in seconds.items()},
                     "chosen": {
-                        name: choices for name, side in ours.items() if (choices := side.choices())
+                        name: choices
+                        for name, side in ours.items()
+                        if (choices := side.take_choices())
                     },
                 }
             )

@@ -103,7 +103,7 @@ class OurLayer:
         """What this rank's collectives cost so far."""
         return self._layer.deepspeed_moe.stats
 
-    def choices(self) -> list[str]:
+    def take_choices(self) -> list[str]:
         """Returns what ``auto`` has chosen since it was asked last; nothing of another one."""
         dispatcher = self._layer.deepspeed_moe.dispatcher
         if not isinstance(dispatcher, Auto):

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from ds_moe_ep.dist.collectives import Meanwhile
+from ds_moe_ep.moe.allgather import AllGather
 from ds_moe_ep.moe.alltoall import AllToAll
 from ds_moe_ep.moe.cost_model import LayerShape, LinkPrices, predict_s
-from ds_moe_ep.moe.dispatch import STATIC_SHAPES, Dispatcher, Links, make_dispatcher
+from ds_moe_ep.moe.dispatch import STATIC_SHAPES, Dispatcher, Links
 from ds_moe_ep.moe.experts import Compute
+from ds_moe_ep.moe.two_level import TwoLevel
 
 __all__ = ["Auto"]
 
@@ -40,14 +43,18 @@ class Auto:
     def __init__(self, links: Links, prices: LinkPrices, num_local_experts: int) -> None:
         self.prices = prices
         self.num_experts = num_local_experts * links.flat.size
-        # Small batches that are best sent to all ranks are the cost model's to find, not its own.
+        # Small batches that are best sent to all ranks are the cost model's to find, not theirs.
+        routed = partial(AllToAll, send_to_all_bytes=0)
         self.candidates: dict[str, Dispatcher] = {
-            "alltoall": AllToAll(links.flat, num_local_experts, send_to_all_bytes=0),
-            "allgather": make_dispatcher("allgather", links, num_local_experts),
+            "alltoall": routed(links.flat, num_local_experts),
+            "allgather": AllGather(links.flat, num_local_experts),
         }
-        if links.across is not None:
-            for name in ("alltoall-2level", "allgather-2level"):
-                self.candidates[name] = make_dispatcher(name, links, num_local_experts)
+        if links.across is not None and links.within is not None:
+            levels = links.across, links.within
+            self.candidates |= {
+                "alltoall-2level": TwoLevel(routed, *levels, num_local_experts),
+                "allgather-2level": TwoLevel(AllGather, *levels, num_local_experts),
+            }
         self.has_static_shapes = False
         self.calls: Counter[str] = Counter()
         self._predicted_s: dict[str, dict[str, float]] = {}  # when the name was chosen last

@@ -67,8 +67,9 @@ class ExpertPrices:
 
     Attributes:
         s_per_pair: Seconds for each pair of a row and an expert that it chose: the products.
-        s_per_slot: Seconds for each top-k slot that a GPU moves, whether its expert is here or not;
-            0 on a CPU, which picks out those of this rank.
+        s_per_slot: Seconds for each top-k slot that a GPU moves, whether its expert is here or not.
+            (Where a rank's one expert multiplies all of few rows, this counts microseconds too
+            many.)
     """
 
     s_per_pair: float
@@ -85,8 +86,8 @@ class LinkPrices:
         within: The ranks of this node.
         local_s_per_byte: Seconds for each byte that a rank copies into rows for some ranks each,
             and sums up again when they have come back.
-        experts: What the experts themselves cost; None where it was not measured, and counts
-            nothing.
+        experts: What the experts themselves cost; None where it was not measured, as on a CPU,
+            which computes the same pairs with every dispatcher, and no others.
     """
 
     flat: GroupPrices
@@ -166,9 +167,11 @@ def predict_s(
     """
     local = prices.local_s_per_byte
     own_share = shape.share_wanted(shape.num_experts // prices.flat.size)
+    is_bare = shape.num_experts == prices.flat.size  # to a rank of one expert rows go bare
     routed_s, gathered_s = _experts_s(prices, shape, sum(num_tokens), own_share)
     predicted = {
-        "alltoall": _exchange_s(prices.flat, shape, num_tokens, own_share, local) + routed_s,
+        "alltoall": routed_s
+        + _exchange_s(prices.flat, shape, num_tokens, own_share, local, is_bare=is_bare),
         "allgather": _gather_s(prices.flat, shape, num_tokens) + gathered_s,
     }
     if prices.across is None or prices.within is None:
@@ -185,6 +188,7 @@ def predict_s(
             [node_share * sum(column) for column in columns],
             own_share / node_share,
             local,
+            is_bare=is_bare,
         )
         + routed_s
     )
@@ -216,12 +220,12 @@ def _exchange_s(
     num_tokens: Sequence[float],
     share: float,
     local_s_per_byte: float,
+    *,
+    is_bare: bool = False,
 ) -> float:
     """Counts, rows out and rows back, where each rank wants a share of every rank's rows."""
     rows = share * _most_rows(num_tokens)
     local_rows = share * prices.size * max(num_tokens)  # those that stay here among them
-    # To a rank of one expert rows go bare.
-    is_bare = shape.num_experts == prices.size
     sent_row_bytes = shape.row_bytes if is_bare else shape.routed_row_bytes
     return (
         prices.counts_s

@@ -30,15 +30,15 @@ from ds_moe_ep.moe.layer import ExpertParallelMoE
 __all__ = ["measure_links"]
 
 _ROW_BYTES = 1024
-# What a rank sends in all in a large message: enough for its bytes to outweigh the latency.
-_LARGE_BYTES = 512 * 1024
-# Rows that a rank sorts, and rows at its experts. A GPU needs two sizes of each, as a kernel takes
-# some microseconds however few they are: at experts more than it multiplies without looking which
-# chose them, and few enough for the memory that weights leave.
+# What a rank sends in all in a large message: enough for its bytes to outweigh the latency, which
+# takes some tens of MiB at the rates of NVLink.
+_LARGE_BYTES, _LARGE_BYTES_ON_GPU = 2**19, 2**26
+# Rows that a rank sorts; a GPU needs two sizes, as a kernel takes some microseconds however few
+# they are. And rows at its experts: more than it multiplies without looking which chose them.
 _SORTED_ROWS, _SORTED_ROWS_ON_GPU = (512,), (512, 16384)
-_EXPERT_ROWS, _EXPERT_ROWS_ON_GPU = (32,), (1024, 4096)
-# About a millisecond, in which a GPU does nothing and is told what to do next.
-_SLEEP_CYCLES = 2_000_000
+_EXPERT_ROWS_ON_GPU = (8192, 16384)
+# About 1, 10 and 100 ms, in which a GPU does nothing and is told what to do next.
+_SLEEP_CYCLES = (2_000_000, 20_000_000, 200_000_000)
 # Rounds of all measurements, so that a moment in which the machine is busy spoils but one sample of
 # each. With many ranks on few cores a round takes seconds; then two must do.
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 5
@@ -74,12 +74,14 @@ def measure_links(
 ) -> LinkPrices:
     """Measures the group, and its two levels where there are some; all ranks call it.
 
-    It takes about half a second at most, with 64 ranks on two cores some ten.
+    It takes until half a second is over, but two rounds at least, which with 64 ranks on two cores
+    take some ten seconds.
 
     Args:
         links: The groups; what is measured counts in their statistics.
         device: Where rows live.
-        layer: Whose experts to measure as well.
+        layer: Whose experts to measure as well, on a GPU. On a CPU the choice does not hang on
+            them.
     """
     comms = {"flat": links.flat, "across": links.across, "within": links.within}
     found = {name: comm for name, comm in comms.items() if comm is not None}
@@ -96,9 +98,8 @@ def measure_links(
         for kind, samples in _samples_of("work", timed).items()
     }
     experts = None
-    if layer is not None:
-        slot_s = work.get("slots", 0.0)
-        experts = ExpertPrices(max(0.0, work["pairs"] - slot_s), slot_s)
+    if "slots" in work:
+        experts = ExpertPrices(max(0.0, work["pairs"] - work["slots"]), work["slots"])
     return LinkPrices(**prices, local_s_per_byte=work["bytes"], experts=experts)
 
 
@@ -124,11 +125,15 @@ def _clock_until_all_are_done(comm: Communicator, run: Callable[[], object]) -> 
 def _gpu_clock(run: Callable[[], object]) -> float:
     """Times what a GPU does, not how long it takes to tell it, which a graph or much work hides."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_SLEEP_CYCLES)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
+    for cycles in _SLEEP_CYCLES:
+        torch.cuda._sleep(cycles)
+        start.record()
+        run()
+        end.record()
+        is_told_in_time = not start.query()  # it still sleeps
+        end.synchronize()
+        if is_told_in_time:
+            break
     return start.elapsed_time(end) / 1e3
 
 
@@ -138,7 +143,8 @@ def _measurements(name: str, comm: Communicator, device: torch.device) -> list[_
     one_each_W = torch.ones(size, dtype=torch.int64, device=device)
     count = partial(comm.exchange_counts, one_each_W)
     found = [_Measurement(name, "counts", 0, partial(_clock, count, device))]
-    for num_rows in (1, max(2, _LARGE_BYTES // _ROW_BYTES // size)):
+    large_bytes = _LARGE_BYTES_ON_GPU if device.type == "cuda" else _LARGE_BYTES
+    for num_rows in (1, max(2, large_bytes // _ROW_BYTES // size)):
         rows_TC = torch.zeros((num_rows, _ROW_BYTES // 4), device=device)
         rows_RC, counts = rows_TC.repeat(size, 1), [num_rows] * size
         runs = {
@@ -162,12 +168,10 @@ def _works(
     clock = _gpu_clock if on_gpu else partial(_clock_until_all_are_done, comm)
     sorted_rows = _SORTED_ROWS_ON_GPU if on_gpu else _SORTED_ROWS
     works = [_sorting(num_rows, clock, device) for num_rows in sorted_rows]
-    if layer is None:
-        return works
-    for num_rows in _EXPERT_ROWS_ON_GPU if on_gpu else _EXPERT_ROWS:
-        here_T1 = torch.arange(num_rows, device=device)[:, None] % layer.num_local_experts
-        works.append(_experts(layer, "pairs", here_T1, clock))
-        if on_gpu:
+    if layer is not None and on_gpu:
+        for num_rows in _EXPERT_ROWS_ON_GPU:
+            here_T1 = torch.arange(num_rows, device=device)[:, None] % layer.num_local_experts
+            works.append(_experts(layer, "pairs", here_T1, clock))
             works.append(_experts(layer, "slots", torch.full_like(here_T1, NOT_HERE), clock))
     return works
 

@@ -9,7 +9,7 @@ in place of one to each rank, and a row crosses the network once for each node, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -33,15 +33,15 @@ class TwoLevel:
 
     def __init__(
         self,
-        kind: type[AllToAll] | type[AllGather],
+        kind: Callable[[Communicator, int], AllToAll | AllGather],
         across: Communicator,
         within: Communicator,
         num_local_experts: int,
     ) -> None:
-        self.name = f"{kind.name}-2level"
         self.across = kind(across, num_local_experts * within.size)
         self.within = kind(within, num_local_experts)
-        self._reaches_all = kind is AllGather
+        self.name = f"{self.across.name}-2level"
+        self._reaches_all = isinstance(self.across, AllGather)
 
     def __call__(
         self,

@@ -175,6 +175,8 @@ def test_the_benchmark_measures_several_hosts(tmp_path):
     assert report["heading"].endswith(f"on 2 hosts x 2 slots, {tmp_path / 'hostfile'}")
     (result,) = report["results"]
     assert list(result["seconds"]) == ["auto", "alltoall", "alltoall-2level"]
+    (chosen,) = result["chosen"]["auto"]  # the prices are the same for all calls of a row
+    assert f" {chosen} |" in (tmp_path / "benchmarks.md").read_text()
 
 
 @needs_hosts

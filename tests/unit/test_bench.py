@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -16,6 +18,7 @@ from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import Report, markdown_table
 from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.model_spec import read_model_spec
+from tests.helpers.launch import REPO
 
 
 def test_a_spread_is_median_least_and_most():
@@ -177,3 +180,14 @@ def test_the_loading_table_sets_both_sides_against_each_other():
 def test_the_machine_is_described(field):
     machine = Report("t", "h", "c", "x", []).machine
     assert machine[field]
+
+
+def test_the_guard_forks_before_anything_may_have_asked_for_a_gpu():
+    launched = """
+import runpy, sys
+from ds_moe_ep.rehearsal import guard
+guard.go_on_guarded = lambda prefix: sys.exit("torch" in sys.modules)
+runpy.run_path("launch/bench.py", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", launched], cwd=REPO, timeout=60)
+    assert ended.returncode == 0

@@ -19,6 +19,7 @@ from ds_moe_ep.moe.cost_model import (
     predict_s,
 )
 from ds_moe_ep.moe.dispatch import Links
+from ds_moe_ep.moe.experts import NOT_HERE
 from ds_moe_ep.plan import ParallelPlan
 
 # 4 experts, one chosen, on as many ranks: a token wants each rank with a chance of 1/4.
@@ -127,7 +128,8 @@ def test_two_levels_add_up():
     predicted = predict_s(by_bytes, TOP_1_OF_4, (5, 1, 3, 2))
     # Place 0 of each node has gathered eight rows, of which a half wanted the node.
     assert predicted["allgather-2level"] == pytest.approx(2 + 8 * 192)
-    assert predicted["alltoall-2level"] == pytest.approx(2 + 8 / 2 * 192 / 2)
+    # Within it they go bare, as each rank has one expert.
+    assert predicted["alltoall-2level"] == pytest.approx(2 + 8 / 2 * 184 / 2)
 
 
 def test_gathered_rows_are_looked_through_for_the_experts_of_a_rank():
@@ -150,17 +152,47 @@ def test_gathered_rows_are_looked_through_for_the_experts_of_a_rank():
     }
 
 
-def test_the_probe_measures_the_experts_of_a_layer():
+def test_the_probe_runs_the_experts_of_a_layer_for_rows_of_theirs_and_for_others():
+    model = build_one_layer(SHAPES["105M"])
+    adapt(model, ParallelPlan(4), ep_rank=1)
+    (layer,) = moe_layers(model)
+    computed = []
+
+    def clock(run):
+        _, rows_e = run()
+        computed.append(rows_e.tolist())
+        return 1.5
+
+    here_T1 = torch.arange(40)[:, None] % 16
+    works = [
+        probe._experts(layer, "pairs", here_T1, clock),
+        probe._experts(layer, "slots", torch.full_like(here_T1, NOT_HERE), clock),
+    ]
+    assert [(work.kind, work.amount, work.seconds()) for work in works] == [
+        ("pairs", 40, 1.5),
+        ("slots", 40, 1.5),
+    ]
+    assert computed == [[3] * 8 + [2] * 8, [0] * 16]
+
+
+def test_on_a_cpu_experts_have_no_price():
     model = build_one_layer(SHAPES["105M"])
     adapt(model, ParallelPlan(1), ep_rank=0)
     (layer,) = moe_layers(model)
-    links, cpu = Links(Communicator(None)), torch.device("cpu")
-    found = probe.measure_links(links, cpu, layer).experts
-    assert found is not None
-    # A pair is 196,608 operations; no core does a million of them in a microsecond.
-    assert 0.2e-6 < found.s_per_pair < 1e-3
-    assert found.s_per_slot == 0.0
-    assert probe.measure_links(links, cpu).experts is None
+    links = Links(Communicator(None))
+    assert probe.measure_links(links, torch.device("cpu"), layer).experts is None
+
+
+def test_slots_make_auto_send_routed_rows():
+    nothing = Price(0.0, 0.0)
+    group = GroupPrices(4, 1e-3, exchange=nothing, gather=nothing, reduce=nothing)
+    links = Links(Communicator(None))
+    chosen = [
+        Auto(links, LinkPrices(group, experts=experts), 2).choose(2, 64, [50] * 4)[0]
+        for experts in (None, ExpertPrices(1e-6, 1e-6), ExpertPrices(1e-6, 1e-5))
+    ]
+    # Counts take a millisecond. Of 400 slots routed rows spare 15 / 28, 214.
+    assert chosen == ["allgather", "allgather", "alltoall"]
 
 
 @pytest.mark.parametrize(
