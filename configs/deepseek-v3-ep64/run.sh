@@ -2,7 +2,8 @@
 # Runs launch/infer.py on the 64 GPUs of the hostfile beside it. Written by `ds-moe-ep config`.
 #   MODEL=DIR run.sh --input IN.jsonl --output OUT.jsonl [other options of launch/infer.py]
 # Start it from the folder that holds launch/infer.py. All hosts must see that folder, this one and
-# the model under the same paths. MODEL and INFER name another model folder or another infer.py.
+# the model under the same paths. MODEL and INFER name another model folder or another infer.py,
+# MASTER_PORT another port for the ranks to meet at (29500).
 # All hosts are asked over ssh for what they have before a rank starts; SURVEY=no leaves that out.
 set -euo pipefail
 here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -32,7 +33,7 @@ set -m
   [ "${SURVEY-}" = no ] || ds-moe-ep preflight --hosts-only --quick \
     --hostfile "$here/hostfile" --model "$model"
   exec deepspeed --hostfile "$here/hostfile" --launcher pdsh \
-    "$infer" --model "$model" --config "$here" "$@"
+    --master_port "${MASTER_PORT:-29500}" "$infer" --model "$model" --config "$here" "$@"
 } < /dev/null &
 job=$! signals=
 for signal in INT TERM HUP; do

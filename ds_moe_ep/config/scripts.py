@@ -20,7 +20,8 @@ _RUN_SH = r"""#!/usr/bin/env bash
 # Runs launch/infer.py on @GPUS@ of the hostfile beside it. Written by `ds-moe-ep config`.
 #   @SETTING@run.sh --input IN.jsonl --output OUT.jsonl [other options of launch/infer.py]
 # Start it from the folder that holds launch/infer.py. All hosts must see that folder, this one and
-# the model under the same paths. MODEL and INFER name another model folder or another infer.py.
+# the model under the same paths. MODEL and INFER name another model folder or another infer.py,
+# MASTER_PORT another port for the ranks to meet at (29500).
 @ABOUT@set -euo pipefail
 here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 infer="${INFER:-launch/infer.py}"
@@ -34,7 +35,7 @@ fi
 set -m
 {
 @SURVEY@  exec deepspeed --hostfile "$here/hostfile" @LAUNCHER@ \
-    "$infer" --model "$model" --config "$here" "$@"
+    --master_port "${MASTER_PORT:-29500}" "$infer" --model "$model" --config "$here" "$@"
 } < /dev/null &
 job=$! signals=
 for signal in INT TERM HUP; do
@@ -80,7 +81,8 @@ _RUN_SBATCH = r"""#!/usr/bin/env bash
 # Runs launch/infer.py on @GPUS@ under Slurm without ssh. Written by `ds-moe-ep config`.
 #   @SETTING@sbatch [--partition P --time T] run.sbatch --input IN.jsonl --output OUT.jsonl [...]
 # Submit it from the folder that holds launch/infer.py. MODEL and INFER name another model folder or
-# another infer.py, PYTHON another interpreter.
+# another infer.py, PYTHON another interpreter, MASTER_PORT another port for the ranks to meet at
+# (one that follows from the job's id).
 set -euo pipefail
 here="${CONFIG:-}"
 if [ -z "$here" ]; then
@@ -104,7 +106,7 @@ if [ "$SLURM_NTASKS" != @RANKS@ ]; then
   exit 2
 fi
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"
+MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 WORLD_SIZE="$SLURM_NTASKS"
 export MASTER_ADDR MASTER_PORT WORLD_SIZE
 # Consecutive ranks share a node, as the plan has it.

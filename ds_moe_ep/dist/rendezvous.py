@@ -65,8 +65,8 @@ def join_process_group(
         raise DistributedError(
             f"[rank {rank} {os.uname().nodename}] the {world_size} ranks did not meet at "
             f"{where}: {str(error).rstrip('.')}. Look for a rank that did not start, a port in "
-            "use (--master_port) or a wrong network interface (GLOO_SOCKET_IFNAME, "
-            "NCCL_SOCKET_IFNAME)."
+            "use (deepspeed --master_port P, or MASTER_PORT=P for run.sh and run.sbatch) or a "
+            "wrong network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."
         ) from error
     return RollCall(store, rank, world_size)
 

@@ -119,7 +119,7 @@ def test_run_sh_starts_deepspeed_over_pdsh(sandbox, model):
     assert (done.returncode, done.stderr) == (0, "")
     here = str(sandbox.bundle)
     assert sandbox.recorded() == [
-        *["--hostfile", f"{here}/hostfile", "--launcher", "pdsh"],
+        *["--hostfile", f"{here}/hostfile", "--launcher", "pdsh", "--master_port", "29500"],
         *["launch/infer.py", "--model", str(model), "--config", here],
         *[*IO, "--batch-size", "8"],
     ]
@@ -175,7 +175,22 @@ def test_run_sh_finds_its_folder_whatever_cdpath_says(sandbox, model):
 def test_model_and_infer_can_be_set_from_outside(sandbox, model):
     (sandbox.root / "other.py").touch()
     sandbox.run(run_sh(model, EIGHT), *IO, MODEL="allenai/OLMoE-1B-7B-0924", INFER="other.py")
-    assert sandbox.recorded()[4:7] == ["other.py", "--model", "allenai/OLMoE-1B-7B-0924"]
+    assert sandbox.recorded()[6:9] == ["other.py", "--model", "allenai/OLMoE-1B-7B-0924"]
+
+
+@pytest.mark.parametrize("cluster", [EIGHT, local_cluster(4)], ids=["8x8", "local"])
+def test_deepspeed_reads_the_port_that_run_sh_is_given(sandbox, model, cluster):
+    from deepspeed.launcher.runner import parse_args
+
+    for env, port in (({}, 29500), ({"MASTER_PORT": "29611"}, 29611)):
+        sandbox.run(run_sh(model, cluster), *IO, **env)
+        args = parse_args(sandbox.recorded())
+        assert (args.master_port, args.user_script) == (port, "launch/infer.py")
+
+
+def test_run_sbatch_takes_another_port(sandbox, model):
+    sandbox.slurm(run_sbatch(model, EIGHT), *IO, MASTER_PORT="29611")
+    assert sandbox.recorded()[3:5] == ["node3", "29611"]
 
 
 @pytest.mark.parametrize("kind", ["run_sh", "run_sbatch"])
@@ -202,7 +217,7 @@ def test_this_machine_needs_no_ssh_and_may_have_any_name_in_a_path(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert sandbox.recorded() == [
         *["--hostfile", f"{sandbox.bundle}/hostfile"],
-        *["--no_ssh_check", "--master_addr", "127.0.0.1"],
+        *["--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", "29500"],
         *["launch/infer.py", "--model", NASTY, "--config", str(sandbox.bundle)],
         *["--input", "a b;c.jsonl"],
     ]

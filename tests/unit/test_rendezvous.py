@@ -67,7 +67,8 @@ def test_a_stranger_on_the_port_is_told_long_before_the_start_timeout(found, mon
     with found() as port:
         told, took_s = _refusal(port, monkeypatch, start_timeout_s=60)
     assert f"the 2 ranks did not meet at 127.0.0.1:{port}: {_STRANGER}." in told
-    assert "a port in use (--master_port)" in told
+    ways = "deepspeed --master_port P, or MASTER_PORT=P for run.sh and run.sbatch"
+    assert f"a port in use ({ways})" in told
     assert took_s < 30
 
 
