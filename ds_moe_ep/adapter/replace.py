@@ -19,7 +19,7 @@ from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
 from ds_moe_ep.errors import AdapterError
 from ds_moe_ep.model_families import UNSUPPORTED
 from ds_moe_ep.moe.dispatch import TWO_LEVEL, make_links
-from ds_moe_ep.moe.expert_gemm import lay_out_for_cpu
+from ds_moe_ep.moe.expert_gemm import declares_contract, lay_out_for_cpu
 from ds_moe_ep.moe.experts import expert_parameters
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 from ds_moe_ep.moe.probe import measure_links
@@ -40,15 +40,6 @@ __all__ = [
     "shard_experts",
 ]
 
-# What transformers' `use_experts_implementation` gives every experts module.
-_CONTRACT = (
-    "num_experts",
-    "has_gate",
-    "has_bias",
-    "is_transposed",
-    "is_concatenated",
-    "_apply_gate",
-)
 # How a model's expert-parallel plan names an experts module that is called with a routing.
 _DISPATCHED = "ep_dispatch_experts"
 # What families call the expert of all tokens, which stands beside the experts.
@@ -150,8 +141,7 @@ def shard_experts(
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if all(hasattr(module, a) for a in _CONTRACT)
-        or ep_plan.get(re.sub(r"\d+", "*", name)) == _DISPATCHED
+        if declares_contract(module) or ep_plan.get(re.sub(r"\d+", "*", name)) == _DISPATCHED
     ]
     if not found:
         raise AdapterError(

@@ -60,7 +60,8 @@ def read_rank_info() -> RankInfo:
     """Reads RANK, LOCAL_RANK and WORLD_SIZE; without a launcher this is the only rank of one.
 
     Raises:
-        ConfigError: Some of them are set and others not, or one is not a number.
+        ConfigError: Some of them are set and others not, one is not a number, or MASTER_ADDR and
+            MASTER_PORT do not say where several ranks meet.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     values = [os.environ.get(name) for name in names]
@@ -73,6 +74,12 @@ def read_rank_info() -> RankInfo:
             "launch/infer.py ...`."
         )
     rank, local_rank, world_size = (int(value) for value in values if value is not None)
+    if world_size > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        raise ConfigError(
+            f"WORLD_SIZE={world_size}, but MASTER_ADDR and MASTER_PORT do not say where the ranks "
+            "meet: the host of rank 0 and a free port there. A launcher sets them: `deepspeed "
+            "launch/infer.py ...`, or the run.sbatch that ds-moe-ep config writes."
+        )
     return RankInfo(rank, local_rank, world_size)
 
 
@@ -184,7 +191,7 @@ def init_distributed(
     accelerator = get_accelerator()
     on_gpu = accelerator.device_name() == "cuda"
     device = torch.device("cuda", info.local_rank) if on_gpu else torch.device("cpu")
-    if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if info.world_size == 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     # DeepSpeed and accelerate read these too, and no launcher has set them for a single process.
     os.environ.update(

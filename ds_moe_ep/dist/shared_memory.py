@@ -75,15 +75,17 @@ class SharedMemory:
         slot_bytes = total_bytes // (2 * size) // LINE_BYTES * LINE_BYTES
         file_bytes = Meeting.num_bytes(size) + 2 * size * (_head_bytes(size) + slot_bytes)
         path = _create(file_bytes) if rank == 0 else ""
-        told: list = [path]
-        dist.broadcast_object_list(told, group=group, group_src=0)
-        memory = _map(told[0], file_bytes) if told[0] else None
-        if memory is not None and rank == 0:
-            Meeting.prepare(memory, size)
-        mapped: list = [None] * size
-        dist.all_gather_object(mapped, memory is not None, group=group)
-        if path:
-            os.unlink(path)  # it lives on until the last rank ends, and no longer
+        try:
+            told: list = [path]
+            dist.broadcast_object_list(told, group=group, group_src=0)
+            memory = _map(told[0], file_bytes) if told[0] else None
+            if memory is not None and rank == 0:
+                Meeting.prepare(memory, size)
+            mapped: list = [None] * size
+            dist.all_gather_object(mapped, memory is not None, group=group)
+        finally:
+            if path:
+                os.unlink(path)  # it lives on until the last rank ends, and no longer
         if memory is None or not all(mapped):
             return None
         return cls(memory, rank=rank, size=size, slot_bytes=slot_bytes, timeout_s=timeout_s)

@@ -122,7 +122,8 @@ def sum_by_token(y_SH: Tensor, token_S: Tensor, weights_S: Tensor | None, x_TH: 
         return torch.zeros_like(x_TH) + y_SH.sum().to(x_TH.dtype)
     sorted_S, row_S = token_S.sort(stable=True)
     first_T = torch.searchsorted(sorted_S, torch.arange(x_TH.shape[0], device=token_S.device))
-    if not y_SH.is_cuda:  # a GPU's kernel widens what it adds
+    is_exact = weights_S is None or weights_S.dtype == y_SH.dtype
+    if not (y_SH.is_cuda and is_exact):  # a GPU's kernel widens what it adds
         y_SH = y_SH.float()
     if weights_S is not None:
         weights_S = weights_S.to(y_SH.dtype)[row_S]

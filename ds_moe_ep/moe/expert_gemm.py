@@ -12,21 +12,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["follows_contract", "lay_out_for_cpu", "run_grouped", "run_single"]
+__all__ = [
+    "declares_contract",
+    "follows_contract",
+    "lay_out_for_cpu",
+    "run_grouped",
+    "run_single",
+]
 
-_DECLARED = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
+_DECLARED = (
+    "num_experts",
+    "has_gate",
+    "has_bias",
+    "is_transposed",
+    "is_concatenated",
+    "_apply_gate",
+)
 
 # torch's grouped product wants rows that start at multiples of this.
 _ALIGNMENT_BYTES = 16
 
 
-def follows_contract(experts: nn.Module) -> bool:
-    """Says whether `experts` declare all that is needed to compute them here, and can be aligned.
+def declares_contract(module: nn.Module) -> bool:
+    """Says whether a module has what transformers gives every experts module.
 
     Source:
         ``use_experts_implementation`` in ``transformers/integrations/moe.py``.
     """
-    if not all(hasattr(experts, name) for name in _DECLARED):
+    return all(hasattr(module, name) for name in _DECLARED)
+
+
+def follows_contract(experts: nn.Module) -> bool:
+    """Says whether `experts` keep the contract, and their rows can be aligned."""
+    if not (declares_contract(experts) and hasattr(experts, "down_proj")):
         return False
     widths = (*experts.down_proj.shape[1:], _up_projection(experts).shape[-1])
     item_bytes = experts.down_proj.element_size()

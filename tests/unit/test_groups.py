@@ -2,8 +2,8 @@
 
 import pytest
 
-from ds_moe_ep.dist.groups import refuse_missing_gpus
-from ds_moe_ep.errors import PlanError
+from ds_moe_ep.dist.groups import read_rank_info, refuse_missing_gpus
+from ds_moe_ep.errors import ConfigError, PlanError
 
 _HOSTS = ["a", "a", "b", "b", "c", "c"]
 
@@ -17,3 +17,27 @@ def test_all_hosts_with_fewer_gpus_than_slots_are_named():
 @pytest.mark.parametrize("num_gpus", [[2] * 6, [2, 2, 8, 8, 4, 4]])
 def test_as_many_gpus_as_slots_or_more_are_enough(num_gpus):
     refuse_missing_gpus(_HOSTS, [0, 1, 0, 1, 0, 1], num_gpus)
+
+
+_LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"LOCAL_RANK": None}, "RANK=1, LOCAL_RANK=None, WORLD_SIZE=2: a launcher sets all three"),
+        ({"RANK": "first"}, "RANK=first, LOCAL_RANK=1, WORLD_SIZE=2: a launcher sets all three"),
+        ({"MASTER_PORT": None}, "WORLD_SIZE=2, but MASTER_ADDR and MASTER_PORT do not say"),
+        ({"MASTER_ADDR": ""}, "WORLD_SIZE=2, but MASTER_ADDR and MASTER_PORT do not say"),
+    ],
+)
+def test_variables_of_half_a_launcher_are_refused(monkeypatch, changed, told):
+    variables = _LAUNCHED | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | changed
+    for name, value in variables.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as refused:
+        read_rank_info()
+    assert str(refused.value).startswith(told)
