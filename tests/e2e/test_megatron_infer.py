@@ -186,9 +186,15 @@ def test_refusals_of_files(job, tmp_path):
     output = tmp_path / "out.jsonl"
     broken = shutil.copytree(job / "checkpoint", tmp_path / "broken")
     (broken / "release" / ".metadata").write_bytes(b"cposix\nsystem\n(S'touch ran'\ntR.")
+    dotted = shutil.copytree(job / "checkpoint", tmp_path / "dotted")
+    (dotted / "release" / ".metadata").write_bytes(
+        b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x09os.system\x93"
+        b"\x8c\x09touch ran\x85R."
+    )
     (tmp_path / "in.txt").write_text("words\n")
     for args, *expected in (
         (["--load", broken], ".metadata holds more than a list of tensors", "posix.system"),
+        (["--load", dotted], ".metadata holds more than a list of tensors", "filesystem.os.system"),
         (["--load", tmp_path], "is no whole checkpoint of Megatron's"),
         (["--input", tmp_path / "in.txt"], "has no tokenizer"),
         (["--args", tmp_path / "none.args"], "none.args: cannot be read"),

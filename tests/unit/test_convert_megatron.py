@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -495,6 +496,49 @@ def test_code_in_the_metadata_is_not_run(tmp_path, converted):
         tmp_path, "more than a list of tensors: it asks for posix.mkdir, which can run code"
     )
     assert not trap.exists()
+
+
+def calling(module, name, argument):
+    """A pickle of protocol 4 that calls `name`, which may be dotted, of a module."""
+    word, attribute, given = (
+        pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode()
+        for text in (module, name, str(argument))
+    )
+    called = word + attribute + pickle.STACK_GLOBAL + given + pickle.TUPLE1 + pickle.REDUCE
+    return pickle.PROTO + b"\4" + called + pickle.STOP
+
+
+@pytest.mark.parametrize("module", ["metadata", "filesystem", "planner"])
+def test_a_dotted_name_reaches_no_code_from_a_module_that_is_let_in(tmp_path, converted, module):
+    content = calling(f"torch.distributed.checkpoint.{module}", "os.mkdir", tmp_path / "trap")
+    if hasattr(getattr(dcp, module), "os"):
+        pickle.loads(content)  # what torch's reader would do
+        (tmp_path / "trap").rmdir()
+    (tmp_path / "megatron" / "release" / ".metadata").write_bytes(content)
+    with mock.patch.object(dcp.FileSystemReader, "read_metadata", side_effect=AssertionError):
+        refused_back(
+            tmp_path,
+            rf"\.metadata holds more than a list of tensors: it asks for \S*\.{module}\.os\.mkdir, "
+            "which can run code. None was run",
+        )
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("torch.distributed.checkpoint.state_dict_loader", "load"),
+        ("torch.distributed.checkpoint.metadata", "Metadata.__init__"),
+        ("torch.distributed.checkpoint.planner", "WriteItemType.__class__"),
+        ("megatron.core.dist_checkpointing.serialization", "load"),
+        ("torch", "float32.__class__"),
+        ("torch", "int_repr"),
+        ("torch", "bool.__class__.__subclasses__"),
+    ],
+)
+def test_only_names_that_are_written_are_let_in(tmp_path, converted, module, name):
+    (tmp_path / "megatron" / "release" / ".metadata").write_bytes(calling(module, name, "x"))
+    refused_back(tmp_path, f"it asks for {module}.{name}, which can run code")
 
 
 def test_code_in_place_of_a_tensor_is_not_run(tmp_path, converted):

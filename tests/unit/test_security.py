@@ -34,7 +34,7 @@ from tests.helpers.metrics import small_metrics, write_metrics_folder
 _RUNS = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "importlib.import_module"),
     *("runpy.run_path", "runpy.run_module", "torch.load", "pickle.load", "pickle.loads"),
-    *("pickle.Unpickler", "joblib.load", "numpy.load", "yaml.load"),
+    *("pickle.Unpickler", "Unpickler", "joblib.load", "numpy.load", "yaml.load"),
 }
 # With the reason: these are not given anything that comes from a file of a user or from outside.
 _ALLOWED = {
@@ -44,24 +44,52 @@ _ALLOWED = {
     ("rehearsal/shared_start.py", "runpy.run_path"): "the script that the launcher was given",
     ("bench/layer_sides.py", "importlib.import_module"): "a peer that is installed",
     ("megatron/stand_ins.py", "importlib.import_module"): "modules of torch and of Megatron",
+    ("checkpoint/megatron/metadata.py", "pickle.Unpickler"): "derived: what it finds is in a list",
 }
 
 
-def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+def _runs(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yields what runs what it is given: called, or a class that another is derived from."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+            named = [node.func]
+        elif isinstance(node, ast.ClassDef):
+            named = node.bases
+        else:
+            continue
+        yield from ((name, node.lineno) for name in map(ast.unparse, named) if name in _RUNS)
+
+
+def test_what_runs_code_is_seen_where_it_is_called_and_where_a_class_derives_from_it():
+    source = """
+class Reader(pickle.Unpickler):
+    def find_class(self, module, name):
+        return super().find_class(module, name)
+
+class Other(Mixin, Unpickler): pass
+class Harmless(pickle.PickleError): pass
+torch.load(path)
+torch.save(path)
+"""
+    assert sorted(_runs(ast.parse(source))) == [
+        ("Unpickler", 6),
+        ("pickle.Unpickler", 2),
+        ("torch.load", 8),
+    ]
 
 
 def test_nothing_but_what_is_listed_runs_code_or_reads_pickles():
     found = set()
     sources = [*(REPO / "ds_moe_ep").rglob("*.py"), *(REPO / "launch").glob("*.py")]
     for path in sources:
-        for name, call in _calls(ast.parse(path.read_text())):
-            place = f"{path.relative_to(REPO)}:{call.lineno}: {name}"
-            if name in _RUNS:
-                found.add((str(path.relative_to(REPO)).removeprefix("ds_moe_ep/"), name))
-            for keyword in call.keywords:
+        tree = ast.parse(path.read_text())
+        name = str(path.relative_to(REPO)).removeprefix("ds_moe_ep/")
+        found |= {(name, runs) for runs, _ in _runs(tree)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            place = f"{path.relative_to(REPO)}:{node.lineno}: {ast.unparse(node.func)}"
+            for keyword in node.keywords:
                 value = ast.unparse(keyword.value)
                 assert not (keyword.arg == "shell" and value != "False"), place
                 assert not (keyword.arg == "weights_only" and value != "True"), place

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,19 +99,35 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("pathlib", "PosixPath"): _Record,
     ("pathlib._local", "PosixPath"): _Record,
 }
-# What else is in these, such as the plans by which Megatron has saved, is of no use here.
-_OF_NO_USE = (f"{_TORCH}.", "megatron.core.dist_checkpointing.")
-_NAMES_OF_TYPES = ("float", "bfloat", "int", "uint", "bool", "complex")
+# What else is in a file, such as the plans by which Megatron has saved, is of no use here. Names
+# are listed one by one: what is let in here Megatron then unpickles with nothing in its way.
+_OF_NO_USE = {
+    (f"{_TORCH}.metadata", "BytesStorageMetadata"),
+    (f"{_TORCH}.metadata", "StorageMeta"),
+    (f"{_TORCH}.metadata", "TensorProperties"),
+    (f"{_TORCH}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_TORCH}.filesystem", "_StoragePrefix"),
+    (f"{_TORCH}.planner", "BytesIOWriteData"),
+    (f"{_TORCH}.planner", "SavePlan"),
+    (f"{_TORCH}.planner", "TensorWriteData"),
+    (f"{_TORCH}.planner", "WriteItem"),
+    (f"{_TORCH}.planner", "WriteItemType"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+}
+_NAME_OF_DTYPE = re.compile(r"bool|b?float\d+(_\w+)?|u?int\d+|complex\d+")
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        # Of a dotted name pickle takes one attribute after the other, from any module that the
+        # first one imports. No name below has a dot.
         if known := _KNOWN.get((module, name)):
             return known
-        if module.startswith(_OF_NO_USE):
+        if (module, name) in _OF_NO_USE:
             return _Record
-        if module == "torch" and name.startswith(_NAMES_OF_TYPES):
-            return name  # of a dtype; each tensor in the files tells its own
+        if module == "torch" and _NAME_OF_DTYPE.fullmatch(name):
+            return name  # each tensor in the files tells its own
         raise CheckpointError(f"it asks for {module}.{name}, which can run code")
 
 
