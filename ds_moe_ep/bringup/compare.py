@@ -61,7 +61,9 @@ def _software_problems(host: str, facts: Facts, wanted: Wanted) -> list[str]:
         if here == there:
             continue
         if here is None:
-            found.append(f"{name} {there} is installed, and here it is not: {_uninstall(name)}")
+            uninstall = shlex.join([wanted.python, "-m", "pip", "uninstall", "-y", name])
+            what = f"{name} {there} is installed, and here it is not"
+            found.append(f"{what}: {_on(host, uninstall)}")
             continue
         what = f"{name} is missing" if there is None else f"{name} {there}, not {here}"
         install = shlex.join([wanted.python, "-m", "pip", "install", f"{name}=={here}"])
@@ -132,10 +134,6 @@ def software(facts: Facts) -> str:
 
 def _on(host: str, command: str) -> str:
     return shlex.join(["ssh", host, command])
-
-
-def _uninstall(package: str) -> str:
-    return f"install {package} everywhere or nowhere"
 
 
 def _copy(folder: str, host: str, *, delete: bool = False) -> str:

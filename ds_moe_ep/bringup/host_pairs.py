@@ -85,7 +85,7 @@ def judge_pairs(
     middle = median(of_pair.values())
     text = f"slowest is {hosts[first]} - {hosts[second]}: {slowest:.3g} ms one way, {num_bytes:,} B"
     if len(of_pair) == 1:
-        return Check("pairs of hosts", PASS, f"{text}; there is no other pair", slowest)
+        return Check("pairs of hosts", PASS, f"{text}; there is no other pair", slowest, unit="ms")
     text += f"; {slowest / middle:.2g} times the median of {len(of_pair)} pairs, {middle:.3g} ms"
     if slowest <= _OUTLIER * middle:
         return Check("pairs of hosts", PASS, text, slowest, _OUTLIER * middle, "ms")

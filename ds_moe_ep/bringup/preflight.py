@@ -11,12 +11,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_moe_ep.bringup.report import PHASES, write_jsonl
-from ds_moe_ep.bringup.survey import Survey, is_local, survey
+from ds_moe_ep.bringup.report import PHASES, Check, write_jsonl
+from ds_moe_ep.bringup.survey import THIS_MACHINE, Survey, is_local, survey
 from ds_moe_ep.errors import BringUpError, ConfigError
 from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.local_machine import free_port
@@ -112,12 +112,20 @@ def ask_hosts(
         tell(report.to_text())
     if metrics is not None:
         write_jsonl(metrics / SURVEY_JSONL, [report])
-    if failed := report.failed:
-        told = " | ".join(f"{check.name}: {check.reason}" for check in failed)
+    if report.failed:
         raise BringUpError(
-            f"stopped at phase 1 of {len(PHASES)}, {report.name}: {len(failed)} of "
-            f"{len(cluster.hosts)} cannot take part: {told}"
+            f"stopped at phase 1 of {len(PHASES)}, {report.name}: "
+            f"{_who_failed(report.failed, len(cluster.hosts))}"
         )
+
+
+def _who_failed(failed: Sequence[Check], num_hosts: int) -> str:
+    """Returns which hosts cannot take part, and behind them what this machine lacks."""
+    hosts = [f"{check.name}: {check.reason}" for check in failed if check.name != THIS_MACHINE]
+    told = [f"{check.name}: {check.reason}" for check in failed if check.name == THIS_MACHINE]
+    if hosts:
+        told.insert(0, f"{len(hosts)} of {num_hosts} cannot take part: {' | '.join(hosts)}")
+    return " | ".join(told)
 
 
 def launch_command(cluster: Cluster, launch: Launch) -> list[str]:

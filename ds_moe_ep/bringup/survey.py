@@ -24,10 +24,13 @@ from typing import Any
 
 from ds_moe_ep.bringup import host_facts
 from ds_moe_ep.bringup.compare import Wanted, host_checks, problems, software
-from ds_moe_ep.bringup.report import PhaseReport
+from ds_moe_ep.bringup.report import FAIL, Check, PhaseReport
 from ds_moe_ep.hostfile import Cluster, Host
 
-__all__ = ["Survey", "is_local", "survey"]
+__all__ = ["THIS_MACHINE", "Survey", "is_local", "survey"]
+
+THIS_MACHINE = "this machine"
+"""The check of what the machine that starts the job lacks; no host can have this name."""
 
 # What DeepSpeed's launcher and pdsh read as one host. A name that begins with a dash would be an
 # option to ssh; other characters mean something to a shell or to pdsh.
@@ -78,7 +81,8 @@ def survey(cluster: Cluster, asked: Survey) -> PhaseReport:
         asked: What is asked.
 
     Returns:
-        The first part of phase 1, which names every host that cannot take part.
+        The first part of phase 1, which names every host that cannot take part, and this machine
+        if it cannot start ranks there.
     """
     start_s = time.monotonic()
     needed = {tempfile.gettempdir(): _NEEDED_TEMPORARY_MIB, **_NEEDED_MIB}
@@ -101,12 +105,13 @@ def survey(cluster: Cluster, asked: Survey) -> PhaseReport:
         free_bytes={place: mib << 20 for place, mib in needed.items()},
     )
     told = _judge(cluster, found, wanted, asked.on_gpus)
-    if not is_local(cluster) and shutil.which("pdsh") is None:
-        told = {"this machine": ["pdsh is missing: apt-get install -y pdsh"], **told}
     num_files = len(own["model_files"] or {})
     how = "whole" if asked.whole_files else "by size and header"
     good = f"{software(own)}, same code, {num_files} model files compared {how}"
     checks = host_checks(told, good)
+    if not is_local(cluster) and shutil.which("pdsh") is None:
+        reason = "pdsh is missing: apt-get install -y pdsh"
+        checks.append(Check(THIS_MACHINE, FAIL, reason))
     return PhaseReport(1, tuple(checks), time.monotonic() - start_s, part="hosts")
 
 

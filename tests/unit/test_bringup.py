@@ -140,7 +140,10 @@ def test_the_slowest_pair_is_named_and_compared():
     assert odd.verdict == WARN
     assert "slowest is b - c" in odd.reason
     assert "--exclude c" in odd.reason
-    assert judge_pairs({(0, 1): 5.0}, hosts, 64).verdict == PASS  # nothing to compare with
+    assert (even.measured, even.target, even.unit) == (0.15, 0.2, "ms")
+    alone = judge_pairs({(0, 1): 5.0}, hosts, 64)  # nothing to compare with
+    assert (alone.verdict, alone.measured, alone.target, alone.unit) == (PASS, 5.0, None, "ms")
+    assert alone.reason == "slowest is a - b: 5 ms one way, 64 B; there is no other pair"
 
 
 # Phase 3

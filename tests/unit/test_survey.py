@@ -6,6 +6,7 @@ and fails as ssh fails for those that are to be broken.
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -175,6 +176,32 @@ def test_a_failed_survey_starts_no_rank_and_leaves_its_figures(ssh, model, tmp_p
     assert [check["name"] for check in found["checks"]] == ["hosts", "off", "bare"]
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("one", "two"), "this machine: pdsh is missing: apt-get install -y pdsh"),
+        (
+            ("off", "bare"),
+            r"2 of 2 cannot take part: off: .* \| bare: no interp.* \| this machine: pdsh is "
+            "missing: apt-get install -y pdsh",
+        ),
+    ],
+)
+def test_without_pdsh_this_machine_is_named_and_not_counted_as_a_host(
+    ssh, model, monkeypatch, names, says
+):
+    (ssh.parent / "bin" / "pdsh").unlink()
+    found = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "pdsh" else found(name))
+    cluster, told = _cluster(*names), []
+    asked = Survey(model, whole_files=False, on_gpus=False)
+    start = "stopped at phase 1 of 4, place experts, hosts: "
+    with pytest.raises(BringUpError, match=f"^{start}{says}$"):
+        ask_hosts(cluster, asked, metrics=None, tell=told.append)
+    assert "of 3" not in told[0]
+    assert ("pass  hosts           2 of 2: Python" in told[0]) == (names == ("one", "two"))
+
+
 def test_ranks_are_started_by_deepspeeds_launcher():
     launch = Launch(("--preflight",), Path("/hosts"), master_port=7)
     several = launch_command(_cluster("a", "b"), launch)
@@ -229,16 +256,24 @@ def _facts(**changes) -> dict:
     return {**facts, **changes}
 
 
+def _packages(**changes) -> dict:
+    return {"packages": {**dict.fromkeys(PACKAGES, "1.0"), **changes}}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({}, None),
         ({"python": "3.10.1"}, "Python 3.10.1, not 3.11.2"),
         (
-            {"packages": {**dict.fromkeys(PACKAGES, "1.0"), "torch": None}},
-            "torch is missing: ssh h",
+            _packages(torch=None),
+            "torch is missing: ssh h '/py -m pip install torch==1.0'",
         ),
-        ({"packages": {**dict.fromkeys(PACKAGES, "1.0"), "torch": "0.9"}}, "torch 0.9, not 1.0"),
+        (_packages(torch="0.9"), "torch 0.9, not 1.0: ssh h '/py -m pip install torch==1.0'"),
+        (
+            _packages(ds_moe_ep="0.9"),
+            """ds_moe_ep 0.9, not 1.0: ssh h '/py -m pip install -e '"'"'/my repo'"'"''""",
+        ),
         ({"code_sha256": "d"}, "other code of ds_moe_ep: rsync -a '/my repo/' 'h:/my repo/'"),
         ({"code_sha256": None}, "no ds_moe_ep: rsync"),
         ({"has_folder": False}, "no folder /my repo"),
@@ -257,6 +292,15 @@ def test_what_is_wrong_with_a_host(changes, says):
     found = problems("h", _facts(**changes), wanted)
     assert len(found) == (says is not None)
     assert says is None or says in found[0]
+
+
+def test_a_package_that_is_only_there_is_to_be_uninstalled():
+    wanted = Wanted(_facts(**_packages(safetensors=None)), "/py", "/my repo", "/m")
+    assert problems("h", _facts(), wanted) == [
+        "safetensors 1.0 is installed, and here it is not: ssh h '/py -m pip uninstall -y "
+        "safetensors'"
+    ]
+    assert problems("h", _facts(**_packages(safetensors=None)), wanted) == []
 
 
 def test_hosts_only_asks_the_hosts_that_are_used_and_starts_no_rank(ssh, tmp_path):
@@ -286,6 +330,7 @@ def test_hosts_only_asks_the_hosts_that_are_used_and_starts_no_rank(ssh, tmp_pat
         (["--num-gpus", "3"], "PlanError: ep_size=3, the default that fills"),
         (["--num-gpus", "0"], "HostfileError: num_slots=0"),
         (["--hostfile", "/nowhere"], "HostfileError: /nowhere: cannot be read"),
+        (["--hosts-only", "--metrics", "/proc/m"], "InputError: /proc/m: cannot be written (No"),
     ],
 )
 def test_what_needs_no_host_is_refused_before_any_is_asked(ssh, arguments, says):
