@@ -72,6 +72,10 @@ def _preflight(args: argparse.Namespace) -> int:
         arguments += _given(name, None if path is None else path.absolute())
     # What is wrong with one of them is said before any host is asked.
     options = parse_options(arguments, prog="ds-moe-ep preflight")
+    if options.metrics is not None:
+        from ds_moe_ep.monitor.folder_writer import check_metrics_folder  # brings torch
+
+        check_metrics_folder(options.metrics)
     cluster, on_gpus = _cluster(args)
     spec, ep_size = read_model_spec(args.model), options.ep_size
     asked = Survey(args.model.absolute(), not args.quick, on_gpus, args.survey_timeout)

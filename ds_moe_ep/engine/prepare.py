@@ -1,4 +1,4 @@
-"""All that can be refused before a weight is read: plan, settings, files, prompts, output.
+"""All that can be refused before a weight is read: plan, settings, files, prompts, outputs.
 
 Every rank runs it and gets the same answer, so that all can be refused together; it starts no
 collective.
@@ -11,15 +11,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ds_moe_ep.adapter import adapt, moe_layers
 from ds_moe_ep.checkpoint.files import open_checkpoint
-from ds_moe_ep.checkpoint.load import read_model_config
+from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
 from ds_moe_ep.config.deepspeed import inference_config
 from ds_moe_ep.config.placement_file import check_placement, read_placement
 from ds_moe_ep.config.run import RunConfig, load_run_config
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.dist.node_groups import ranks_per_node
+from ds_moe_ep.engine.decode_graph import check_replayable
 from ds_moe_ep.engine.encode import check_tokens, encode, read_tokenizer
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import check_writable
@@ -29,10 +31,11 @@ from ds_moe_ep.errors import ConfigError, PlanError
 from ds_moe_ep.hostfile import local_cluster
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 from ds_moe_ep.moe.dispatch import STATIC_SHAPES, TWO_LEVEL
+from ds_moe_ep.monitor.folder_writer import check_metrics_folder
 from ds_moe_ep.placement import SlotPlacement
 from ds_moe_ep.plan import ParallelPlan, make_plan
 
-__all__ = ["Work", "prepare"]
+__all__ = ["Work", "prepare", "replays_passes"]
 
 # Of a preflight without an input.
 _LONGEST_MADE_UP, _BATCHES_MADE_UP, _ROWS_MADE_UP = 512, 3, 8
@@ -77,11 +80,16 @@ def prepare(options: JobOptions, job: Job) -> Work:
     placement = _placement(options, plan, spec)
     settings = _deepspeed_config(options, config, plan, spec, job.device)
     _check_dispatcher(options, plan, job)
-    read_model_config(options.model)
+    dtype = getattr(torch, settings["dtype"])
+    model_config = read_model_config(options.model)
     open_checkpoint(options.model)
+    if replays_passes(options):
+        _check_passes(model_config, plan, placement, dtype)
     if job.info.rank == 0:
         if not options.preflight:
             check_writable(options.output)
+        if options.metrics is not None:
+            check_metrics_folder(options.metrics)
         _warn_ignored(options)
     context_length = min(spec.max_position_embeddings, settings["max_out_tokens"])
     if options.input is None:
@@ -98,7 +106,6 @@ def prepare(options: JobOptions, job: Job) -> Work:
         context_length=context_length,
         generates=options.task == "generate",
     )
-    dtype = getattr(torch, settings["dtype"])
     return Work(
         plan,
         spec,
@@ -110,6 +117,14 @@ def prepare(options: JobOptions, job: Job) -> Work:
         placement,
         config.monitor if config else {},
     )
+
+
+def replays_passes(options: JobOptions) -> bool:
+    """Says whether decode passes are to be replayed, and there are any.
+
+    A completion's first token is the prompt's pass's; each further one has a decode pass.
+    """
+    return options.cuda_graphs and options.task == "generate" and options.max_new_tokens > 1
 
 
 def _plan(
@@ -175,6 +190,18 @@ def _check_dispatcher(options: JobOptions, plan: ParallelPlan, job: Job) -> None
         )
 
 
+def _check_passes(
+    config: PreTrainedConfig,
+    plan: ParallelPlan,
+    placement: SlotPlacement | None,
+    dtype: torch.dtype,
+) -> None:
+    """Refuses --cuda-graphs for a model whose decode passes a graph cannot hold."""
+    model = build_on_meta(config, dtype)
+    adapt(model, plan, ep_rank=0, placement=placement)  # experts are alike on all ranks
+    check_replayable(model, moe_layers(model))
+
+
 def _deepspeed_config(
     options: JobOptions,
     config: RunConfig | None,
@@ -196,8 +223,9 @@ def _deepspeed_config(
 def _warn_ignored(options: JobOptions) -> None:
     if options.temperature == 0.0 and options.top_p < 1.0:
         warnings.warn("--top-p is ignored: --temperature 0 is greedy decoding.", stacklevel=2)
-    if options.cuda_graphs and options.task == "score":
-        warnings.warn("--cuda-graphs is ignored: --task score has no decode passes.", stacklevel=2)
+    if options.cuda_graphs and not replays_passes(options):
+        why = "--task score" if options.task == "score" else "--max-new-tokens 1"
+        warnings.warn(f"--cuda-graphs is ignored: {why} has no decode passes.", stacklevel=2)
 
 
 def _made_up(

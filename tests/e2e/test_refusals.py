@@ -307,6 +307,11 @@ def an_output_that_is_not_writable(job):
     return "InputError", "/proc/out.jsonl: cannot be written", "Choose a folder"
 
 
+def metrics_that_are_not_writable(job):
+    job.args = ["--metrics", "/proc/metrics"]
+    return "InputError", "/proc/metrics: cannot be written", "Name another folder with --metrics"
+
+
 # Flags
 
 
@@ -355,6 +360,7 @@ CASES = [
     an_output_folder_that_is_missing,
     an_output_below_a_file,
     an_output_that_is_not_writable,
+    metrics_that_are_not_writable,
     a_batch_of_nothing,
     an_unknown_flag,
 ]

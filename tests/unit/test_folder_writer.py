@@ -1,13 +1,14 @@
-"""A metrics folder that cannot be written: refused as a job begins, told later, once."""
+"""A metrics folder that cannot be written: refused before a job begins, told later, once."""
 
 import shutil
+import tempfile
 import warnings
 
 import pytest
 
-from ds_moe_ep.errors import ResourceError
+from ds_moe_ep.errors import InputError, ResourceError
 from ds_moe_ep.monitor.figures import JobNow
-from ds_moe_ep.monitor.folder_writer import FolderWriter
+from ds_moe_ep.monitor.folder_writer import FolderWriter, check_metrics_folder
 from ds_moe_ep.monitor.metrics_format import Run, Sample
 from tests.helpers.metrics import small_metrics
 
@@ -42,3 +43,41 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match=r"cannot be written .*Name another folder with --met"):
         FolderWriter(tmp_path / "file" / "metrics", _RUN)
+
+
+def test_a_look_beforehand_leaves_no_trace(tmp_path):
+    for folder in (tmp_path, tmp_path / "new", tmp_path / "far" / "below"):
+        check_metrics_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "samples.jsonl").write_text("old\n")
+    check_metrics_folder(tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [
+        ("samples.jsonl", "old\n")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file", "Not a directory"),
+        ("file/metrics", "Not a directory"),
+        ("new/" + "x" * 300, "File name too long"),
+        ("others", "Is a directory"),
+    ],
+)
+def test_a_folder_that_could_not_be_written_is_refused_beforehand(tmp_path, name, reason):
+    (tmp_path / "file").touch()
+    (tmp_path / "others" / "balance.jsonl").mkdir(parents=True)
+    with pytest.raises(InputError) as refused:
+        check_metrics_folder(tmp_path / name)
+    assert str(refused.value) == (
+        f"{tmp_path / name}: cannot be written ({reason}). Name another folder with --metrics."
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "others"]
+
+
+def test_a_disk_without_room_is_refused_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+        check_metrics_folder(tmp_path / "metrics")
+    assert not (tmp_path / "metrics").exists()

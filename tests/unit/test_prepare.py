@@ -195,6 +195,39 @@ def test_only_rank_0_looks_at_the_output(options, tmp_path):
     _prepare(options, rank=1)  # on a host of its own the folder may be another
 
 
+def test_only_rank_0_looks_at_the_folder_of_the_metrics(options, tmp_path):
+    options = replace(options, metrics=options.input / "metrics")
+    for is_preflight in (False, True):
+        message = _refused(replace(options, preflight=is_preflight), InputError)
+        assert message == (
+            f"{options.input}/metrics: cannot be written (Not a directory). "
+            "Name another folder with --metrics."
+        )
+    _prepare(options, rank=1)
+    _prepare(replace(options, metrics=tmp_path / "new" / "metrics"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_whose_passes_differ_is_refused_before_its_weights_are_read(options, tmp_path):
+    save_tiny("mixtral", tmp_path / "windows")
+    windows = replace(options, model=tmp_path / "windows")
+    message = _refused(replace(windows, cuda_graphs=True), ConfigError)
+    assert "MixtralForCausalLM has layers whose cache changes its shape" in message
+    for unused in ({"max_new_tokens": 1}, {"task": "score"}):  # no pass of those is replayed
+        _prepare(replace(windows, cuda_graphs=True, **unused), rank=1)
+    _prepare(replace(options, cuda_graphs=True))
+
+
+@pytest.mark.parametrize(
+    ("unused", "why"),
+    [({"task": "score"}, "--task score"), ({"max_new_tokens": 1}, "--max-new-tokens 1")],
+)
+def test_graphs_of_no_decode_passes_are_warned_about(options, unused, why):
+    said = f"--cuda-graphs is ignored: {why} has no decode passes"
+    with pytest.warns(UserWarning, match=said):
+        _prepare(replace(options, cuda_graphs=True, **unused))
+
+
 def test_top_p_without_a_temperature_is_warned_about(options):
     with pytest.warns(UserWarning, match="--top-p is ignored: --temperature 0 is greedy"):
         _prepare(replace(options, top_p=0.9))
