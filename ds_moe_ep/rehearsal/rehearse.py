@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ds_moe_ep.config.bundle import HOSTFILE, write_bundle
 from ds_moe_ep.engine.console import quiet_libraries
-from ds_moe_ep.errors import ConfigError, DistributedError
+from ds_moe_ep.errors import ConfigError, DistributedError, some
 from ds_moe_ep.hostfile import Cluster, local_cluster
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 from ds_moe_ep.plan import ParallelPlan
@@ -34,9 +34,11 @@ _NEW_TOKENS = 8
 _LOOK_S = 3.0  # between two looks at the memory
 _TAIL_LINES = 30
 _GIB = 1 << 30
-_PHASE = re.compile(
-    r"\[\d/\d\] .*: (?:pass|warn) \([\d.]+ s\)"
-)  # of the bring-up, as infer.py shows it
+# Of the bring-up, as infer.py shows it.
+_PHASE = re.compile(r"\[\d/\d\] .*: (?:pass|warn) \([\d.]+ s\)")
+_EXPERTS = re.compile(r"pass  experts +(.*)")
+# Some for each rank and host that is ended: they would push what ranks have said out of the tail.
+_OF_LAUNCHERS = re.compile(r"\[launch\.py:\d+:|^pdsh@\S+: ")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def rehearse(
         tell(f"files    written, as `ds-moe-ep config` does; started by run.sh and {HOSTFILE}")
         prompts = _write_prompts(folder / "prompts.jsonl", plan.world_size)
         tell(f"launch   {_launch(stage, folder, script, options)}")
-    tell(f"outputs  {_compare(small, prompts, folder / 'outputs.jsonl')}")
+    tell(f"outputs  {_compare(_expected(small, prompts), folder / 'outputs.jsonl')}")
 
 
 def _make_model(model: Path, spec: ModelSpec, folder: Path, tell: Callable[[str], None]) -> Path:
@@ -168,34 +170,55 @@ def _launch(stage: _Stage, folder: Path, script: Path, options: Sequence[str]) -
         with contextlib.suppress(subprocess.TimeoutExpired):
             running.wait(_LOOK_S)
     if running.returncode != 0:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        shown = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line for line in shown if not _OF_LAUNCHERS.search(line)]
         raise DistributedError(
             f"launch: run.sh ended with exit code {running.returncode}; its last lines:\n"
             + "\n".join(lines[-_TAIL_LINES:])
         )
-    verdicts = ", ".join(_PHASE.findall(log.read_text(encoding="utf-8", errors="replace")))
+    shown = log.read_text(encoding="utf-8", errors="replace")
+    verdicts = ", ".join([*_PHASE.findall(shown), *_EXPERTS.findall(shown)])
     memory = f", {most_bytes / _GIB:.1f} GiB for all ranks together at most" if most_bytes else ""
     took = f"exit code 0 after {time.monotonic() - start_s:.0f} s{memory}"
     return f"{took}; bring-up: {verdicts}"
 
 
-def _compare(model: Path, prompts: list[list[int]], output: Path) -> str:
-    """Compares the tokens of all ranks with transformers' in this process."""
+def _expected(model: Path, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Returns the new tokens of each prompt by transformers, in this process."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    lines = output.read_text(encoding="utf-8").splitlines()
-    written = [json.loads(line)["token_ids"] for line in lines]
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    expected = [
+    sequences = [
         whole.generate(torch.tensor([ids]), max_new_tokens=_NEW_TOKENS, do_sample=False)[0]
         for ids in prompts
     ]
-    expected = [tokens[len(ids) :].tolist() for tokens, ids in zip(expected, prompts, strict=True)]
-    different = [i for i, tokens in enumerate(expected) if tokens != written[i]]
-    if different or len(written) != len(expected):
+    return [tokens[len(ids) :].tolist() for tokens, ids in zip(sequences, prompts, strict=True)]
+
+
+def _compare(expected: Sequence[Sequence[int]], output: Path) -> str:
+    """Compares what all ranks have written with the tokens that each prompt is to have."""
+    results = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    written = [result["id"] for result in results]
+    asked = [str(number) for number in range(len(expected))]
+    if written != asked:
+        faults = {
+            "missing": [name for name in asked if name not in written],
+            "not asked for": [name for name in written if name not in asked],
+        }
+        told = [f"{what}: {some(names)}" for what, names in faults.items() if names]
         raise DistributedError(
-            f"outputs: {len(different)} of {len(expected)} prompts have other tokens than "
-            f"transformers' in one process, the first is {different[:1]}."
+            f"outputs: {len(written)} results for {len(asked)} prompts; "
+            f"{'; '.join(told) or 'in another order, or some twice'}."
         )
-    return f"all {len(expected)} equal those of transformers in one process"
+    different = [
+        result["id"]
+        for result, tokens in zip(results, expected, strict=True)
+        if result["token_ids"] != list(tokens)
+    ]
+    if different:
+        raise DistributedError(
+            f"outputs: {len(different)} of {len(asked)} prompts have other tokens than "
+            f"transformers' in one process: ids {some(different)}."
+        )
+    return f"all {len(asked)} equal those of transformers in one process"
