@@ -18,11 +18,12 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from ds_moe_ep.engine.decoding import without_own_settings
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.expert_gemm import follows_contract
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
-__all__ = ["DecodeGraph", "capture"]
+__all__ = ["DecodeGraph", "capture", "check_replayable"]
 
 # To come to a pass to capture: the first new token is the prompt's, the second a decode pass's.
 _PROMPT_TOKENS, _NEW_TOKENS = 2, 2
@@ -63,7 +64,7 @@ class DecodeGraph:
         self.batch_size = batch_size
         self.cache = StaticCache(config=model.config, max_cache_len=cache_len)
         self.num_replays = 0
-        _check(model, layers, self.cache)
+        check_replayable(model, layers)
         self._layers = layers
         self._num_tokens_W = [batch_size] * world_size
         self._live_B = torch.zeros(batch_size, dtype=torch.bool, device=model.device)
@@ -147,7 +148,7 @@ class DecodeGraph:
             (self.batch_size, _PROMPT_TOKENS), dtype=torch.int64, device=model.device
         )
         model.forward = functools.wraps(self._forward)(forward)
-        with torch.no_grad():
+        with torch.no_grad(), without_own_settings(model):
             model.generate(
                 ids_BS,
                 attention_mask=torch.ones_like(ids_BS),
@@ -193,11 +194,20 @@ def _is_alike(own: object, other: object) -> bool:
     return own is other or (type(own) is type(other) and own == other)
 
 
-def _check(model: PreTrainedModel, layers: Sequence[ExpertParallelMoE], cache: StaticCache) -> None:
-    """Refuses a model whose passes are not all the same to a GPU."""
+def check_replayable(model: PreTrainedModel, layers: Sequence[ExpertParallelMoE]) -> None:
+    """Refuses a model whose passes are not all the same to a GPU.
+
+    Args:
+        model: An adapted model; without weights, on the meta device, it will do.
+        layers: Its MoE layers.
+
+    Raises:
+        ConfigError: It has passes that a graph cannot hold.
+    """
     name = type(model).__name__
     why = None
-    if others := {type(each).__name__ for each in cache.layers if type(each) is not StaticLayer}:
+    of_cache = StaticCache(config=model.config, max_cache_len=1).layers
+    if others := {type(each).__name__ for each in of_cache if type(each) is not StaticLayer}:
         why = f"{name} has layers whose cache changes its shape ({', '.join(sorted(others))})"
     elif not all(follows_contract(layer.deepspeed_moe.experts) for layer in layers):
         why = f"the experts of {name} compute in a way of their own, for which the host reads"

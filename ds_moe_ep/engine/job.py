@@ -26,7 +26,7 @@ from ds_moe_ep.engine.loading import Engine, load_engine
 from ds_moe_ep.engine.meeting import run_together
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, remove_unfinished, write_results
-from ds_moe_ep.engine.prepare import Work, prepare
+from ds_moe_ep.engine.prepare import Work, prepare, replays_passes
 from ds_moe_ep.engine.schedule import Batch
 from ds_moe_ep.engine.summary import RankSummary, format_summary
 from ds_moe_ep.engine.supervisor import Progress
@@ -79,20 +79,15 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
     batches = bring_up.run(engine)
     if options.preflight:
         return
-
-    def start() -> None:
-        if job.info.rank == 0:  # not sooner: a job that is refused leaves nothing behind
-            journal.start(settings, resume=options.resume)
-            remove_unfinished(options.output)
-
-    job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
     graph = _decode_graph(options, job, engine, bring_up, progress)
     num_prompts = sum(len(batch.indices) for batch in batches)
     live_rows = LiveRows(end_ids(engine.deepspeed_engine.module.generation_config), job.device)
     watched = Watched(
         options, job, work, engine, bring_up, progress, live_rows, num_prompts=num_prompts
     )
+    _check_free(options, job, journal)
     with watch(watched) as monitor:
+        _start_journal(options, job, journal, settings)
         results, summary = _run(
             options, job, work, engine, batches, journal, progress, live_rows, graph, monitor
         )
@@ -116,6 +111,28 @@ def _left_to_do(
     if finished and job.info.rank == 0:
         print(f"resuming: {len(finished)} of {len(work.prompts)} prompts are done", flush=True)
     return earlier, [index for index in range(len(work.prompts)) if index not in finished]
+
+
+def _check_free(options: JobOptions, job: Job, journal: Journal) -> None:
+    """Looks once more for another job that writes this output: it may write these metrics too."""
+    job.all_or_none(
+        lambda: journal.check_free() if job.info.rank == 0 else None,
+        what="looking for another job",
+        timeout_s=options.timeout_s,
+    )
+
+
+def _start_journal(
+    options: JobOptions, job: Job, journal: Journal, settings: dict[str, Any]
+) -> None:
+    """Lets go of what earlier runs have left, when nothing is left for which to refuse the job."""
+
+    def start() -> None:
+        if job.info.rank == 0:
+            journal.start(settings, resume=options.resume)
+            remove_unfinished(options.output)
+
+    job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
 
 
 def _run(
@@ -182,7 +199,7 @@ def _decode_graph(
     options: JobOptions, job: Job, engine: Engine, bring_up: BringUp, progress: Progress
 ) -> DecodeGraph | None:
     """Returns what replays decode passes, if the user wants it and there are any."""
-    if not options.cuda_graphs or not bring_up.largest_batch or options.task == "score":
+    if not replays_passes(options) or not bring_up.largest_batch:
         return None
     progress.enter("capturing a decode pass")
     return DecodeGraph(
