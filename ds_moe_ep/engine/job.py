@@ -68,8 +68,7 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
         lambda: prepare(options, job), what="reading the input", timeout_s=options.timeout_s
     )
     journal = Journal(options.journal_folder, job.info.rank)
-    settings = fingerprint(options, str(work.dtype), [each.prompt for each in work.prompts])
-    earlier, left = _left_to_do(options, job, work, journal, settings)
+    earlier, left, settings = _left_to_do(options, job, work, journal)
     bring_up = BringUp(options, job, work, left)
     progress.enter("comparing hosts")
     bring_up.check_before_loading()
@@ -96,21 +95,29 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
 
 
 def _left_to_do(
-    options: JobOptions, job: Job, work: Work, journal: Journal, settings: dict[str, Any]
-) -> tuple[dict[int, Result], list[int]]:
-    """Returns, on rank 0, the results of a run that is resumed, and what is left, by index."""
+    options: JobOptions, job: Job, work: Work, journal: Journal
+) -> tuple[dict[int, Result], list[int], dict[str, Any]]:
+    """Returns the results of a run that is resumed, what is left, by index, and the fingerprint.
 
-    def look_back() -> dict[int, Result]:
+    Rank 0 alone has the results and the fingerprint, which takes reading a little of all weights.
+    """
+
+    def look_back() -> tuple[dict[int, Result], dict[str, Any]]:
         if job.info.rank != 0 or options.preflight:
-            return {}
+            return {}, {}
         journal.check_free()
-        return journal.read(settings) if options.resume else {}
+        prompts = [each.prompt for each in work.prompts]
+        settings = fingerprint(options, str(work.dtype), prompts)
+        return (journal.read(settings) if options.resume else {}), settings
 
-    earlier = job.all_or_none(look_back, what="looking for work", timeout_s=options.timeout_s)
+    earlier, settings = job.all_or_none(
+        look_back, what="looking for work", timeout_s=options.start_timeout_s
+    )
     finished = set(job.all_gather(list(earlier))[0])
     if finished and job.info.rank == 0:
         print(f"resuming: {len(finished)} of {len(work.prompts)} prompts are done", flush=True)
-    return earlier, [index for index in range(len(work.prompts)) if index not in finished]
+    left = [index for index in range(len(work.prompts)) if index not in finished]
+    return earlier, left, settings
 
 
 def _check_free(options: JobOptions, job: Job, journal: Journal) -> None:
@@ -133,6 +140,8 @@ def _start_journal(
             remove_unfinished(options.output)
 
     job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
+    if job.info.rank != 0:
+        journal.join()
 
 
 def _run(

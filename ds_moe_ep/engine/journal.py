@@ -7,6 +7,7 @@ from the output. What a result holds is in outputs.py.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,6 +21,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ds_moe_ep.checkpoint.files import open_checkpoint
+from ds_moe_ep.checkpoint.weights_digest import weights_digest
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, ScoreResult
 from ds_moe_ep.engine.prompts import Prompt
@@ -29,6 +32,7 @@ __all__ = ["Journal", "fingerprint"]
 
 _JOB = "job.json"
 _LOCK = "lock"
+_RANKS = "rank-*.jsonl"
 _LINE: dict[str, TypeAdapter[Any]] = {
     "generate": TypeAdapter(tuple[int, GenerateResult]),
     "score": TypeAdapter(tuple[int, ScoreResult]),
@@ -38,13 +42,19 @@ _LINE: dict[str, TypeAdapter[Any]] = {
 def fingerprint(options: JobOptions, dtype: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Returns what must be the same for results of two runs to go into one output.
 
-    The number of ranks and the batch size are not in it: results do not depend on them.
+    The number of ranks and the batch size are not in it: results do not depend on them. Nor is
+    where the model lies: a copy on another host is the same. A few bytes of each of its weights
+    stand for them (`weights_digest`).
+
+    Raises:
+        CheckpointError: The weights cannot be read.
     """
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.id, prompt.text, prompt.token_ids]).encode())
     fields: dict[str, Any] = {"task": options.task, "dtype": dtype, "input": digest.hexdigest()}
     fields["model"] = hashlib.sha256((options.model / "config.json").read_bytes()).hexdigest()
+    fields["weights"] = weights_digest(open_checkpoint(options.model))
     if options.task == "generate":
         names = ("max_new_tokens", "temperature", "top_p", "seed")
         fields |= {name: getattr(options, name) for name in names}
@@ -85,23 +95,29 @@ class Journal:
             Results by the index of their prompt.
 
         Raises:
-            InputError: The earlier run was another job.
+            InputError: The earlier run was another job, or which one it was cannot be read.
         """
         try:
             earlier = json.loads((self.folder / _JOB).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if not isinstance(earlier, dict):
+                raise ValueError(f"a {type(earlier).__name__} in place of an object")
+        except FileNotFoundError:
             return {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise _unreadable(self.folder / _JOB, error) from error
         if differing := sorted(name for name in job if earlier.get(name) != job[name]):
             told = ", ".join(f"{n} was {earlier.get(n)}, is {job[n]}" for n in differing)
             raise InputError(
                 f"{self.folder}: the run to resume was another job: {told}. Use its settings, or "
                 "start afresh without --resume."
             )
-        paths = sorted(self.folder.glob("rank-*.jsonl"))
+        paths = sorted(self.folder.glob(_RANKS))
         return dict(line for path in paths for line in _whole_lines(path, _LINE[job["task"]]))
 
     def start(self, job: Mapping[str, Any], *, resume: bool) -> None:
         """Takes the folder for this job, on rank 0; a run not resumed is removed.
+
+        The other ranks call `join` then.
 
         Raises:
             InputError: Another job is writing this output.
@@ -110,22 +126,35 @@ class Journal:
         with _told_if_not_writable(self.folder):
             if self._lock is None:
                 self._lock = self._take()
-            if not resume:
-                for path in [self.folder / _JOB, *self.folder.glob("rank-*.jsonl")]:
+            # Without it nobody knows of which job the journals are.
+            if not resume or not (self.folder / _JOB).exists():
+                for path in [self.folder / _JOB, *self.folder.glob(_RANKS)]:
                     path.unlink(missing_ok=True)
             temporary = self.folder / f".{_JOB}.{os.getpid()}"
             temporary.write_text(json.dumps(job, sort_keys=True), encoding="utf-8")
             temporary.replace(self.folder / _JOB)
 
+    def join(self) -> None:
+        """Makes the folder on a host that rank 0's is not shared with, once rank 0 has its own.
+
+        Raises:
+            ResourceError: The disk is full, say.
+        """
+        with _told_if_not_writable(self.folder):
+            self.folder.mkdir(exist_ok=True)
+
     def append(self, results: Mapping[int, Result]) -> None:
         """Adds finished prompts; they are on disk when it returns.
+
+        The folder is not made again: it would have no lock, and not say of which job it is.
 
         Raises:
             ResourceError: The disk is full, or the folder has gone.
         """
         path = self.folder / f"rank-{self.rank:05d}.jsonl"
         with _told_if_not_writable(path):
-            self.folder.mkdir(exist_ok=True)  # on the hosts that rank 0's folder is not shared with
+            if self._lock is not None and not _is_at(self.folder / _LOCK, self._lock):
+                raise FileNotFoundError(errno.ENOENT, "the folder is another job's now")
             with path.open("a", encoding="utf-8") as file:
                 # The line end comes first: what follows a line cut short by a crash stays readable.
                 lines = [json.dumps([index, asdict(result)]) for index, result in results.items()]
@@ -147,12 +176,17 @@ class Journal:
             self.folder.mkdir(exist_ok=True)
             descriptor = _open_locked(path, os.O_RDWR | os.O_CREAT)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                if _is_at(path, descriptor):
                     break
             os.close(descriptor)  # of a job that ended, and removed it, just now
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
         return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Returns whether what is open is the file of this name; FileNotFoundError if none is."""
+    return os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def _open_locked(path: Path, flags: int) -> int:
@@ -192,7 +226,18 @@ def _told_if_not_writable(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: cannot be read ({error}), so nothing is known to be done. Put it right, or start "
+        "afresh without --resume."
+    )
+
+
 def _whole_lines(path: Path, line_type: TypeAdapter[Any]) -> Iterator[tuple[int, Result]]:
-    for line in path.read_bytes().splitlines():
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    for line in lines:
         with contextlib.suppress(ValidationError):
             yield line_type.validate_json(line)

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ds_moe_ep.engine.journal import Journal, fingerprint
 from ds_moe_ep.engine.options import JobOptions
@@ -19,8 +21,11 @@ PROMPTS = [Prompt("a", "Alice", None, 0), Prompt("b", None, (4, 5), 1)]
 
 @pytest.fixture
 def options(tmp_path) -> JobOptions:
-    (tmp_path / "config.json").write_text("{}")
-    return JobOptions(model=tmp_path, input=tmp_path / "in.jsonl", output=tmp_path / "out.jsonl")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    save_file({"w": torch.arange(100.0)}, model / "model.safetensors")
+    return JobOptions(model=model, input=tmp_path / "in.jsonl", output=tmp_path / "out.jsonl")
 
 
 def generated(index: int) -> GenerateResult:
@@ -82,6 +87,27 @@ def test_another_input_or_model_is_another_job(options):
     assert fingerprint(options, "torch.float32", PROMPTS) != job
 
 
+def test_other_weights_of_the_same_config_are_another_job(options):
+    journal = started(options)
+    journal.append({0: generated(0)})
+    told = r"the run to resume was another job: weights was [0-9a-f]{64}, is [0-9a-f]{64}\. Use"
+    values = torch.arange(100.0)
+    values[50] += 1e-3
+    for other in ({"w": values}, {"v": torch.arange(100.0)}, {"w": torch.arange(100.0)[None]}):
+        save_file(other, options.model / "model.safetensors")
+        with pytest.raises(InputError, match=told):
+            journal.read(fingerprint(options, "torch.float32", PROMPTS))
+    save_file({"w": torch.arange(100.0)}, options.model / "model.safetensors")
+    assert journal.read(fingerprint(options, "torch.float32", PROMPTS)) == {0: generated(0)}
+
+
+def test_a_copy_of_the_model_is_the_same_job(options, tmp_path):
+    job = fingerprint(options, "torch.float32", PROMPTS)
+    copied = shutil.copytree(options.model, tmp_path / "copy", copy_function=shutil.copyfile)
+    os.utime(copied / "model.safetensors", (0, 0))
+    assert fingerprint(replace(options, model=copied), "torch.float32", PROMPTS) == job
+
+
 def test_ranks_and_batch_size_do_not_make_another_job(options):
     job = fingerprint(options, "torch.float32", PROMPTS)
     assert fingerprint(replace(options, batch_size=1), "torch.float32", PROMPTS) == job
@@ -102,11 +128,54 @@ def test_nothing_to_resume_is_no_error(options):
     assert journal.read(fingerprint(options, "torch.float32", PROMPTS)) == {}
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[]", r"a list in place of an object"),
+        (b"7", r"a int in place of an object"),
+        (b"", "Expecting value"),
+        (b'{"task": "gen', "Unterminated string"),
+        (b"\xff{}", "can't decode byte 0xff"),
+        (b"[" * 100_000, "recursion"),
+    ],
+    ids=["list", "number", "empty", "cut", "not-text", "deep"],
+)
+def test_a_broken_record_of_the_job_is_refused(options, content, told):
+    job = fingerprint(options, "torch.float32", PROMPTS)
+    journal = started(options)
+    journal.append({0: generated(0)})
+    (journal.folder / "job.json").write_bytes(content)
+    way_out = "nothing is known to be done. Put it right, or start afresh without --resume"
+    with pytest.raises(
+        InputError, match=rf"job\.json: cannot be read \(.*{told}.*\), so {way_out}"
+    ):
+        journal.read(job)
+    journal.start(job, resume=False)
+    assert journal.read(job) == {}
+
+
+def test_a_journal_that_cannot_be_read_is_refused(options):
+    journal = started(options)
+    (journal.folder / "rank-00003.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"rank-00003\.jsonl: cannot be read \(.*Is a directory"):
+        journal.read(fingerprint(options, "torch.float32", PROMPTS))
+
+
+def test_journals_of_an_unknown_job_are_not_gone_on_with(options):
+    job = fingerprint(options, "torch.float32", PROMPTS)
+    journal = started(options)
+    journal.append({0: generated(0)})
+    (journal.folder / "job.json").unlink()
+    assert journal.read(job) == {}
+    journal.start(job, resume=True)
+    assert journal.read(job) == {}
+
+
 def test_removal_leaves_no_trace(options, tmp_path: Path):
     journal = started(options)
     journal.append({0: generated(0)})
     journal.remove()
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_second_job_is_kept_away(options):
@@ -179,8 +248,43 @@ def test_a_full_disk_is_told_and_what_was_written_stays_valid(options, monkeypat
     assert journal.read(job)[0] == generated(0)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_folder_removed_while_a_job_writes_breaks_it(options, rank):
+    first = started(options)
+    journal = first if rank == 0 else Journal(options.journal_folder, rank)
+    journal.append({0: generated(0)})
+    shutil.rmtree(journal.folder)
+    told = (
+        rf"{journal.folder}/rank-0000{rank}\.jsonl: cannot be written on .* \(No such file or "
+        r"directory\)\. Make room, or bring the folder back, and run again with --resume"
+    )
+    for _ in range(2):
+        with pytest.raises(ResourceError, match=told):
+            journal.append({1: generated(1)})
+    assert not journal.folder.exists()
+
+
+def test_a_folder_that_became_another_jobs_is_not_written(options):
+    first = started(options)
+    first.append({0: generated(0)})
+    shutil.rmtree(first.folder)
+    second = started(options)
+    with pytest.raises(ResourceError, match=r"cannot be written .*\(the folder is another job's"):
+        first.append({1: generated(1)})
+    assert second.read(fingerprint(options, "torch.float32", PROMPTS)) == {}
+
+
+def test_a_host_with_a_folder_of_its_own_has_it_made_once(options):
+    journal = Journal(options.journal_folder, 8)
+    with pytest.raises(ResourceError, match="No such file or directory"):
+        journal.append({0: generated(0)})
+    journal.join()
+    journal.append({0: generated(0)})
+    assert [path.name for path in journal.folder.iterdir()] == ["rank-00008.jsonl"]
+
+
 def test_a_folder_that_has_gone_is_told(options):
-    gone = replace(options, output=options.model / "results" / "out.jsonl")
+    gone = replace(options, output=options.output.parent / "results" / "out.jsonl")
     gone.output.parent.mkdir()
     journal = started(gone)
     shutil.rmtree(gone.output.parent)
