@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -23,8 +24,8 @@ from ds_moe_ep.errors import DistributedError
 __all__ = ["heartbeat"]
 
 _PERIOD_S = 1.0
-# By then a rank that has failed has said why, and its launcher has ended the others of its host;
-# and where rank 0 left at the normal end, the others have left too.
+# By then a rank that has failed, or its supervisor, has said why, and its launcher has ended the
+# others of its host; and at the normal end all have left.
 _LEFT_S = 10.0
 
 
@@ -47,8 +48,10 @@ def heartbeat(
         yield
         return
     roll_call = job.roll_call.with_own_client()
-    heart = _Heart(replace(job, roll_call=roll_call), roll_call, progress, limit_s, lost)
-    wake_when_others_end(job)
+    connections = wake_when_others_end(job)
+    heart = _Heart(
+        replace(job, roll_call=roll_call), roll_call, progress, limit_s, lost, connections
+    )
     for work in (heart.beat, heart.listen):
         threading.Thread(target=work, name=f"heartbeat-{work.__name__}", daemon=True).start()
     try:
@@ -67,12 +70,16 @@ class _Heart:
         progress: Progress,
         limit_s: float,
         lost: Callable[[DistributedError, Job], int],
+        connections: Sequence[int],
     ) -> None:
         self._job, self._roll_call, self._progress = job, roll_call, progress
         self._limit_s, self._lost = limit_s, lost
         others = range(1, job.info.world_size) if job.info.rank == 0 else [0]
         self._heard = {rank: "" for rank in others}
         self._has_rank_0_left = self._has_rank_failed = False
+        self._ends = select.poll()
+        for each in connections:
+            self._ends.register(each, select.POLLIN)
         self.is_over = threading.Event()
 
     def beat(self) -> None:
@@ -95,7 +102,8 @@ class _Heart:
         """
         before, silent_s = self._heard, dict.fromkeys(self._heard, 0.0)
         while self._is_needed(_PERIOD_S):
-            if self._has_rank_failed or self._has_rank_0_left:
+            has_rank_ended = bool(self._ends.poll(0))  # killed, it has not said that it failed
+            if has_rank_ended or self._has_rank_failed or self._has_rank_0_left:
                 self._leave_quietly()
                 return
             heard = self._heard
@@ -108,8 +116,8 @@ class _Heart:
 
     def _leave_quietly(self) -> None:
         """Ends this rank, unless it ends by itself: why the job is over is for others to say."""
-        if self._has_rank_failed:
-            self._roll_call.answer()
+        if not self._has_rank_0_left:
+            self._roll_call.answer()  # which tells the others, if nobody has
         for _ in range(int(_LEFT_S / _PERIOD_S)):
             if not self._is_needed(_PERIOD_S):
                 return

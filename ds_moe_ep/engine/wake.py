@@ -1,7 +1,8 @@
-"""Connects rank 0 with every other, so that the kernel tells who is stopped of the end of the job.
+"""Connects rank 0 with every other, so that the kernel tells of the end of a rank.
 
-If a rank and its supervisor are stopped, with no other rank on their host, nobody else is there to
-end them, and a job lasts until DeepSpeed's launchers on all hosts have ended.
+A rank that was killed tells nobody, and DeepSpeed's launcher only those of its host. And if a rank
+and its supervisor are stopped, with no other rank on their host, nobody else is there to end them,
+and a job lasts until DeepSpeed's launchers on all hosts have ended.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["wake_when_others_end"]
 _CONNECT_S = 5.0
 
 
-def wake_when_others_end(job: Job) -> None:
+def wake_when_others_end(job: Job) -> list[int]:
     """Has rank 0's supervisor woken when another rank ends, and the others' when rank 0 does.
 
     All others connect to rank 0. Where that is not possible, through a firewall say, the job goes
@@ -26,12 +27,17 @@ def wake_when_others_end(job: Job) -> None:
 
     Args:
         job: The job.
+
+    Returns:
+        Descriptors that can be read once a rank at their other end has ended.
     """
+    held = []
     for connection in _listen(job) if job.info.rank == 0 else _connect(job):
         wake_after(connection)
         # Held until this process ends. A rank that is stopped, on a host with others too, must not
         # end before somebody has said who does not answer.
-        connection.detach()
+        held.append(connection.detach())
+    return held
 
 
 def _listen(job: Job) -> list[socket.socket]:

@@ -3,7 +3,8 @@
 It happens on that rank STEP passes after a phase has begun (`Progress.enter`) whose name matches
 PHASE from its start; for step 0 as it begins. WHAT is a signal that the worker sends itself, or a
 name below. The file FAULT_MARK is made then, which tells when. FAULT_FOLDER is the folder, or the
-disk, of those that concern one. FAULT_IN names another module of the folder launch.
+disk, of those that concern one. FAULT_IN names another module of the folder launch. While a rank is
+killed by KILL_AMONG_READERS, all others read their weights.
 """
 
 import contextlib
@@ -49,6 +50,8 @@ def _happen() -> None:
         _when_reading(_stop_both)
     elif _WHAT == "READ_SLOWLY":
         _when_reading(lambda: time.sleep(3600.0))
+    elif _WHAT == "KILL_AMONG_READERS":
+        _when_reading(lambda: os.kill(os.getpid(), signal.SIGKILL))
     elif _WHAT == "KILL_AT_RENAME":  # a file is written, and not there yet
         os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     elif _WHAT != "NOTHING":
@@ -94,9 +97,17 @@ def _start_step(self: Progress, step: int) -> None:
         _happen()
 
 
+def _read_slowly(self: Progress, phase: str) -> None:
+    enter(self, phase)
+    if phase == "loading weights":
+        _when_reading(lambda: time.sleep(3600.0))
+
+
 if os.environ["RANK"] == _RANK:
     enter, Progress.enter = Progress.enter, _enter
     start_step, Progress.start_step = Progress.start_step, _start_step
+elif _WHAT == "KILL_AMONG_READERS":
+    enter, Progress.enter = Progress.enter, _read_slowly
 
 if __name__ == "__main__":
     command = os.environ.get("FAULT_IN", "infer")

@@ -78,6 +78,22 @@ def test_a_kill_on_another_host_is_told_with_rank_host_and_step(
     faulty_job.check_resumed(2, undisturbed)
 
 
+# Ranks of the other host are busy, and come to no place where they would miss it.
+def test_a_kill_while_ranks_load_ends_those_of_other_hosts_too(faulty_job, undisturbed, tiny_model):
+    fault = faulty_job.fault("3,loading weights,0,KILL_AMONG_READERS")
+    with _two_hosts(faulty_job, 2, **fault) as hosts:
+        command = _run_sh(faulty_job, tiny_model("olmoe"), hosts, "--timeout", "100")
+        result = run_command(command, timeout_s=WAIT_S)
+        took_s = faulty_job.seconds_since_fault()
+    output = result.stdout + result.stderr
+    assert result.returncode == 1, output
+    told = r"DistributedError: \[rank 3 worker-1\] was ended by SIGKILL at loading weights\."
+    assert len(re.findall(told, output)) == count_messages(output) == 1, output
+    assert ended_in_time("a kill on another host at load", took_s, 20), output
+    assert faulty_job.processes() == [], output
+    faulty_job.check_resumed(2, undisturbed)
+
+
 def test_run_sh_can_be_interrupted(faulty_job, undisturbed, tiny_model):
     # One rank is stopped on its host, and hears of the end from its launcher alone.
     with _two_hosts(faulty_job, 1, **faulty_job.fault("1,batch 2,3,SIGSTOP")) as hosts:
