@@ -1,10 +1,17 @@
-"""Why hosts cannot be made on a machine: each time with what to install, and how."""
+"""Why hosts cannot be made on a machine: each time with what to install, and how.
+
+And what becomes of tests there: they are skipped, or the run ends where hosts were promised.
+"""
 
 import os
 
 import pytest
 
 from ds_moe_ep.rehearsal.hosts import why_no_hosts
+from tests import conftest
+from tests.helpers import hosts
+from tests.helpers.hosts import REQUIRE_HOSTS
+from tests.helpers.launch import REPO
 
 _PACKAGES = "pdsh openssh-server iproute2 util-linux"
 _INSTALL = f"Hosts take root and, on Debian: apt-get install -y {_PACKAGES}."
@@ -34,6 +41,24 @@ def test_what_is_in_the_way_and_what_to_install(tmp_path, monkeypatch, missing, 
 def test_nothing_is_in_the_way(tmp_path, monkeypatch):
     _play_machine(tmp_path, monkeypatch, None, 0, "")
     assert why_no_hosts() is None
+
+
+@pytest.mark.parametrize(
+    ("promised", "reason", "is_ended"),
+    [("1", _INSTALL, True), ("", _INSTALL, False), ("1", None, False)],
+)
+def test_a_run_ends_at_once_where_hosts_were_promised(monkeypatch, promised, reason, is_ended):
+    monkeypatch.setenv(REQUIRE_HOSTS, promised)
+    monkeypatch.setattr(hosts, "_reason", reason)
+    if not is_ended:
+        conftest.pytest_sessionstart()
+        return
+    with pytest.raises(pytest.UsageError, match=f"^{REQUIRE_HOSTS} is set: {_INSTALL}$"):
+        conftest.pytest_sessionstart()
+
+
+def test_ci_promises_hosts():
+    assert f"export {REQUIRE_HOSTS}=" in (REPO / ".ci" / "run").read_text()
 
 
 def _play_machine(folder, monkeypatch, missing, user, unshare) -> None:
