@@ -157,18 +157,23 @@ def check_balance(share: float, num_prompts: int, num_ranks: int, cost: WorkCost
     return Check("prompts", WARN, f"{text}. {why}", round(share, 4), TARGET_BALANCE)
 
 
-def check_dispatcher(layers: Sequence[ExpertParallelMoE], num_rows: int, top_k: int) -> Check:
+def check_dispatcher(
+    layers: Sequence[ExpertParallelMoE], num_rows: int, top_k: int, asked: str
+) -> Check:
     """Tells which dispatcher serves a decode step, and what the others are predicted to take.
 
     Args:
         layers: The MoE layers.
         num_rows: Tokens of each rank in a decode step.
         top_k: Experts of each.
+        asked: The dispatcher that the user named, or ``auto``.
     """
     experts = layers[0].deepspeed_moe
     dispatcher = experts.dispatcher
     if not isinstance(dispatcher, Auto):
-        why = "one rank a group, nothing travels" if layers[0].ep_size == 1 else "as asked for"
+        why = "replicated batches use it" if asked == "auto" else "as asked for"
+        if layers[0].ep_size == 1:
+            why = "one rank a group, nothing travels"
         return Check("dispatcher", PASS, f"{experts.describe_dispatch()}: {why}")
     element_bytes = next(experts.experts.parameters()).element_size()
     chosen, predicted_s = dispatcher.choose(

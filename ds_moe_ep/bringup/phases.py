@@ -168,7 +168,9 @@ class BringUp:
         num_ranks = 1 if self._options.batch_mode == "replicated" else self._job.info.world_size
         checks = [
             check_balance(share, len(self._left), num_ranks, cost),
-            check_dispatcher(engine.layers, self._rows(), self._work.spec.top_k),
+            check_dispatcher(
+                engine.layers, self._rows(), self._work.spec.top_k, self._options.dispatcher
+            ),
             Check("batch size", PASS, why),
         ]
         left = self._left

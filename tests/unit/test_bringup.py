@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_moe_ep import host_memory
-from ds_moe_ep.bringup.distribution import WorkCost, balance, check_balance
+from ds_moe_ep.bringup.distribution import WorkCost, balance, check_balance, check_dispatcher
 from ds_moe_ep.bringup.experts import check_room_for_output, judge_experts, judge_hosts
 from ds_moe_ep.bringup.host_pairs import judge_pairs, rounds
 from ds_moe_ep.bringup.memory import (
@@ -21,10 +22,14 @@ from ds_moe_ep.bringup.memory import (
     judge_weights,
 )
 from ds_moe_ep.bringup.report import FAIL, PASS, WARN, Check, PhaseReport, judged, write_jsonl
+from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.engine.options import parse_options
 from ds_moe_ep.engine.schedule import Batch, spread
 from ds_moe_ep.memory_needs import BatchNeeds, kv_bytes_per_token, largest_batch, weight_bytes
 from ds_moe_ep.model_spec import read_model_spec
+from ds_moe_ep.moe.auto import Auto
+from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, Price
+from ds_moe_ep.moe.dispatch import Links
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import build_tiny, save_tiny
 from tests.helpers.launch import REPO
@@ -181,6 +186,43 @@ def test_balance_is_the_mean_over_the_highest_load():
     assert balance([[], []], lambda index: 1.0) == 1.0
     assert check_balance(0.75, 3, 2, None).verdict == WARN
     assert check_balance(0.95, 3, 2, WorkCost(1.0, 2.0)).verdict == PASS
+
+
+def _layer(name, dispatcher=None, ep_size=4):
+    experts = SimpleNamespace(
+        dispatcher=dispatcher,
+        describe_dispatch=lambda: name,
+        experts=torch.nn.Linear(1, 1, dtype=torch.bfloat16),
+    )
+    return SimpleNamespace(deepspeed_moe=experts, ep_size=ep_size, hidden_size=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "ep_size", "why"),
+    [
+        ("allreduce", "auto", 4, "replicated batches use it"),
+        ("allreduce", "allreduce", 4, "as asked for"),
+        ("alltoall", "alltoall", 4, "as asked for"),
+        ("alltoall", "alltoall", 1, "one rank a group, nothing travels"),
+    ],
+)
+def test_a_dispatcher_is_told_with_who_chose_it(name, asked, ep_size, why):
+    check = check_dispatcher([_layer(name, ep_size=ep_size)], 5, 2, asked)
+    assert (check.verdict, check.reason) == (PASS, f"{name}: {why}")
+
+
+def test_auto_is_told_with_what_a_decode_step_is_predicted_to_take():
+    # Each rank gets 15 rows of the others with their routing, of 48 bytes, in a millisecond; sums
+    # take no time, and numbers of rows a quarter of a second.
+    free, dear = Price(0.0, 0.0), Price(0.0, 1e-3 / (15 * 48))
+    prices = LinkPrices(GroupPrices(4, 0.25, exchange=free, gather=dear, reduce=free))
+    auto = Auto(Links(Communicator(None)), prices, num_local_experts=2)
+    check = check_dispatcher([_layer("auto", auto)], 5, 2, "auto")
+    assert (check.verdict, check.reason) == (
+        PASS,
+        "allgather for decode steps of 5 rows a rank, chosen anew for each pass "
+        "(predicted ms a layer: alltoall 250, allgather 1)",
+    )
 
 
 def test_batch_size_is_chosen_by_itself_unless_it_is_asked_for():
