@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,23 +101,28 @@ def measure_cost(
 def _same_pass_on_all_ranks(
     model: Any, layers: Sequence[ExpertParallelMoE], world_size: int
 ) -> Iterator[None]:
-    """Announces passes that bring as many tokens on every rank, and forgets what they counted."""
+    """Announces passes that bring as many tokens on every rank, and forgets what they counted.
+
+    No token ends a prompt: ranks whose rounding differs would have other numbers of passes, and
+    wait for each other.
+    """
 
     def announce(module: Any, args: Any, kwargs: Any) -> None:
         for layer in layers:
             layer.announce([kwargs["input_ids"].numel()] * world_size)
 
     hook = model.register_forward_pre_hook(announce, with_kwargs=True)
+    own = model.generation_config
+    model.generation_config = deepcopy(own)
+    model.generation_config.eos_token_id = None
     try:
         yield
     finally:
         hook.remove()
+        model.generation_config = own
         for layer in layers:
             layer.announce(None)
-            layer.deepspeed_moe.tokens_per_expert.zero_()
-            layer.deepspeed_moe.stats.reset()
-            if isinstance(dispatcher := layer.deepspeed_moe.dispatcher, Auto):
-                dispatcher.calls.clear()
+            layer.forget_counts()
 
 
 def balance(schedule: Sequence[Sequence[Batch]], cost_of: Callable[[int], float]) -> float:

@@ -97,6 +97,13 @@ class DispatchedExperts(nn.Module):
             None if num_tokens is None else [num_tokens[rank] for rank in self._group_ranks]
         )
 
+    def forget_counts(self) -> None:
+        """Forgets what was counted so far: before a job's own passes, others measure or capture."""
+        self.tokens_per_expert.zero_()
+        self.stats.reset()
+        if isinstance(self.dispatcher, Auto):
+            self.dispatcher.calls.clear()
+
     def describe_dispatch(self) -> str:
         """Tells which dispatcher was used; of ``auto`` also which it chose, and why."""
         if isinstance(self.dispatcher, Auto):
@@ -208,6 +215,10 @@ class ExpertParallelMoE(MoE):
     ) -> None:
         """See `DispatchedExperts.announce`."""
         self.deepspeed_moe.announce(num_tokens, live_T, has_static_shapes=has_static_shapes)
+
+    def forget_counts(self) -> None:
+        """See `DispatchedExperts.forget_counts`."""
+        self.deepspeed_moe.forget_counts()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Computes what the replaced experts computed, together with the other ranks.
