@@ -199,6 +199,7 @@ def _run(
         if monitor is not None:
             monitor.end_batches()
         sync.join_others()
+    sync.close()
     run_s = time.perf_counter() - start
     num_replays = 0 if graph is None else graph.num_replays
     return results, _summarise(job, work, engine, results, sync.num_steps, num_replays, run_s)

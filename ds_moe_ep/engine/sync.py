@@ -34,7 +34,7 @@ class ForwardSync:
     """Announces the forward passes of a model to all ranks.
 
     Args:
-        model: The adapted model; a hook is put on it.
+        model: The adapted model; a hook is put on it, until `close`.
         layers: Its MoE layers in the order of a forward pass.
         group: All ranks of the job: with several expert groups none of them ends, and waits for
             the others, before all have nothing left. On a GPU an announcement is a sync.
@@ -76,7 +76,7 @@ class ForwardSync:
         self._graph = graph
         self.num_finished = 0
         self.num_steps = 0
-        model.register_forward_pre_hook(
+        self._hook = model.register_forward_pre_hook(
             lambda module, args, kwargs: self._start_own_pass(args, kwargs),
             with_kwargs=True,
         )
@@ -99,6 +99,10 @@ class ForwardSync:
                     (0, layer.hidden_size), dtype=self._dtype, device=self._device
                 )
                 layer(no_rows_0H, self._no_ids_0K, self._no_weights_0K)
+
+    def close(self) -> None:
+        """Announces no more passes: another one of these may have the model."""
+        self._hook.remove()
 
     def _start_own_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._count_step()

@@ -137,6 +137,32 @@ def test_ranks_of_several_expert_groups_end_together(ranks):
     assert [rank["pairs"]["all_rows"] for rank in ranks] == [{5}, {5}, {20}, {20}]
 
 
+def test_one_that_is_closed_announces_no_more():
+    model, told = _Model(None, 0), []
+    model.layers = nn.ModuleList()
+
+    def make(name: str) -> ForwardSync:
+        return ForwardSync(
+            model,
+            model.layers,
+            None,
+            top_k=_TOP_K,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            on_step=lambda step: told.append((name, step)),
+        )
+
+    ids_BS = torch.ones(1, 5, dtype=torch.int64)
+    first = make("first")
+    model(input_ids=ids_BS)
+    first.join_others()  # of one batch; more may come
+    model(input_ids=ids_BS)
+    first.close()
+    make("second")
+    model(input_ids=ids_BS)
+    assert told == [("first", 1), ("first", 2), ("second", 1)]
+
+
 def test_a_rank_alone_waits_for_nobody(ranks):
     for rank in ranks:
         assert rank["alone"]["steps"] == 2
