@@ -116,7 +116,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, type=Path, metavar="M", help="model directory or config.json"
+        "--model",
+        required=True,
+        type=Path,
+        metavar="M",
+        help="Hugging Face model directory, expert-sharded checkpoint of `ds-moe-ep convert --to "
+        "ep`, or bare config.json",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(

@@ -7,11 +7,14 @@ import signal
 import sys
 from pathlib import Path
 
+from ds_moe_ep.engine.options import describe_options
 from ds_moe_ep.hostfile import Cluster, local_cluster, read_hostfile
 
 __all__ = ["add_preflight_command"]
 
 _SAME_AS_INFER = ("task", "batch_size", "max_new_tokens", "dtype", "dispatcher", "batch_mode")
+_FILES = ("config", "input", "metrics", "placement")
+_TIMEOUTS = ("timeout", "start_timeout")
 
 
 def add_preflight_command(
@@ -27,7 +30,8 @@ def add_preflight_command(
         allow_abbrev=False,
     )
     add = preflight.add_argument
-    add("--model", required=True, type=Path, metavar="M", help="model directory")
+    same = describe_options()
+    add("--model", required=True, type=Path, metavar="M", help=same["--model"][1])
     where = preflight.add_mutually_exclusive_group()
     where.add_argument("--hostfile", metavar="H", help="DeepSpeed hostfile (default: this machine)")
     where.add_argument("--num-gpus", type=int, metavar="N", help="GPUs, or ranks, of this machine")
@@ -45,14 +49,21 @@ def add_preflight_command(
     add("--master-addr", metavar="A", help="where ranks meet (default: the first host's address)")
     add("--master-port", type=int, metavar="P", help="and the port (default: one free here)")
     job = preflight.add_argument_group("as for launch/infer.py")
-    job.add_argument("--ep", "--ep-size", dest="ep_size", metavar="N")
-    for name in _SAME_AS_INFER:
-        option = name.replace("_", "-")
-        job.add_argument(f"--{option}", metavar=name.rpartition("_")[2].upper())
-    for name in ("config", "input", "metrics", "placement"):
-        job.add_argument(f"--{name}", type=Path, metavar="PATH")
-    for name in ("timeout", "start-timeout"):
-        job.add_argument(f"--{name}", metavar="S")
+    own = {
+        "--input": f"{same['--input'][1]} (default: made-up ones)",
+        "--metrics": "folder for what is found: survey.jsonl and bringup.jsonl",
+    }
+    for name in ("ep_size", *_SAME_AS_INFER, *_FILES, *_TIMEOUTS):
+        option = f"--{name.replace('_', '-')}"
+        metavar, text = same[option]
+        job.add_argument(
+            *(["--ep"] if name == "ep_size" else []),
+            option,
+            dest=name,
+            type=Path if name in _FILES else str,
+            metavar=metavar,
+            help=own.get(option, text),
+        )
     preflight.set_defaults(run=_preflight)
 
 
@@ -65,9 +76,9 @@ def _preflight(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, lambda caught, frame: sys.exit(128 + caught))  # clean up first
     arguments = ["--preflight", "--model", str(args.model.absolute())]
-    for name in (*_SAME_AS_INFER, "ep_size", "timeout", "start_timeout"):
+    for name in (*_SAME_AS_INFER, "ep_size", *_TIMEOUTS):
         arguments += _given(name, getattr(args, name))
-    for name in ("config", "input", "metrics", "placement"):
+    for name in _FILES:
         path = getattr(args, name)
         arguments += _given(name, None if path is None else path.absolute())
     # What is wrong with one of them is said before any host is asked.

@@ -35,10 +35,20 @@ _MS = 1000.0
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4], help="numbers of ranks")
-    parser.add_argument("--shape", choices=SHAPES, default="105M")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="105M",
+        help="model of which a layer is measured (default: %(default)s)",
+    )
     parser.add_argument("--tokens", type=int, default=512, metavar="T", help="tokens a rank")
     parser.add_argument(
-        "--routing", nargs="+", choices=ROUTINGS, default=["trained", "zipf"], metavar="R"
+        "--routing",
+        nargs="+",
+        choices=ROUTINGS,
+        default=["trained", "zipf"],
+        metavar="R",
+        help=f"how tokens choose experts: {', '.join(ROUTINGS)}",
     )
     parser.add_argument(
         "--spare", type=int, nargs="+", default=[0, 2], metavar="N", help="spare slots a rank"

@@ -48,12 +48,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=3)
     parser.add_argument("--world", type=int, nargs="+", default=[4], help="numbers of ranks")
     parser.add_argument(
-        "--routing", nargs="+", choices=ROUTINGS, default=[_TRAINED, "zipf"], metavar="R"
+        "--routing",
+        nargs="+",
+        choices=ROUTINGS,
+        default=[_TRAINED, "zipf"],
+        metavar="R",
+        help=f"how tokens choose experts: {', '.join(ROUTINGS)}",
     )
-    parser.add_argument("--shape", choices=SHAPES, default="105M", help=f"except of {_TRAINED}")
-    parser.add_argument("--prompts", type=int, default=64, help="in all")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="105M", help=f"model to run, except for {_TRAINED}"
+    )
+    parser.add_argument("--prompts", type=int, default=64, help="prompts in all")
+    parser.add_argument("--prompt-tokens", type=int, default=32, help="tokens of each prompt")
+    parser.add_argument(
+        "--new-tokens", type=int, default=32, help="tokens to generate after each prompt"
+    )
     parser.add_argument(
         "--spare", type=int, nargs="+", default=[2], metavar="N", help="spare slots a rank"
     )

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     for table in _TABLES.values():
         command = tables.add_parser(table.name, help=table.heading, allow_abbrev=False)
         command.add_argument(
-            "--rounds", type=positive(int), default=5, metavar="N", help="of each side"
+            "--rounds", type=positive(int), default=5, metavar="N", help="rounds of each side"
         )
         _add_out_argument(command, table.document)
         command.set_defaults(result=None, hostfile=None, simulate_hosts=False)

@@ -35,13 +35,28 @@ _PEERS = ("transformers EP", "one process, grouped_mm", "one process, eager")
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
-    parser.add_argument("--model", choices=SHAPES, default="105M")
+    parser.add_argument(
+        "--model", choices=SHAPES, default="105M", help="model to run (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="prompts in all")
-    parser.add_argument("--prompt-tokens", type=int, default=32, help="of the longest prompt")
-    parser.add_argument("--least-tokens", type=int, help="of the shortest (default: the same)")
-    parser.add_argument("--new-tokens", type=int, default=8)
-    parser.add_argument("--dispatcher", default="auto")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=32, help="tokens of the longest prompt"
+    )
+    parser.add_argument(
+        "--least-tokens", type=int, help="tokens of the shortest (default: the same)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=8, help="tokens to generate after each prompt"
+    )
+    parser.add_argument(
+        "--dispatcher", default="auto", help="as for launch/infer.py (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="type of the weights (default: %(default)s)",
+    )
     parser.add_argument("--cuda-graphs", action="store_true", help="as for launch/infer.py")
 
 

@@ -48,19 +48,28 @@ _MS = 1000.0
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
-    parser.add_argument("--shape", choices=SHAPES, default="105M")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="105M",
+        help="model of which a layer is measured (default: %(default)s)",
+    )
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=_TOKENS, metavar="T", help="tokens a rank"
     )
     parser.add_argument(
-        "--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="how tokens choose"
+        "--routing",
+        nargs="+",
+        choices=ROUTINGS,
+        default=list(ROUTINGS),
+        help="how tokens choose experts",
     )
     parser.add_argument(
         "--dispatchers",
         nargs="+",
         default=_OURS,
         metavar="D",
-        help="of ours; all are compared with the first",
+        help="dispatchers of ours; all are compared with the first",
     )
     parser.add_argument(
         "--peers",

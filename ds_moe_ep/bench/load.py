@@ -30,7 +30,9 @@ _INTERPRETER_BYTES = 300 * _MB
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[8], help="numbers of ranks")
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["105M", "620M"])
+    parser.add_argument(
+        "--models", nargs="+", choices=SHAPES, default=["105M", "620M"], help="models to load"
+    )
 
 
 def _prepare(args: argparse.Namespace, work: Path) -> None:

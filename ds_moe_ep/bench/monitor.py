@@ -86,11 +86,17 @@ class _Cost:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=_ROUNDS)
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4], help="numbers of ranks")
-    parser.add_argument("--model", choices=SHAPES, default="105M")
+    parser.add_argument(
+        "--model", choices=SHAPES, default="105M", help="model to run (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="prompts in all")
-    parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=9)
-    parser.add_argument("--dispatcher", default="auto")
+    parser.add_argument("--prompt-tokens", type=int, default=16, help="tokens of each prompt")
+    parser.add_argument(
+        "--new-tokens", type=int, default=9, help="tokens to generate after each prompt"
+    )
+    parser.add_argument(
+        "--dispatcher", default="auto", help="as for launch/infer.py (default: %(default)s)"
+    )
 
 
 def _prepare(args: argparse.Namespace, work: Path) -> None:

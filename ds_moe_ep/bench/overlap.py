@@ -32,7 +32,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[1, 16, 256], metavar="T", help="tokens a rank"
     )
-    parser.add_argument("--dispatcher", default="alltoall", metavar="D")
+    parser.add_argument(
+        "--dispatcher",
+        default="alltoall",
+        metavar="D",
+        help="as for launch/infer.py (default: %(default)s)",
+    )
 
 
 @torch.no_grad()

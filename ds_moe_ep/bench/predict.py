@@ -44,10 +44,14 @@ _NARROW = "narrow"
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
-    parser.add_argument("--model", choices=SHAPES, default="105M")
+    parser.add_argument(
+        "--model", choices=SHAPES, default="105M", help="model to run (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="prompts in all")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=32, help="tokens of each prompt")
+    parser.add_argument(
+        "--new-tokens", type=int, default=8, help="tokens to generate after each prompt"
+    )
 
 
 def _prepare(args: argparse.Namespace, work: Path) -> None:

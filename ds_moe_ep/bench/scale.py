@@ -58,12 +58,22 @@ def least_bytes(
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
-    parser.add_argument("--shape", choices=SHAPES, default="105M")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="105M",
+        help="model of which a layer is measured (default: %(default)s)",
+    )
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[16, 256], metavar="T", help="tokens a rank"
     )
     parser.add_argument(
-        "--total-tokens", type=int, nargs="+", default=[512], metavar="N", help="of all ranks"
+        "--total-tokens",
+        type=int,
+        nargs="+",
+        default=[512],
+        metavar="N",
+        help="tokens of all ranks",
     )
 
 

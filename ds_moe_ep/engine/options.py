@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DISPATCHER_NAMES", "JobOptions", "add_timeouts", "parse_options", "positive"]
+__all__ = [
+    "DISPATCHER_NAMES",
+    "JobOptions",
+    "add_timeouts",
+    "describe_options",
+    "parse_options",
+    "positive",
+]
 
 DISPATCHER_NAMES = (
     "auto",
@@ -66,6 +73,30 @@ def parse_options(
     argv: Sequence[str] | None = None, *, prog: str = "deepspeed launch/infer.py"
 ) -> JobOptions:
     """Parses the arguments; argparse ends the process with code 2 if they make no sense."""
+    parser = _parser(prog)
+    args = vars(parser.parse_args(argv))
+    del args["local_rank"]
+    if args["preflight"]:
+        args["output"] = args["output"] or Path(_NO_OUTPUT)
+    elif missing := [f"--{name}" for name in ("input", "output") if args[name] is None]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return JobOptions(**args)
+
+
+def describe_options() -> dict[str, tuple[str, str]]:
+    """Returns what stands for each option's value in a help text, and its help, by long name.
+
+    A default is written out.
+    """
+    described: dict[str, tuple[str, str]] = {}
+    for action in _parser("")._actions:
+        shown = action.metavar or f"{{{','.join(action.choices or ())}}}"
+        text = (action.help or "") % {"default": action.default}
+        described |= {name: (str(shown), text) for name in action.option_strings}
+    return described
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Run a Hugging Face MoE model with its experts spread over all ranks.",
@@ -76,18 +107,19 @@ def parse_options(
     _add_execution(parser.add_argument_group("how to run it"))
     # DeepSpeed's launcher adds it; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    args = vars(parser.parse_args(argv))
-    del args["local_rank"]
-    if args["preflight"]:
-        args["output"] = args["output"] or Path(_NO_OUTPUT)
-    elif missing := [f"--{name}" for name in ("input", "output") if args[name] is None]:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
-    return JobOptions(**args)
+    return parser
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    add(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Hugging Face model directory, or an expert-sharded checkpoint of `ds-moe-ep convert "
+        "--to ep`",
+    )
     add(
         "--input",
         type=Path,
@@ -165,7 +197,8 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=0,
         metavar="S",
-        help="with a prompt's id, fixes what is drawn for it (default: %(default)s)",
+        help="seed of the sampling; a prompt's tokens depend on it and on the prompt's id only "
+        "(default: %(default)s)",
     )
 
 
@@ -204,8 +237,8 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
     add(
         "--cuda-graphs",
         action="store_true",
-        help="tell a GPU of each decode pass at once, as a CUDA graph (without a GPU: the same "
-        "passes, run as usual)",
+        help="capture one decode pass as a CUDA graph and replay it for each (without a GPU: the "
+        "same passes, run as usual)",
     )
     add(
         "--metrics-port",
