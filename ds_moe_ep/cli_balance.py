@@ -4,6 +4,7 @@ How experts are placed is in balance.py; none of it imports torch.
 """
 
 import argparse
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,7 +85,8 @@ def _balance(args: argparse.Namespace) -> int:
     told += [_how(loads, placed, layout), "", _table(loads, plain, placed)]
     if args.out is not None:  # before anything is printed: who reads it may leave before its end
         write_lines(args.out, [placement_json(placed)])
-        told += ["", f"wrote {args.out}: run it with infer.py --placement {args.out}"]
+        command = shlex.join(["infer.py", "--placement", str(args.out)])
+        told += ["", f"wrote {args.out}: run it with {command}"]
     print("\n".join(told))
     return 0
 

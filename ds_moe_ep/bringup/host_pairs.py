@@ -5,6 +5,7 @@ One rank of each host takes part, all pairs of a round at the same time.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -89,7 +90,8 @@ def judge_pairs(
     text += f"; {slowest / middle:.2g} times the median of {len(of_pair)} pairs, {middle:.3g} ms"
     if slowest <= _OUTLIER * middle:
         return Check("pairs of hosts", PASS, text, slowest, _OUTLIER * middle, "ms")
-    text += f". Look at the cables and ports of both, or exclude one: --exclude {hosts[second]}"
+    excluded = shlex.join(["--exclude", hosts[second]])
+    text += f". Look at the cables and ports of both, or exclude one: {excluded}"
     return Check("pairs of hosts", WARN, text, slowest, _OUTLIER * middle, "ms")
 
 

@@ -7,6 +7,7 @@ bytes go where.
 from __future__ import annotations
 
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -109,7 +110,8 @@ def to_expert_sharded(
     if opened.files.manifest is not None:
         raise CheckpointError(
             f"{source} is an expert-sharded checkpoint already, and it loads at any ep_size. For "
-            f"other files first go back: ds-moe-ep convert {source} DST --to hf."
+            f"other files first go back: ds-moe-ep convert {shlex.quote(str(source))} DST "
+            "--to hf."
         )
     if ep_size is None:
         ep_size = default_ep_size(math.gcd(*(layer.num_experts for layer in opened.layers)))

@@ -7,6 +7,7 @@ tensors a rank needs is decided in mapping.py.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,10 +202,11 @@ def _has_any(folder: Path, *names: str) -> bool:
 
 
 def _other_formats(folder: Path) -> str:
+    quoted = shlex.quote(str(folder))
     if is_pickled(folder):
         return (
             f"Pickled checkpoints ({_PICKLED}) can run code and are not read. To make safetensors "
-            f"of this one, without running any: ds-moe-ep convert {folder} DST --to hf "
+            f"of this one, without running any: ds-moe-ep convert {quoted} DST --to hf "
             "--allow-pickle."
         )
     if is_of_deepspeed(folder):
@@ -215,6 +217,6 @@ def _other_formats(folder: Path) -> str:
     if is_of_megatron(folder):
         return (
             "It is a checkpoint of Megatron. To make a Hugging Face directory of it: ds-moe-ep "
-            f"convert {folder} DST --to hf."
+            f"convert {quoted} DST --to hf."
         )
     return "Name a Hugging Face model directory with its weights."

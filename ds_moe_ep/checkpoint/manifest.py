@@ -7,6 +7,7 @@ their sizes and headers in files.py, their bytes in convert.py.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,7 +140,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {MANIFEST_JSON}, so it is no whole expert-sharded checkpoint. Write "
-            f"one: ds-moe-ep convert SRC {folder} --to ep."
+            f"one: ds-moe-ep convert SRC {shlex.quote(str(folder))} --to ep."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). {_AGAIN}") from error

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -72,7 +73,7 @@ def write_folder(
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(
             f"{folder} exists and is not empty: nothing was written. Name a new folder, or check "
-            f"this one: ds-moe-ep convert {folder} --verify."
+            f"this one: ds-moe-ep convert {shlex.quote(str(folder))} --verify."
         )
     try:
         with _Staging(folder, [*weights, *others]) as staging:

@@ -3,6 +3,7 @@
 It checks what is written against what this package runs; writing the files is bundle.py's work.
 """
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -170,7 +171,8 @@ def _take_monitor(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _load_folder(folder: Path) -> RunConfig:
-    again = f"Write it again: ds-moe-ep config --model M --hostfile H --out {folder}"
+    command = f"ds-moe-ep config --model M --hostfile H --out {shlex.quote(str(folder))}"
+    again = f"Write it again: {command}"
     for name in (PLAN_JSON, DS_INFERENCE_JSON):
         if not (folder / name).is_file():
             raise ConfigError(

@@ -5,6 +5,7 @@ Hugging Face's files have no checksums to compare with: of them only header and 
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, read_manifest
@@ -30,7 +31,7 @@ def check_share(folder: Path, rank: int, world_size: int) -> None:
                 raise CheckpointError(
                     f"{path} is corrupt: its sha256 is not that in {MANIFEST_JSON}. Copy it again "
                     "from its source, or convert the model again. All such files are named by: "
-                    f"ds-moe-ep convert {folder} --verify"
+                    f"ds-moe-ep convert {shlex.quote(str(folder))} --verify"
                 )
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}.") from error

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,8 @@ def check_writable(path: Path) -> None:
         kind = "a folder" if os.path.isdir(target) else "not a regular file"
         raise InputError(f"{path}: is {kind}. Name a file for the results.")
     if not os.path.exists(folder):
-        raise InputError(f"{path}: the folder {folder} does not exist. Make it: mkdir -p {folder}")
+        command = shlex.join(["mkdir", "-p", str(folder)])
+        raise InputError(f"{path}: the folder {folder} does not exist. Make it: {command}")
     if not os.path.isdir(folder):
         raise InputError(f"{path}: {folder} is a file, not a folder. Choose another folder.")
     try:

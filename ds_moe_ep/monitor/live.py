@@ -5,6 +5,7 @@ How that is shown is decided in top.py.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -183,6 +184,6 @@ def follow(folder: Path) -> LiveRun:
     if not (folder / RUN_JSON).is_file():
         raise ConfigError(
             f"{folder} has no {RUN_JSON}: no job has begun there. Start it first, in another "
-            f"terminal: infer.py ... --metrics {folder}"
+            f"terminal: infer.py ... --metrics {shlex.quote(str(folder))}"
         )
     return LiveRun(folder)

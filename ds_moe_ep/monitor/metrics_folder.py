@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,11 @@ def read_metrics(folder: Path) -> Metrics:
     """
     run = read_run(folder)
     if not (folder / RANKS_JSONL).is_file():
+        quoted = shlex.quote(str(folder))
         raise ConfigError(
             f"{folder} has no {RANKS_JSONL}: the job has not ended, or was stopped before it did. "
-            f"Follow it while it runs: ds-moe-ep top {folder}. Else run it again: infer.py ... "
-            f"--resume --metrics {folder}."
+            f"Follow it while it runs: ds-moe-ep top {quoted}. Else run it again: infer.py ... "
+            f"--resume --metrics {quoted}."
         )
     ranks = tuple(sorted(_lines(RankMetrics, folder, RANKS_JSONL), key=lambda line: line.rank))
     loads = read_expert_loads(folder)

@@ -5,6 +5,7 @@ Whether a target is missed is decided in verdicts.py; what the figures show is f
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from ds_moe_ep.balance import RankLayout, balance, balancedness, contiguous_slots, rank_loads
@@ -104,7 +105,7 @@ def _better_placement(metrics: Metrics, layer: int) -> list[str]:
     ep_size = run.plan.ep_size
     if ep_size == 1:
         return []
-    command = f"ds-moe-ep balance {metrics.folder}"
+    command = f"ds-moe-ep balance {shlex.quote(str(metrics.folder))}"
     if ep_size != run.world_size:
         command += f" --ep-size {ep_size}"
     if run.slots_per_rank is not None:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 import time
@@ -62,7 +63,8 @@ def top(folder: Path) -> int:
     live.update()
     console.print(_Screen(live, height=console.height).render())
     if live.is_over:
-        console.print(f"The job is over: ds-moe-ep report {folder}", soft_wrap=True)
+        command = shlex.join(["ds-moe-ep", "report", str(folder)])
+        console.print(f"The job is over: {command}", soft_wrap=True, markup=False)
     return 0
 
 
