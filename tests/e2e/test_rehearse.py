@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ds_moe_ep.bringup.report import PHASES
 from ds_moe_ep.errors import HostfileError
-from ds_moe_ep.hostfile import parse_hostfile
-from ds_moe_ep.rehearsal.hosts import simulate_hosts, why_no_hosts
+from ds_moe_ep.hostfile import parse_hostfile, read_hostfile
+from ds_moe_ep.rehearsal.hosts import simulate_hosts
 from tests.helpers import run_command
+from tests.helpers.hosts import needs_hosts
 from tests.helpers.launch import REPO
 
 HOSTFILE = REPO / "configs" / "hostfile.8x8"
@@ -31,9 +34,6 @@ _BENCH_LAYER = [sys.executable, REPO / "launch" / "bench.py", "layer", "--world"
 _BENCH_LAYER += ["--shape", "tiny", "--tokens", "4", "--routing", "uniform", "--peers"]
 _BENCH_HOSTS = [*_BENCH_LAYER, "--dispatchers", "auto", "alltoall", "alltoall-2level"]
 _BENCH_HOSTS += ["--rounds", "1", "--simulate-hosts", "--hostfile"]
-
-_reason = why_no_hosts()
-needs_hosts = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 
 # Makes a host and waits for ever, to be killed.
 _MAKER = """
@@ -106,15 +106,24 @@ def test_hosts_that_cannot_be_made_are_refused_by_name(name):
 
 @needs_hosts
 @pytest.mark.slow
-def test_64_ranks_of_8_hosts_write_what_one_process_does():
+def test_64_ranks_of_8_hosts_write_what_one_process_does(tmp_path):
+    calls = _put_before_pdsh(tmp_path / "bin")
+    path = os.pathsep.join((str(calls.parent), os.environ["PATH"]))
     start_s = time.monotonic()
-    ended = run_command([*_REHEARSE, HOSTFILE], timeout_s=850.0)
+    ended = run_command([*_REHEARSE, HOSTFILE], env={"PATH": path}, timeout_s=850.0)
     took_s = time.monotonic() - start_s
     assert ended.returncode == 0, ended.stdout + ended.stderr
     phases = dict(line.split(maxsplit=1) for line in ended.stdout.splitlines())
     assert list(phases) == ["plan", "model", "hosts", "files", "launch", "outputs"]
     assert phases["plan"].startswith("EP64 TP1 PP1 DP1 on 8 hosts x 8 slots")
     assert phases["model"].startswith("16 of 16 layers with 64 experts, top-8")
+    assert phases["hosts"].startswith("8 made in ")
+    hosts = ",".join(host.name for host in read_hostfile(HOSTFILE).hosts)
+    (started,) = (call for call in calls.read_text().splitlines() if "launcher.launch" in call)
+    assert f" -w {hosts} " in started, started
+    told = phases["launch"]
+    assert re.findall(r"\[\d/4\] ([^:]+): (?:pass|warn) \(", told) == list(PHASES), told
+    assert "64 ranks hold 1,024 experts of 16 layers, each once: 16 a rank, 1 of a layer" in told
     assert phases["outputs"] == "all 67 equal those of transformers in one process"
     memory = re.search(r"([\d.]+) GiB for all ranks together", phases["launch"])
     assert memory and float(memory[1]) * 2**30 < MOST_BYTES
@@ -141,6 +150,17 @@ def test_where_no_hosts_can_be_made_the_ranks_are_on_one(tmp_path):
     assert memory and 0 < float(memory[1]) * 2**30 < MOST_BYTES
     assert phases["outputs"] == "all 7 equal those of transformers in one process"
     assert not list(tmp_path.glob("ds-moe-ep-rehearsal-*"))
+
+
+def _put_before_pdsh(folder: Path) -> Path:
+    """Writes a pdsh that notes its arguments and calls the real one; returns where it notes."""
+    pdsh, calls = folder / "pdsh", folder / "calls"
+    folder.mkdir()
+    pdsh.write_text(
+        f"#!/bin/sh\nprintf '%s\\n' \"$*\" >> '{calls}'\nexec {shutil.which('pdsh')} \"$@\"\n"
+    )
+    pdsh.chmod(0o755)
+    return calls
 
 
 def _two_hosts(folder: Path) -> Path:
