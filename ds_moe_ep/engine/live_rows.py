@@ -9,7 +9,7 @@ them changes no other.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class LiveRows:
         self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.int64, device=device)
         self._mask_BS: Tensor | None = None  # until the first pass of a batch has begun
         self._ended_B: Tensor | None = None
+        self._rooms_B: Tensor | None = None  # tokens that each row may still get
         self._num_completing = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
@@ -36,12 +37,14 @@ class LiveRows:
         """How often a pass was to give a prompt its next token; a device-to-host sync."""
         return int(self._num_completing)
 
-    def start_batch(self, mask_BS: Tensor) -> None:
+    def start_batch(self, mask_BS: Tensor, rooms: Sequence[int] | None = None) -> None:
         """Says that the next pass is the first of a batch.
 
         Args:
             mask_BS: 1 for the tokens of its prompts, 0 for padding. A prompt that has none is none.
+            rooms: New tokens after which each row ends; by default only an end token ends it.
         """
+        self._rooms_B = None if rooms is None else torch.tensor(rooms, device=mask_BS.device)
         self._mask_BS = mask_BS.bool()
         self._ended_B = ~self._mask_BS.any(dim=1)
 
@@ -61,7 +64,11 @@ class LiveRows:
         else:
             if len(self._end_ids):
                 self._ended_B = self._ended_B | torch.isin(ids_BS[:, -1], self._end_ids)
+            if self._rooms_B is not None:
+                self._ended_B = self._ended_B | (self._rooms_B <= 0)
             live_BS = ~self._ended_B[:, None]
+        if self._rooms_B is not None:
+            self._rooms_B = self._rooms_B - 1
         self._num_completing += live_BS[:, -1].sum()
         if not live_BS.is_cuda and bool(live_BS.all()):
             return None

@@ -14,6 +14,7 @@ from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.dist.groups import Job, create_expert_groups
 from ds_moe_ep.engine.checksums import check_share
 from ds_moe_ep.engine.console import only_rank_0_prints
+from ds_moe_ep.engine.decoding import warn_of_ignored
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.prepare import Work
 from ds_moe_ep.moe.layer import ExpertParallelMoE
@@ -64,6 +65,8 @@ def load_engine(options: JobOptions, job: Job, work: Work) -> Engine:
         )
         if job.info.rank == 0:
             print(f"{report}; weights in {work.dtype}", flush=True)
+            if options.task == "generate":
+                warn_of_ignored(model.generation_config)
         return model, report
 
     model, report = job.all_or_none(load, what="loading weights", timeout_s=options.start_timeout_s)

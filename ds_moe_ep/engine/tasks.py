@@ -1,7 +1,7 @@
 """What is done with one batch of prompts: generate a completion for each, or score each.
 
 Generation is transformers' ``generate``; these functions pad, call it, and cut its rows into
-results.
+results. What it is told is in decoding.py.
 """
 
 # Shapes: B rows of a batch, L padded length, V vocabulary
@@ -9,20 +9,22 @@ results.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ds_moe_ep.engine.decode_graph import DecodeGraph
+from ds_moe_ep.engine.decoding import (
+    Rooms,
+    decoding_config,
+    end_ids,
+    own_processors,
+    positions_within,
+    without_own_settings,
+)
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.outputs import GenerateResult, ScoreResult
 from ds_moe_ep.engine.prompts import Prompt
@@ -88,63 +90,51 @@ def generate_batch(
         A result per prompt, in the order of the batch. ``token_ids`` holds the end token if it was
         reached.
     """
-    longest = max(len(encoded.token_ids) for encoded in batch)
-    config = _generation_config(engine.module.generation_config, settings)
+    model = engine.module
+    rooms = [
+        min(settings.max_new_tokens, settings.context_length - len(encoded.token_ids))
+        for encoded in batch
+    ]
+    config = decoding_config(model.generation_config, max(rooms))
     num_empty = graph.batch_size - len(batch) if graph is not None else 0
+    rooms += [0] * num_empty
     no_prompt = (config.pad_token_id,)
-    input_ids_BL, mask_BL = pad_left(
-        [*(encoded.token_ids for encoded in batch), *[no_prompt] * num_empty],
-        config.pad_token_id,
-        engine.module.device,
-    )
-    is_prompt_B = torch.arange(len(mask_BL), device=mask_BL.device) < len(batch)
+    rows = [*(encoded.token_ids for encoded in batch), *[no_prompt] * num_empty]
+    input_ids_BL, mask_BL = pad_left(rows, config.pad_token_id, model.device)
+    longest = input_ids_BL.shape[1]
     if live_rows is not None:
-        live_rows.start_batch(mask_BL * is_prompt_B[:, None])
+        is_prompt_B = torch.arange(len(rows), device=model.device) < len(batch)
+        live_rows.start_batch(mask_BL * is_prompt_B[:, None], rooms)
     if graph is not None:
         graph.cache.reset()
-    with torch.no_grad():
+    processors = [
+        *own_processors(model, rows, rooms),
+        *sampling_processors(
+            [*(encoded.prompt.id for encoded in batch), *[""] * num_empty],
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+        ),
+    ]
+    with (
+        torch.no_grad(),
+        without_own_settings(model),
+        positions_within(model, settings.context_length),
+    ):
         output_BL = engine.generate(
             input_ids=input_ids_BL,
             attention_mask=mask_BL,
             generation_config=config,
-            logits_processor=sampling_processors(
-                [*(encoded.prompt.id for encoded in batch), *[""] * num_empty],
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=settings.seed,
-            ),
+            logits_processor=LogitsProcessorList(processors),
             past_key_values=None if graph is None else graph.cache,
-            stopping_criteria=StoppingCriteriaList([_NoPrompt(is_prompt_B)] if num_empty else []),
+            stopping_criteria=StoppingCriteriaList([Rooms(rooms, longest, model.device)]),
             synced_gpus=False,
         )
     ends = end_ids(config)
-    results = []
-    for encoded, row in zip(batch, output_BL[: len(batch), longest:].tolist(), strict=True):
-        room = min(settings.max_new_tokens, settings.context_length - len(encoded.token_ids))
-        token_ids, reason = _cut(row[:room], ends)
-        text = (
-            tokenizer.decode(token_ids, skip_special_tokens=True) if tokenizer is not None else None
-        )
-        results.append(
-            GenerateResult(
-                id=encoded.prompt.id,
-                prompt=encoded.prompt.text,
-                token_ids=tuple(token_ids),
-                completion=text,
-                finish_reason=reason,
-            )
-        )
-    return results
-
-
-class _NoPrompt(StoppingCriteria):
-    """Ends rows that have no prompt before they begin."""
-
-    def __init__(self, is_prompt_B: Tensor) -> None:
-        self._has_ended_B = ~is_prompt_B
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return self._has_ended_B
+    return [
+        _result(encoded, row[:room], ends, tokenizer)
+        for encoded, row, room in zip(batch, output_BL[:, longest:].tolist(), rooms, strict=False)
+    ]
 
 
 def score_batch(
@@ -217,23 +207,22 @@ def pad_left(
     return ids_BL, mask_BL
 
 
-def _generation_config(own: GenerationConfig, settings: GenerateSettings) -> GenerationConfig:
-    """The model's own settings (end tokens, penalties) with the user's way of decoding."""
-    config = deepcopy(own)
-    config.update(
-        do_sample=False, temperature=None, top_p=None, top_k=None, max_length=None, num_beams=1
+def _result(
+    encoded: EncodedPrompt,
+    row: list[int],
+    ends: set[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> GenerateResult:
+    """Makes a result of the new tokens of a prompt, of which those behind an end token are none."""
+    token_ids, reason = _cut(row, ends)
+    text = tokenizer.decode(token_ids, skip_special_tokens=True) if tokenizer is not None else None
+    return GenerateResult(
+        id=encoded.prompt.id,
+        prompt=encoded.prompt.text,
+        token_ids=tuple(token_ids),
+        completion=text,
+        finish_reason=reason,
     )
-    config.max_new_tokens = settings.max_new_tokens
-    config.disable_compile = True  # as transformers would compile passes with a static cache
-    if config.pad_token_id is None:
-        config.pad_token_id = min(end_ids(config), default=0)
-    return config
-
-
-def end_ids(config: GenerationConfig) -> set[int]:
-    """Returns the tokens that end a completion."""
-    end = config.eos_token_id
-    return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
 def _cut(token_ids: list[int], ends: set[int]) -> tuple[list[int], Literal["stop", "length"]]:

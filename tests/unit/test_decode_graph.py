@@ -41,6 +41,15 @@ def test_a_model_whose_passes_differ_is_refused(family, settings, reason):
     assert "Leave --cuda-graphs out" in str(refused.value)
 
 
+def test_settings_of_the_model_are_not_captured():
+    model = build_tiny("olmoe")
+    own = {"cache_implementation": "static", "stop_strings": "the", "num_beams": 2}
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    assert _graph(model).num_replays == 0
+    assert {name: getattr(model.generation_config, name) for name in own} == own
+
+
 @pytest.fixture(scope="module")
 def seen():
     """A graph, and what its model's forward was given while it generated."""

@@ -36,6 +36,17 @@ def test_a_row_without_a_prompt_is_never_live():
     assert live.num_completing == 2
 
 
+def test_a_row_ends_with_its_room():
+    live = LiveRows([_END], _CPU)
+    live.start_batch(torch.tensor([[1], [1]]), rooms=[1, 3])
+    passes = [live.of_pass(torch.tensor([[7], [8]])) for _ in range(4)]
+    assert passes[0] is None
+    assert [each.tolist() for each in passes[1:]] == [[False, True]] * 2 + [[False, False]]
+    assert live.num_completing == 1 + 3
+    live.start_batch(torch.tensor([[1]]))
+    assert [live.of_pass(torch.tensor([[7]])) for _ in range(4)] == [None] * 4
+
+
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss", "qwen3_next", "jamba"])
 def test_tokens_are_those_of_each_prompt_alone(family):
     """Prompts of many lengths, some of which end early, against transformers with one at a time."""
