@@ -105,9 +105,14 @@ def read_model_config(folder: str | Path, *, trust_remote_code: bool = False) ->
         AdapterError: transformers cannot read it, it needs code that is not trusted, or the
             checkpoint is quantized.
     """
+    if not (Path(folder) / "config.json").is_file():
+        raise AdapterError(
+            f"{folder} has no config.json. Name a model directory; of a model on the hub, fetch it "
+            "first: hf download ORG/MODEL --local-dir DIR"
+        )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever stands there may break transformers' class of it
         if "trust_remote_code" not in str(error):
             raise AdapterError(
                 f"{folder}: transformers cannot read config.json: {error}"
@@ -119,7 +124,7 @@ def read_model_config(folder: str | Path, *, trust_remote_code: bool = False) ->
                 "--trust-remote-code; other commands run models that transformers itself knows."
             ) from error
         _refuse_code_from_elsewhere(folder)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     if quantization := getattr(config, "quantization_config", None):
         method = dict(quantization).get("quant_method", "unknown method")
         raise AdapterError(

@@ -123,9 +123,10 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
         )
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
+        # Before any is read, as a compressed one may be far larger than its file.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise CheckpointError(f"{path} is compressed, which torch.save never does. {_INSTEAD}")
         orders = [archive.read(e) for e in entries if e.filename.endswith("/byteorder")]
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise CheckpointError(f"{path} is compressed, which torch.save never does. {_INSTEAD}")
     if any(order != b"little" for order in orders):
         raise CheckpointError(f"{path} was written on a big-endian machine. {_INSTEAD}")
 

@@ -44,7 +44,7 @@ def check_arguments(file: Path, world_size: int, ranks: Iterable[int] | None = N
     words = read_arguments(file)
     if world_size < 1:
         raise MegatronError(f"--world {world_size}: at least 1 is needed.")
-    if "--yaml-cfg" in words:
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in words):
         raise MegatronError(f"--args {file}: --yaml-cfg is not followed. Give the arguments here.")
     report = CheckReport(world_size)
     with megatron_stand_ins("meta"), _quiet(), one_parser():

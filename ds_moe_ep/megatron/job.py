@@ -129,12 +129,14 @@ def _parse(options: MegatronJobOptions, job: Job) -> Namespace:
 
 def _check_arguments(args: Namespace, options: MegatronJobOptions, job: Job) -> None:
     """Refuses arguments that Megatron takes and this job cannot run with."""
-    for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if getattr(args, size) != 1:
-            flag = "--" + size.replace("_", "-")
+    for part in ("tensor-model", "pipeline-model", "context"):
+        flag = f"--{part}-parallel-size"
+        size = getattr(args, flag[2:].replace("-", "_"))
+        if size != 1:
             raise MegatronError(
-                f"{flag} {getattr(args, size)} in {options.args}: prompts are scored with experts "
-                "spread over ranks and all else on each. Write the file with --tp 1 --pp 1."
+                f"{flag} {size} in {options.args}: prompts are scored whole, with experts spread "
+                "over ranks and all else on each. Set it to 1: `ds-moe-ep config --tp 1 --pp 1` "
+                "writes such a file."
             )
     if args.padded_vocab_size is None:
         raise MegatronError(

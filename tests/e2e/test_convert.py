@@ -211,7 +211,7 @@ def _wait_until(condition, process, timeout_s=120.0):
         (["SRC", "--verify", "--allow-pickle"], "--trust-remote-code are for --to only"),
         (["SRC", "DST", "--to", "hf"], "CheckpointError: SRC has no manifest.json"),
         (["SRC", "--verify"], "CheckpointError: SRC has no manifest.json"),
-        (["SRC", "DST", "--to", "ep"], "AdapterError: SRC: transformers cannot read config.json"),
+        (["SRC", "DST", "--to", "ep"], "AdapterError: SRC has no config.json. Name a model"),
     ],
 )
 def test_arguments_that_make_no_sense(args, expected):

@@ -251,6 +251,7 @@ def test_a_refusal_ends_with_2_and_says_which_stage(write, capsys):
         ("# nothing\n", 64, "there is no argument in it"),
         ("--num-layers 2\n", 0, "--world 0: at least 1 is needed."),
         ("--yaml-cfg model.yaml\n", 64, "--yaml-cfg is not followed. Give the arguments here."),
+        ("--yaml-cfg=model.yaml\n", 64, "--yaml-cfg is not followed. Give the arguments here."),
     ],
 )
 def test_a_file_or_number_that_makes_no_sense(tmp_path, text, world_size, message):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_moe_ep.checkpoint import load_expert_parallel_model
+from ds_moe_ep.checkpoint.load import read_model_config
 from ds_moe_ep.checkpoint.reader import TensorReader
 from ds_moe_ep.errors import AdapterError, CheckpointError
 from ds_moe_ep.plan import ParallelPlan
@@ -230,3 +231,25 @@ def test_a_model_without_experts(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match="LlamaForCausalLM has no layer .* upcycle the model"):
         _load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: [],
+        lambda config: config | {"hidden_size": "32"},
+        lambda config: config | {"num_experts": None},
+        lambda config: config | {"model_type": ["olmoe"]},
+    ],
+)
+def test_a_config_that_breaks_transformers_class_is_refused(olmoe, change):
+    path = olmoe / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(AdapterError, match=r"transformers cannot read config.json"):
+        _load(olmoe)
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterError, match=r"allenai/OLMoE has no config.json.*hf download"):
+        read_model_config("allenai/OLMoE")

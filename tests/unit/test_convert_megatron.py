@@ -573,7 +573,7 @@ def test_a_wrong_record(tmp_path, converted):
     for text, words in (
         (whole[:99], "ds_moe_ep.json: cannot be read"),
         (whole.replace("release/__0_1", "../__0_1"), "is not the path of a file in this folder"),
-        (whole.replace('"version": 1', '"version": 2'), "version"),
+        (whole.replace('"version": 1', '"version": 2'), "written by a newer ds_moe_ep"),
     ):
         path.write_text(text)
         refused_back(tmp_path, words)

@@ -1,5 +1,8 @@
 """Which rank goes through Megatron's model with which prompts, and what comes out of it."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +10,8 @@ from hypothesis import strategies as st
 
 from ds_moe_ep.engine.prompts import Prompt
 from ds_moe_ep.engine.tasks import EncodedPrompt
+from ds_moe_ep.errors import MegatronError
+from ds_moe_ep.megatron.job import _check_arguments
 from ds_moe_ep.megatron.score import Pass, plan_passes, score_pass
 
 
@@ -69,3 +74,15 @@ def test_a_prompt_of_one_token_has_nothing_to_score():
         lambda *given: logits, Pass((0,), 1, 1), [encoded(0, 4)], torch.device("cpu")
     )
     assert (result.num_tokens, result.logprob, result.token_logprobs) == (1, 0.0, ())
+
+
+@pytest.mark.parametrize("part", ["tensor_model", "pipeline_model", "context"])
+def test_ranks_that_share_a_prompt_or_dense_weights_are_refused(part):
+    sizes = {
+        f"{each}_parallel_size": 2 if each == part else 1
+        for each in ("tensor_model", "pipeline_model", "context")
+    }
+    options = SimpleNamespace(args=Path("megatron.args"))
+    flag = f"--{part.replace('_', '-')}-parallel-size 2 in megatron.args"
+    with pytest.raises(MegatronError, match=flag):
+        _check_arguments(SimpleNamespace(**sizes), options, job=None)

@@ -27,6 +27,9 @@ def _relative(name: str) -> str:
     return str(PurePosixPath(name))
 
 
+_VERSION = 1
+
+
 class Record(Strict):
     """The content of ds_moe_ep.json; `files` names every file of the folder but itself."""
 
@@ -49,7 +52,14 @@ def read_record(folder: Path) -> Record | None:
     """
     path = folder / RECORD_JSON
     try:
-        return Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.get("version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > _VERSION:
+            raise CheckpointError(
+                f"{path}: version={version} was written by a newer ds_moe_ep; this one reads "
+                f"versions up to {_VERSION}. Update ds_moe_ep."
+            )
+        return Record.model_validate(content)
     except FileNotFoundError:
         return None
     except ValidationError as error:
