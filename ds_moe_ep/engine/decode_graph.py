@@ -9,6 +9,8 @@ all ranks can replay at once is settled in sync.py.
 from __future__ import annotations
 
 import functools
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -18,8 +20,10 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from ds_moe_ep.dist.moments import Moment, has_passed, now
 from ds_moe_ep.engine.decoding import without_own_settings
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.errors import ConfigError, DistributedError
+from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.expert_gemm import follows_contract
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
@@ -29,6 +33,8 @@ __all__ = ["DecodeGraph", "capture", "check_replayable"]
 _PROMPT_TOKENS, _NEW_TOKENS = 2, 2
 # Kinds of rotary positions whose frequencies hang on the longest prompt, by way of the host.
 _READ_BY_HOST = {"dynamic", "longrope"}
+# How long a rank asks a GPU again and again, and how long it sleeps from then on between two times.
+_SPIN_S, _SLEEP_S = 1e-3, 5e-5
 
 
 class DecodeGraph:
@@ -42,7 +48,8 @@ class DecodeGraph:
         layers: Its MoE layers.
         world_size: Ranks of the job, all of which replay at once.
         batch_size: B.
-        cache_len: Tokens of the longest prompt with its completion.
+        cache_len: Tokens of the longest prompt with its completion, which has two at least.
+        timeout_s: How long a replay may take, waiting for other ranks included; None is for ever.
 
     Attributes:
         cache: The KV cache of every batch, to be given to ``generate``.
@@ -50,6 +57,7 @@ class DecodeGraph:
 
     Raises:
         ConfigError: The model has passes that a graph cannot hold.
+        DistributedError: Here and in each replay: it was not done in time.
     """
 
     def __init__(
@@ -60,6 +68,7 @@ class DecodeGraph:
         world_size: int,
         batch_size: int,
         cache_len: int,
+        timeout_s: float | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.cache = StaticCache(config=model.config, max_cache_len=cache_len)
@@ -73,6 +82,9 @@ class DecodeGraph:
         self._output: Any = None
         self._is_on = False
         self._launch: Callable[[], object] = self._pass
+        self._timeout_s = timeout_s if world_size > 1 else None
+        # Where replays do not call the layers: what each that chooses has chosen, and its counts.
+        self._chosen: list[tuple[Counter[str], str]] = []
         self._capture_first_pass(model)
         model.forward = functools.wraps(self._forward)(
             lambda *args, **kwargs: self._run(*args, **kwargs)
@@ -118,8 +130,15 @@ class DecodeGraph:
         return self._output
 
     def _replay(self) -> None:
-        self._launch()
+        self._launch_and_wait()
         self.num_replays += 1
+        for calls, name in self._chosen:
+            calls[name] += 1
+
+    def _launch_and_wait(self) -> None:
+        self._launch()
+        if self._timeout_s is not None:
+            _wait_for_replay(now(self._live_B.device), self._timeout_s)
 
     def _pass(self) -> None:
         for layer in self._layers:
@@ -138,10 +157,16 @@ class DecodeGraph:
                     )
                 return self._forward(**kwargs)
             self._held = pytree.tree_map_only(Tensor, Tensor.clone, kwargs)
-            if self._live_B.is_cuda:
+            if _can_capture(self._live_B.device):
+                self._forget_counts()  # so that what is counted next is what is captured
                 self._launch = capture(self._pass)
+                self._chosen = [
+                    (auto.calls, next(iter(auto.calls)))
+                    for layer in self._layers
+                    if isinstance(auto := layer.deepspeed_moe.dispatcher, Auto)
+                ]
                 self._rewind_to(_PROMPT_TOKENS)
-            self._launch()
+            self._launch_and_wait()
             return self._output
 
         ids_BS = torch.zeros(
@@ -161,6 +186,11 @@ class DecodeGraph:
             )
         for layer in self._layers:
             layer.announce(None)
+        self._forget_counts()
+
+    def _forget_counts(self) -> None:
+        for layer in self._layers:
+            layer.forget_counts()
 
     def _rewind_to(self, num_tokens: int) -> None:
         for layer in self.cache.layers:
@@ -186,6 +216,28 @@ def capture(step: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return cast(Callable[[], None], graph.replay)
+
+
+def _can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _wait_for_replay(done: Moment, timeout_s: float) -> None:
+    """Waits until a GPU has replayed a pass, in which it waits for the other ranks.
+
+    Nobody else bounds that: NCCL's watchdog does not see messages in a CUDA graph, and the host
+    would wait for the tokens without an end.
+    """
+    start_s = time.monotonic()
+    while not has_passed(done):
+        waited_s = time.monotonic() - start_s
+        if waited_s >= timeout_s:
+            raise DistributedError(
+                f"a replayed pass was not done within {timeout_s:g} s: another rank is hung, has "
+                "ended, or is much slower than this one."
+            )
+        if waited_s >= _SPIN_S:
+            time.sleep(_SLEEP_S)
 
 
 def _is_alike(own: object, other: object) -> bool:

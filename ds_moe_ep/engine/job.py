@@ -218,6 +218,7 @@ def _decode_graph(
         world_size=job.info.world_size,
         batch_size=bring_up.largest_batch,
         cache_len=bring_up.longest_tokens,
+        timeout_s=options.timeout_s,
     )
 
 

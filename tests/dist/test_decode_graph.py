@@ -1,5 +1,6 @@
 """Ranks with unequal batches replay passes of one shape together; tokens are as they were."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,12 @@ def _generate(rank: int, world_size: int, folder: Path, dispatcher: str, end: in
         device=_CPU,
         dispatcher=dispatcher,
     )
-    bind_expert_groups(model)
+    bind_expert_groups(model, device=_CPU)  # with it `auto` chooses
     prepare_for_inference(model)
     model.generation_config.eos_token_id = end
     layers = moe_layers(model)
     graph = DecodeGraph(model, layers, world_size=world_size, batch_size=_BATCH, cache_len=7 + _NEW)
+    calls_before = sum(layer.deepspeed_moe.stats.calls for layer in layers)
     live_rows = LiveRows([end], _CPU)
     sync = ForwardSync(
         model,
@@ -95,6 +97,8 @@ def _generate(rank: int, world_size: int, folder: Path, dispatcher: str, end: in
         "tokens": tokens,
         "steps": sync.num_steps,
         "replays": graph.num_replays,
+        "calls_before": calls_before,
+        "dispatch": layers[0].deepspeed_moe.describe_dispatch(),
         "rows": [int(layer.deepspeed_moe.tokens_per_expert.sum()) for layer in layers],
     }
 
@@ -121,6 +125,12 @@ def test_tokens_are_those_of_each_prompt_alone(tmp_path, family, dispatcher):
     num_batches = sum(len(batches) for batches in _LENGTHS)
     assert 0 < steps - replays <= num_batches  # only where some rank reads prompts
     assert replays > 0
+    assert [rank["calls_before"] for rank in ranks] == [0] * _WORLD_SIZE  # of capturing
+    if dispatcher == "auto":  # what was chosen is told of each pass, and of no other
+        for rank in ranks:
+            told = re.findall(r" in (\d+) of (\d+) passes", rank["dispatch"])
+            assert sum(int(passes) for passes, _ in told) == steps
+            assert {int(total) for _, total in told} == {steps}
     # Experts have computed what was live, and none of the rows that fill the shape.
     live = sum(
         len(each.token_ids) + len(expected[each.prompt.id]) - 1
