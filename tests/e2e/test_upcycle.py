@@ -54,6 +54,36 @@ def test_two_ranks_write_what_the_dense_model_does(dense, write_prompts, tmp_pat
         assert line["token_ids"] == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--cuda-graphs"]], ids=["launched", "replayed"])
+def test_learned_positions_end_where_the_context_does(how, write_prompts, tmp_path):
+    """A prompt that all but fills the context, in a batch with one that goes on.
+
+    What else the model wants of `generate` changes nothing.
+    """
+    dense = save_dense("gpt2", tmp_path / "dense", eos_token_id=None)
+    foreign = {"return_dict_in_generate": True, "cache_implementation": "static"}
+    own = {"stop_strings": ["the"], "eos_token_id": None, **foreign}
+    (tmp_path / "dense" / "generation_config.json").write_text(json.dumps(own))
+    sizes = ["--upcycle-experts", "4", "--top-k", "2"]
+    _run("convert", tmp_path / "dense", tmp_path / "ep", "--to", "ep", *sizes)
+    ids = {"long": [3 + place % 37 for place in range(61)], "short": [17, 5]}
+    rooms = {"long": 3, "short": 9}  # of a context of 64
+    prompts = write_prompts(tmp_path / "in.jsonl", ids)
+    files = ["--model", tmp_path / "ep", "--input", prompts, "--output", tmp_path / "out.jsonl"]
+    options = ["--max-new-tokens", "9", "--batch-size", "2", *how]
+    result = launch_infer([*files, *options], num_ranks=1, is_forked=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    told = (result.stdout + result.stderr).count("generation_config.json: stop_strings=['the']")
+    assert told == 1
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    for line, (name, prompt) in zip(lines, ids.items(), strict=True):
+        settings = {"max_new_tokens": rooms[name], "do_sample": False, "pad_token_id": 0}
+        expected = dense.generate(torch.tensor([prompt]), **settings)
+        assert (line["id"], line["finish_reason"]) == (name, "length")
+        assert line["token_ids"] == expected[0, len(prompt) :].tolist()
+
+
 def test_a_hugging_face_model_for_plain_transformers(dense, tmp_path):
     how = ["--method", "split", "--router-init", "normal:0.5", "--seed", "3", "--noise", "0.01"]
     sizes = ["--upcycle-experts", "4", "--top-k", "1"]

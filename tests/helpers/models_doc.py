@@ -20,6 +20,11 @@ rtol {rtol:g} and atol {atol:g} (times the largest value of the tensor, where th
 and the same greedy tokens, with uneven prompts on the ranks. Multimodal families are run with text
 alone.
 
+Tokens do not depend on the batch or the rank that a prompt lands in, but for models with `longrope`
+rotary positions (as phimoe can have): transformers takes the frequencies for long prompts, for a
+whole batch, from the first pass on that has a position beyond `original_max_position_embeddings`.
+With `--batch-size 1` each prompt has its own.
+
 Parameters counted `exactly` are known part by part for the family, and counted as transformers
 does; `estimated` means that those outside the routed experts are counted for the usual block.
 
