@@ -12,8 +12,9 @@ import pytest
 
 from ds_moe_ep.bringup.report import PHASES
 from ds_moe_ep.hostfile import read_hostfile
-from ds_moe_ep.rehearsal.hosts import simulate_hosts, why_no_hosts
+from ds_moe_ep.rehearsal.hosts import simulate_hosts
 from tests.helpers import launch_infer, run_command
+from tests.helpers.hosts import needs_hosts
 
 pytestmark = pytest.mark.slow
 
@@ -114,13 +115,98 @@ def test_a_phase_that_fails_in_the_ranks_is_the_last(job_args, tmp_path, wrong, 
     assert not list(tmp_path.glob("out.jsonl*"))
 
 
-def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(tiny_model, tmp_path):
+def _checks(folder: Path) -> dict[str, dict]:
+    """The checks of all phases that a job went through, by name."""
+    lines = (folder / "bringup.jsonl").read_text().splitlines()
+    return {check["name"]: check for line in lines for check in json.loads(line)["checks"]}
+
+
+# launch/infer.py, where a pass takes 10 ms a token of each prompt, and 100 ms a new one.
+_SLOW = """\
+import sys, time
+from ds_moe_ep.bringup import distribution
+right = distribution.generate_batch
+def generate_batch(engine, prompts, settings, *more):
+    time.sleep(0.01 * len(prompts[0].token_ids) + 0.1 * settings.max_new_tokens)
+    return right(engine, prompts, settings, *more)
+distribution.generate_batch = generate_batch
+from launch.infer import main
+sys.exit(main())
+"""
+
+
+def test_prompts_are_spread_by_measured_cost(tiny_model, write_prompts, tmp_path):
+    # By its tokens the long prompt would be worth four others; measured, it is worth one.
+    prompts = {"long": [3] * 40, **{f"short-{number}": [4] for number in range(7)}}
+    (tmp_path / "slow_infer.py").write_text(_SLOW)
+    job = ["--model", tiny_model("olmoe"), "--output", tmp_path / "out.jsonl"]
+    job += ["--input", write_prompts(tmp_path / "in.jsonl", prompts), "--metrics", tmp_path]
+    job += ["--batch-size", "2", "--max-new-tokens", "10"]
+    ended = launch_infer(job, num_ranks=2, script=tmp_path / "slow_infer.py", is_forked=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    told = _checks(tmp_path)["prompts"]
+    figures = re.match(
+        r"8 on 2 ranks by measured cost: ([\d.]+) ms a prompt token, ([\d.]+) ms a new one; "
+        r"predicted mean/max 0\.9",
+        told["reason"],
+    )
+    assert figures, told
+    assert float(figures[2]) > 4 * float(figures[1]), told
+    assert told["verdict"] == "pass"
+
+
+# launch/infer.py, on a machine that has 2 MiB left.
+_SMALL = """\
+import sys
+from ds_moe_ep import host_memory
+host_memory.available_bytes = lambda: 2 << 20
+from launch.infer import main
+sys.exit(main())
+"""
+
+
+def test_the_batch_size_that_a_refusal_names_is_the_largest_that_fits(
+    tiny_model, write_prompts, tmp_path
+):
+    (tmp_path / "small_infer.py").write_text(_SMALL)
+    prompts = {str(number): [5] * 8 for number in range(80)}
+    job = ["--model", tiny_model("olmoe"), "--output", tmp_path / "out.jsonl"]
+    job += ["--input", write_prompts(tmp_path / "in.jsonl", prompts), "--metrics", tmp_path]
+
+    def run(batch_size):
+        options = [*job, "--max-new-tokens", "4", "--batch-size", str(batch_size)]
+        script = tmp_path / "small_infer.py"
+        return launch_infer(options, num_ranks=2, script=script, is_forked=True)
+
+    refused = run(40)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    (told,) = re.findall(
+        r"^PlanError: --batch-size 40 does not fit: \[rank \d \S+\] has room for 921\.6 KiB, and "
+        r"each of 40 prompts takes ([\d.]+) KiB of KV cache and about ([\d.]+) KiB of a pass\. "
+        r"Use --batch-size (\d+)$",
+        refused.stderr,
+        re.MULTILINE,
+    )
+    kv_kib, pass_kib, fits = float(told[0]), float(told[1]), int(told[2])
+    assert fits == 921.6 // (kv_kib + pass_kib) >= 2
+    assert run(fits + 1).returncode == 2
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+    done = run(fits)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cache = _checks(tmp_path)["KV cache"]
+    assert (cache["verdict"], cache["measured"], cache["target"]) == ("pass", fits, fits)
+    results = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in results] == list(prompts)
+
+
+def test_prompts_of_which_not_one_fits_are_refused_with_what_helps(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model("olmoe"), tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    config["max_position_embeddings"] = 10**9  # completions long enough for any machine's memory
+    config["max_position_embeddings"] = 10**12  # completions long enough for any machine's memory
     (model / "config.json").write_text(json.dumps(config))
     ended = run_command(
-        [*_COMMAND, "--model", model, "--num-gpus", "1", "--max-new-tokens", str(10**8)]
+        [*_COMMAND, "--model", model, "--num-gpus", "1", "--max-new-tokens", str(10**11)]
         + ["--batch-size", "100", "--input", _one_batch(tmp_path), "--metrics", tmp_path],
         env=_CPU,
         timeout_s=240,
@@ -129,7 +215,8 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(tiny_model, tmp
     assert "Traceback" not in ended.stdout + ended.stderr
     assert re.search(
         r"^PlanError: --batch-size 100 does not fit: \[rank 0 \S+\] has room for .* GiB, and "
-        r"each of 100 prompts takes .* of KV cache .*\. (Use --batch-size \d+|Not one fits: .*)$",
+        r"each of 100 prompts takes .* of KV cache .*\. Not one fits: use shorter prompts, a lower "
+        r"--max-new-tokens, --dtype bfloat16 or GPUs with more memory$",
         ended.stderr,
         re.MULTILINE,
     )
@@ -143,10 +230,7 @@ def _one_batch(folder: Path) -> Path:
     return path
 
 
-_reason = why_no_hosts()
-
-
-@pytest.mark.skipif(_reason is not None, reason=str(_reason))
+@needs_hosts
 def test_hosts_that_are_alike_pass_and_bad_ones_are_all_named(tiny_model, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node-a slots=2\nnode-b slots=2\n")
@@ -156,6 +240,12 @@ def test_hosts_that_are_alike_pass_and_bad_ones_are_all_named(tiny_model, tmp_pa
         assert good.returncode == 0, good.stdout + good.stderr
         assert [name for name, _ in _verdicts(good.stdout)] == ["place experts, hosts", *PHASES]
         assert "flat (4 ranks), across (2 ranks), within (2 ranks)" in good.stdout
+        for group, num_ranks in (("flat", 4), ("across", 2), ("within", 2)):
+            told = (
+                rf"(?:pass|warn)  latency {group} +all-gather [\d.]+, all-to-all [\d.]+, "
+                rf"all-reduce [\d.]+ ms \(p50, \d+ x 32 float32 a rank, {num_ranks} ranks; target 1"
+            )
+            assert re.search(told, good.stdout), good.stdout
         assert re.search(r"bandwidth +flat .*, across .*, within ", good.stdout)
         assert re.search(r"slowest is node-a - node-b: [\d.]+ ms one way", good.stdout)
 
