@@ -54,7 +54,9 @@ def main() -> int:
         socket.send_fds(server, [json.dumps(asked).encode()], list(_FILES))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda caught, frame: server.send(bytes([caught])))
-        answer = server.recv(_MESSAGE_BYTES)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):  # it has ended before it heard
+            answer = server.recv(_MESSAGE_BYTES)
     code = int(answer) if answer else 1  # no answer: the server has said why
     if code < 0:  # by a signal: end by it too
         with contextlib.suppress(OSError):

@@ -32,10 +32,10 @@ sys.exit(int(sys.argv[1]))
 def start(tmp_path):
     """Starts two ranks as DeepSpeed's launcher would, with an argument each."""
     (tmp_path / "script.py").write_text(_SCRIPT)
-    starter, variables = shared_start(tmp_path / "script.py", "json.tool")
     started = []
 
-    def run(*arguments: str) -> list[subprocess.Popen]:
+    def run(*arguments: str, module: str = "json.tool") -> list[subprocess.Popen]:
+        starter, variables = shared_start(tmp_path / "script.py", module)
         port = str(free_port())
         for rank, argument in enumerate(arguments):
             started.append(
@@ -44,13 +44,14 @@ def start(tmp_path):
                     env={
                         **os.environ,
                         **variables,
-                        "PYTHONPATH": str(REPO),
+                        "PYTHONPATH": os.pathsep.join((str(REPO), str(tmp_path))),
                         "MASTER_PORT": port,
                         "LOCAL_RANK": str(rank),
                         "LOCAL_SIZE": str(len(arguments)),
                     },
                     cwd=tmp_path,
                     stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
                     text=True,
                 )
             )
@@ -80,6 +81,15 @@ def test_ranks_are_given_what_their_launcher_gave_and_give_their_exit_codes_back
     assert first.communicate(timeout=60)[0] == f"0 {tmp_path} ['0'] True\n"
     assert second.communicate(timeout=60)[0] == f"1 {tmp_path} ['5'] True\n"
     assert (first.returncode, second.returncode) == (0, 5)
+
+
+def test_what_cannot_be_imported_is_told_once(start, tmp_path):
+    (tmp_path / "late.py").write_text("import time\ntime.sleep(3)\nimport no_such_module\n")
+    (only,) = start("0", module="late")
+    told = only.communicate(timeout=60)[1]
+    assert only.returncode == 1
+    assert told.count("Traceback") == 1, told
+    assert told.endswith("ModuleNotFoundError: No module named 'no_such_module'\n")
 
 
 def test_a_rank_that_a_signal_ended_looks_so(start):
