@@ -34,7 +34,7 @@ from ds_moe_ep.checkpoint.manifest import (
     read_manifest,
 )
 from ds_moe_ep.checkpoint.streams import hash_files
-from ds_moe_ep.checkpoint.writer import ShowProgress, silently, write_folder
+from ds_moe_ep.checkpoint.writer import ShowProgress, Summary, silently, write_folder
 from ds_moe_ep.errors import CheckpointError, PlanError
 from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 
@@ -154,16 +154,17 @@ def write_expert_sharded(
         safetensors_file(name, {"format": "pt"}, tensors) for name, tensors in shards.items()
     ]
 
-    def manifest(entries: dict[str, FileEntry]) -> PlannedFile:
+    def manifest(entries: Mapping[str, FileEntry]) -> str:
         content = Manifest(
             source=source,
             plan=PlanSection(**asdict(plan)),
             files={name: entries[name] for name in sorted(entries)},
             tensors=_tensor_entries(shards),
         )
-        return PlannedFile(MANIFEST_JSON, content.to_json().encode())
+        return content.to_json()
 
-    write_folder(folder, weights, others, summary=manifest, show_progress=show_progress)
+    summary = Summary(MANIFEST_JSON, manifest)
+    write_folder(folder, weights, others, summary=summary, show_progress=show_progress)
 
 
 def to_hugging_face(

@@ -121,7 +121,7 @@ def changed(
     if columns is not None and len(columns) == tensor.shape[1]:
         columns = None
     if columns is None and scale == 1.0 and noise is None:
-        return ByteRange(taken.path, taken.start, taken.num_bytes)
+        return ByteRange(taken.path, taken.start, taken.num_bytes, state=taken.state)
     torch_dtype(tensor)
     return _Changed(tensor, taken, columns, scale, noise)
 

@@ -11,13 +11,42 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["ByteRange", "Piece", "StoredTensor", "joined_shape", "make_header", "read_header"]
+__all__ = [
+    "ByteRange",
+    "FileState",
+    "Piece",
+    "StoredTensor",
+    "joined_shape",
+    "make_header",
+    "read_header",
+]
 
 _LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What changes when a file does.
+
+    Attributes:
+        path: The file, without links.
+        num_bytes: Its size.
+        mtime_ns: When it was written, as the system says.
+    """
+
+    path: Path
+    num_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Returns that of a file as it is now; OSError if there is none."""
+        state = path.stat()
+        return cls(path.resolve(), state.st_size, state.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -28,11 +57,13 @@ class ByteRange:
         path: The file.
         start: Where they begin in it.
         num_bytes: How many there are.
+        state: What the file was like when it was looked at; None where nobody kept that.
     """
 
     path: Path
     start: int
     num_bytes: int
+    state: FileState | None = field(default=None, kw_only=True, compare=False, repr=False)
 
 
 class Piece(Protocol):
@@ -112,6 +143,7 @@ def joined_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     """Reads the metadata and the tensors, in the order of their bytes, of a checked file."""
+    state = FileState.of(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         header = json.loads(file.read(length))
@@ -121,7 +153,9 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        tensors[key] = StoredTensor(path, begin + start, end - start, entry["dtype"], shape)
+        tensors[key] = StoredTensor(
+            path, begin + start, end - start, entry["dtype"], shape, state=state
+        )
     return metadata, tensors
 
 

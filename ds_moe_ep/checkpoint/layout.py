@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from ds_moe_ep.checkpoint.header import ByteRange, Piece, make_header
+from ds_moe_ep.checkpoint.header import ByteRange, FileState, Piece, make_header
 from ds_moe_ep.checkpoint.manifest import INDEX_JSON, SourceSection
 from ds_moe_ep.errors import CheckpointError
 
@@ -89,7 +89,8 @@ def safetensors_file(name: str, metadata: Mapping[str, str], tensors: Tensors) -
 
 def copied_file(path: Path) -> PlannedFile:
     """Plans a copy of a file."""
-    return PlannedFile(path.name, b"", (ByteRange(path, 0, path.stat().st_size),))
+    state = FileState.of(path)
+    return PlannedFile(path.name, b"", (ByteRange(path, 0, state.num_bytes, state=state),))
 
 
 def shard_tensors(

@@ -15,14 +15,20 @@ import os
 import shlex
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from ds_moe_ep.checkpoint.header import ByteRange
+from pydantic import ValidationError
+
+from ds_moe_ep.checkpoint.header import ByteRange, FileState
 from ds_moe_ep.checkpoint.layout import PlannedFile, ProducedBytes
-from ds_moe_ep.checkpoint.manifest import FileEntry
+from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, FileEntry
+from ds_moe_ep.checkpoint.megatron.record import RECORD_JSON
 from ds_moe_ep.checkpoint.streams import (
     CHUNK_BYTES,
     HashingSink,
@@ -30,14 +36,27 @@ from ds_moe_ep.checkpoint.streams import (
     hash_file,
     in_threads,
 )
-from ds_moe_ep.errors import CheckpointError
+from ds_moe_ep.errors import CheckpointError, some
 
-__all__ = ["ShowProgress", "silently", "write_folder"]
+__all__ = ["ShowProgress", "Summary", "silently", "write_folder"]
 
 ShowProgress = Callable[[int], AbstractContextManager[Progress]]
 """Opens a progress bar for a number of bytes."""
 
 _JOURNAL = "unfinished.jsonl"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The file that is written last, as it tells of all others.
+
+    Attributes:
+        name: Its path in the folder, with slashes.
+        make: Returns its text from the entries of the other files, by their names.
+    """
+
+    name: str
+    make: Callable[[Mapping[str, FileEntry]], str]
 
 
 def silently(total_bytes: int) -> AbstractContextManager[Progress]:
@@ -50,7 +69,7 @@ def write_folder(
     weights: Sequence[PlannedFile],
     others: Sequence[PlannedFile],
     *,
-    summary: Callable[[dict[str, FileEntry]], PlannedFile] | None = None,
+    summary: Summary | None = None,
     show_progress: ShowProgress = silently,
 ) -> None:
     """Writes a new folder; called again after a kill, it goes on where it was.
@@ -58,22 +77,27 @@ def write_folder(
     Every file is read again and compared with what went into it.
 
     Args:
-        folder: What to write; it must not exist, or be empty.
+        folder: What to write; it must not exist, or be empty. An empty one is replaced, so it can
+            be neither a mount point nor the folder that this process is in.
         weights: The large files, written several at a time.
         others: The small ones, written after them: what has no config.json is not taken for a
             model.
-        summary: Makes the file that is written last, from the entries of all others.
+        summary: The file that is written last.
         show_progress: Opens the progress bar.
 
     Raises:
-        CheckpointError: The folder or its place is taken, the disk is too small or fails, or a
-            source file changes meanwhile. What is finished is kept.
+        CheckpointError: The folder or its place is taken, two files have one name, the disk is too
+            small or fails, or a source file has changed since its header was read. What is finished
+            is kept.
     """
     folder = folder.resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    names = Counter(file.name for file in (*weights, *others))
+    if summary is not None:
+        names[summary.name] += 1
+    if twice := [name for name, number in names.items() if number > 1]:
         raise CheckpointError(
-            f"{folder} exists and is not empty: nothing was written. Name a new folder, or check "
-            f"this one: ds-moe-ep convert {shlex.quote(str(folder))} --verify."
+            f"{folder} would have two files of one name ({some(twice)}): nothing was written. "
+            "Rename those of the source."
         )
     try:
         with _Staging(folder, [*weights, *others]) as staging:
@@ -82,7 +106,10 @@ def write_folder(
                 staging.write(weights, progress)
                 staging.write(others, progress)
             if summary is not None:
-                staging.write([summary(staging.finished)], lambda num_bytes: None)
+                text = summary.make(staging.finished)
+                last = PlannedFile(summary.name, text.encode())
+                staging.write([last], lambda num_bytes: None)
+            staging.check_sources()
             staging.move_into_place()
     except OSError as error:
         raise CheckpointError(
@@ -99,24 +126,17 @@ class _Staging:
         self._target = target
         self._folder = target.with_name(f"{target.name}.partial")
         self._files = files
+        self._sources = _sources(files)
         self._stop = threading.Event()
         self._one_at_a_time = threading.Lock()
 
     def __enter__(self) -> _Staging:
-        fresh = not self._folder.exists()
-        if fresh:
-            _check_space(self._target, sum(file.num_bytes for file in self._files))
-            self._folder.mkdir(parents=True)
-        elif not (self._folder / _JOURNAL).is_file() and any(self._folder.iterdir()):
-            raise self._taken("something else")
-        self._journal = open(self._folder / _JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115
+        self._take()
         try:
-            self._lock()
             self._read_journal()
-            if not fresh:
-                self._remove_unfinished()
-                left = sum(f.num_bytes for f in self._files if f.name not in self.finished)
-                _check_space(self._target, left)
+            self._remove_unfinished()
+            left = sum(f.num_bytes for f in self._files if f.name not in self.finished)
+            _check_space(self._target, left)
         except BaseException:
             self._journal.close()
             raise
@@ -130,9 +150,25 @@ class _Staging:
         for _ in in_threads(files, lambda file: self._write(file, progress), self._stop):
             pass
 
+    def check_sources(self) -> None:
+        """Refuses what was made from files that have changed.
+
+        Raises:
+            CheckpointError: With one that has; the folder does not get its name.
+        """
+        for path, state in self._sources.items():
+            if not path.exists() or FileState.of(path) != state:
+                raise CheckpointError(
+                    f"{path} has changed since the conversion began, so {self._target} was not "
+                    f"made. Remove {self._folder}, and run the same command again when nobody "
+                    "writes the source."
+                )
+
     def move_into_place(self) -> None:
         """Gives the folder its name. The journal goes last: a whole folder with one is whole."""
-        _sync(self._folder)
+        parents = {parent for name in self.finished for parent in PurePosixPath(name).parents}
+        for folder in sorted({self._folder / parent for parent in parents}, reverse=True):
+            _sync(folder)
         self._folder.replace(self._target)
         (self._target / _JOURNAL).unlink()
         _sync(self._target.parent)
@@ -169,6 +205,29 @@ class _Staging:
             self.finished[file.name] = entry = FileEntry(num_bytes=num_bytes, sha256=sha256)
             self._note({"name": file.name, **entry.model_dump()})
 
+    def _take(self) -> None:
+        """Opens the journal and locks it until this process ends, made if it is not there."""
+        path = self._folder / _JOURNAL
+        while True:
+            _check_free(self._target)
+            if not self._folder.exists():
+                _check_space(self._target, sum(file.num_bytes for file in self._files))
+            elif not path.is_file() and any(self._folder.iterdir()):
+                raise self._taken("something else")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                # What a crash has torn need not be text.
+                self._journal = path.open("a+", encoding="utf-8", errors="replace")
+                try:
+                    self._lock()
+                    if os.path.samestat(os.fstat(self._journal.fileno()), path.stat()):
+                        return
+                except BaseException:
+                    self._journal.close()
+                    raise
+                self._journal.close()
+            # Another process has given the folder its name just now.
+
     def _lock(self) -> None:
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,9 +235,16 @@ class _Staging:
             raise CheckpointError(
                 f"{self._folder} is being written by another process. Wait for it, or end it."
             ) from None
+        except OSError as error:
+            warnings.warn(
+                f"{self._folder}: cannot be locked ({error.strerror}). See to it that no second "
+                "process writes it.",
+                stacklevel=1,  # one place, so that it is said once
+            )
 
     def _read_journal(self) -> None:
-        job = {"job": _fingerprint(self._files)}
+        job = {"job": _fingerprint(self._files, self._sources)}
+        names = {file.name for file in self._files}
         self._journal.seek(0)
         records = list(_records(self._journal))
         if not records:
@@ -186,8 +252,11 @@ class _Staging:
         elif records[0] != job:
             raise self._taken("an unfinished conversion of other files or for another plan")
         for record in records[1:]:
-            name = record.pop("name")
-            self.finished[name] = FileEntry.model_validate(record)
+            name = record.pop("name", None)
+            # The summary is made again, from the others alone.
+            if isinstance(name, str) and name in names:
+                with contextlib.suppress(ValidationError):
+                    self.finished[name] = FileEntry.model_validate(record)
 
     def _note(self, record: dict[str, Any]) -> None:
         # On a line of its own, also where a kill has cut the last one short.
@@ -206,16 +275,28 @@ class _Staging:
 
 
 def _records(journal: IO[str]) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a journal but empty ones and those that a kill has cut short."""
+    """Yields the lines of a journal but empty ones and those that a crash has torn."""
     for line in journal:
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
 
 
-def _fingerprint(files: Sequence[PlannedFile]) -> str:
+def _sources(files: Sequence[PlannedFile]) -> dict[Path, FileState]:
+    """Returns what each source file was like when it was first looked at."""
+    states: dict[Path, FileState] = {}
+    for file in files:
+        for part in file.ranges:
+            source = part.source if isinstance(part, ProducedBytes) else part
+            if source is not None and source.path not in states:
+                states[source.path] = source.state or FileState.of(source.path)
+    return states
+
+
+def _fingerprint(files: Sequence[PlannedFile], states: Mapping[Path, FileState]) -> str:
     """Returns what changes when a source file or any byte that is to be copied does."""
     digest = hashlib.sha256()
-    states = {}
     for file in files:
         digest.update(repr((file.name, file.head)).encode())
         for part in file.ranges:
@@ -225,13 +306,32 @@ def _fingerprint(files: Sequence[PlannedFile]) -> str:
                 source = part.source
             else:
                 source = part
-            if source is None:
-                continue
-            if source.path not in states:
-                state = source.path.stat()
-                states[source.path] = (source.path.resolve(), state.st_size, state.st_mtime_ns)
-            digest.update(repr((states[source.path], source.start, source.num_bytes)).encode())
+            if source is not None:
+                state = states[source.path]
+                digest.update(repr((state, source.start, source.num_bytes)).encode())
     return digest.hexdigest()
+
+
+def _check_free(target: Path) -> None:
+    """Refuses what holds something, or what cannot be replaced by a folder made beside it."""
+    if not target.exists():
+        return
+    quoted = shlex.quote(str(target))
+    if not target.is_dir() or any(target.iterdir()):
+        can_be_checked = any((target / name).is_file() for name in (MANIFEST_JSON, RECORD_JSON))
+        check = (
+            f", or check this one: ds-moe-ep convert {quoted} --verify" if can_be_checked else ""
+        )
+        raise CheckpointError(
+            f"{target} exists and is not empty: nothing was written. Name a new folder{check}."
+        )
+    is_current = target.samefile(os.curdir)
+    if is_current or os.path.ismount(target):
+        what = "the folder that you are in" if is_current else "a mount point"
+        raise CheckpointError(
+            f"{target} is {what}, which the finished folder cannot replace: nothing was written. "
+            f"Name a new folder, such as {target / 'model'}."
+        )
 
 
 def _check_space(target: Path, needed_bytes: int) -> None:

@@ -356,6 +356,21 @@ def test_a_matrix_of_different_types_is_refused(tmp_path):
     refused_forward(tmp_path, CheckpointError, words)
 
 
+def test_what_tells_of_an_older_checkpoint_is_not_copied(tmp_path):
+    save_case("olmoe", tmp_path / "source")
+    (tmp_path / "source" / "ds_moe_ep.json").write_text("{}")
+    (tmp_path / "source" / "latest_checkpointed_iteration.txt").write_text("5")
+    done = to_megatron(tmp_path / "source", tmp_path / "megatron", "te")
+    assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert verify_megatron(tmp_path / "megatron").num_files == done.num_files
+    from_megatron(tmp_path / "megatron", tmp_path / "hf", tmp_path / "source")
+    assert sorted(os.listdir(tmp_path / "hf")) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
 def test_an_existing_target_is_refused(tmp_path, converted):
     for convert in (
         lambda: to_megatron(tmp_path / "source", tmp_path / "megatron", "te"),

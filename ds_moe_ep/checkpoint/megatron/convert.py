@@ -40,7 +40,7 @@ from ds_moe_ep.checkpoint.megatron.torch_dist import (
     torch_dist_files,
 )
 from ds_moe_ep.checkpoint.source import Source, open_source
-from ds_moe_ep.checkpoint.writer import ShowProgress, silently, write_folder
+from ds_moe_ep.checkpoint.writer import ShowProgress, Summary, silently, write_folder
 from ds_moe_ep.errors import CheckpointError, some
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 
@@ -88,19 +88,18 @@ def to_megatron(
     left_out = _left_out(opened.files, tensors)
     chunks = _chunks_by_file(opened.files.tensors, tensors, max_chunk_bytes)
     weights, small = torch_dist_files(chunks, extra_states(tensors, layout))
-    others, not_copied = beside_the_weights(source, opened.files, with_code=trust_remote_code)
+    others, not_copied = _beside(source, opened.files, with_code=trust_remote_code)
     section = _section(opened.files, left_out)
 
-    def record(entries: dict[str, FileEntry]) -> PlannedFile:
+    def record(entries: Mapping[str, FileEntry]) -> str:
         files = {name: entries[name] for name in sorted(entries)}
-        content = Record(target_spec=target_spec, source=section, files=files)
-        return PlannedFile(RECORD_JSON, content.to_json().encode())
+        return Record(target_spec=target_spec, source=section, files=files).to_json()
 
     write_folder(
         folder,
         _in_release(weights),
         [*_in_release(small), PlannedFile(MEGATRON_TRACKER, _RELEASE.encode()), *others],
-        summary=record,
+        summary=Summary(RECORD_JSON, record),
         show_progress=show_progress,
     )
     if left_out:
@@ -149,8 +148,7 @@ def from_megatron(
         weights = hugging_face_files(record.source, found)
     else:
         weights = model_files(found, max_file_bytes=max_file_bytes)
-    copied, not_copied = beside_the_weights(beside, CheckpointFiles(beside, {}))
-    others = [file for file in copied if file.name not in (MEGATRON_TRACKER, RECORD_JSON)]
+    others, not_copied = _beside(beside, CheckpointFiles(beside, {}))
     write_folder(folder, weights, others, show_progress=show_progress)
     return describe(folder, not_copied if config_from is None else ())
 
@@ -176,6 +174,17 @@ def _read_config(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     config = json.loads((folder / _CONFIG_JSON).read_text(encoding="utf-8"))
     check_convertible(spec, config)
     return spec, config
+
+
+def _beside(
+    folder: Path, files: CheckpointFiles, *, with_code: bool = False
+) -> tuple[list[PlannedFile], tuple[str, ...]]:
+    """Plans copies as `beside_the_weights` does, but of none that tells of a Megatron checkpoint.
+
+    The weights that one there tells of are not those that are written.
+    """
+    copied, left_out = beside_the_weights(folder, files, with_code=with_code)
+    return [f for f in copied if f.name not in (MEGATRON_TRACKER, RECORD_JSON)], left_out
 
 
 def _left_out(files: CheckpointFiles, tensors: Sequence[MegatronTensor]) -> list[str]:
