@@ -5,6 +5,7 @@ The arguments are declared without importing torch; the conversion imports it wh
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,24 +82,35 @@ def add_convert_command(
 
 def _convert(args: argparse.Namespace) -> int:
     _check_arguments(args)
-    if args.upcycle_experts is not None:
-        return upcycle(args)
     # Nothing is computed here, so DeepSpeed need not look for GPUs nor tell that there is none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from ds_moe_ep.checkpoint.files import told_if_unreadable
     from ds_moe_ep.engine.console import byte_progress_bar as show_progress
     from ds_moe_ep.engine.console import quiet_libraries
 
+    with told_if_unreadable(args.source):
+        if args.verify:
+            done = _verify(args.source, show_progress)
+        elif args.upcycle_experts is not None:
+            done = upcycle(args)
+        else:
+            if args.to != "hf" or args.allow_pickle:  # transformers takes seconds to import
+                quiet_libraries()
+            done = _write(args, show_progress)
+    size = f"{done.num_files} files, {done.num_bytes:,} bytes"
     if args.verify:
-        checked = _verify(args.source, show_progress)
-        print(f"{checked.folder} is whole: {checked.num_files} files, {checked.num_bytes:,} bytes")
+        _print(f"{done.folder} is whole: {size}")
         return 0
-    if args.to != "hf" or args.allow_pickle:  # transformers takes seconds to import
-        quiet_libraries()
-    done = _write(args, show_progress)
-    print(f"wrote {done.folder}: {done.num_files} files, {done.num_bytes:,} bytes, read again")
+    _print(f"wrote {done.folder}: {size}, read again")
     if done.not_copied:
-        print(f"not copied: {', '.join(done.not_copied)}")
+        _print(f"not copied: {', '.join(done.not_copied)}")
     return 0
+
+
+def _print(text: str) -> None:
+    """Prints names of files too, which need not be of letters that the output has."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

@@ -5,9 +5,12 @@ The arguments are declared without importing torch; the conversion imports it wh
 
 import argparse
 import math
-import os
+from typing import TYPE_CHECKING
 
 from ds_moe_ep.upcycle_settings import METHODS
+
+if TYPE_CHECKING:
+    from ds_moe_ep.checkpoint.convert import Conversion
 
 __all__ = ["add_upcycle_arguments", "check_upcycle_arguments", "upcycle"]
 
@@ -88,14 +91,12 @@ def check_upcycle_arguments(args: argparse.Namespace) -> None:
         args.refuse("--upcycle-experts needs --top-k: how many experts a token is sent to")
 
 
-def upcycle(args: argparse.Namespace) -> int:
-    """Upcycles a dense model as the checked arguments say; returns the exit code.
+def upcycle(args: argparse.Namespace) -> "Conversion":
+    """Upcycles a dense model as the checked arguments say; returns what was written.
 
     Raises:
         DsMoeEpError: It cannot be done.
     """
-    # Nothing is computed here, so DeepSpeed need not look for GPUs nor tell that there is none.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ds_moe_ep.checkpoint.upcycle import upcycle_to_expert_sharded, upcycle_to_hugging_face
     from ds_moe_ep.checkpoint.upcycled_tensors import UpcycleRequest
     from ds_moe_ep.engine.console import byte_progress_bar, quiet_libraries
@@ -107,13 +108,8 @@ def upcycle(args: argparse.Namespace) -> int:
     request = UpcycleRequest(num_experts=args.upcycle_experts, router_std=router_std, **asked)
     how = {"allow_pickle": args.allow_pickle, "show_progress": byte_progress_bar}
     if args.to == "hf":
-        done = upcycle_to_hugging_face(args.source, args.target, request, **how)
-    else:
-        done = upcycle_to_expert_sharded(args.source, args.target, request, args.ep_size, **how)
-    print(f"wrote {done.folder}: {done.num_files} files, {done.num_bytes:,} bytes, read again")
-    if done.not_copied:
-        print(f"not copied: {', '.join(done.not_copied)}")
-    return 0
+        return upcycle_to_hugging_face(args.source, args.target, request, **how)
+    return upcycle_to_expert_sharded(args.source, args.target, request, args.ep_size, **how)
 
 
 def _layers(text: str) -> tuple[int, ...]:

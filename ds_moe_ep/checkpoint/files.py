@@ -6,9 +6,10 @@ tensors a rank needs is decided in mapping.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ds_moe_ep.checkpoint.header import StoredTensor, joined_shape, read_header
 from ds_moe_ep.checkpoint.manifest import (
     INDEX_JSON,
     MANIFEST_JSON,
+    MODEL_SAFETENSORS,
     Manifest,
     TensorEntry,
     is_file_name,
@@ -35,9 +37,9 @@ __all__ = [
     "is_pickled",
     "open_checkpoint",
     "open_expert_sharded",
+    "told_if_unreadable",
 ]
 
-_SINGLE = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 MEGATRON_METADATA = ".metadata"
@@ -76,8 +78,29 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> CheckpointFi
         CheckpointError: No safetensors, files named in the index or the manifest are missing, a
             file is truncated or not safetensors, or they disagree with what names them.
     """
-    if _has_any(folder, _SINGLE, INDEX_JSON):
-        return CheckpointFiles(folder, _listed(folder, _SINGLE, INDEX_JSON, _tensors))
+    with told_if_unreadable(folder):
+        return _open(folder, allow_pickle)
+
+
+@contextlib.contextmanager
+def told_if_unreadable(folder: Path) -> Iterator[None]:
+    """Makes what the system refuses in the block an error of the checkpoint.
+
+    Args:
+        folder: The checkpoint, for the message.
+
+    Raises:
+        CheckpointError: The system has refused: access is denied, say, or the name is too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error}).") from error
+
+
+def _open(folder: Path, allow_pickle: bool) -> CheckpointFiles:
+    if _has_any(folder, MODEL_SAFETENSORS, INDEX_JSON):
+        return CheckpointFiles(folder, _listed(folder, MODEL_SAFETENSORS, INDEX_JSON, _tensors))
     if (folder / MANIFEST_JSON).is_file():
         return open_expert_sharded(folder, read_manifest(folder))
     if allow_pickle and is_pickled(folder):
@@ -86,7 +109,7 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> CheckpointFi
         tensors = _listed(folder, _PICKLED, PICKLED_INDEX, read_pickled)
         return CheckpointFiles(folder, tensors, is_pickled=True)
     raise CheckpointError(
-        f"{folder} has neither {_SINGLE} nor {INDEX_JSON}. {_other_formats(folder)}"
+        f"{folder} has neither {MODEL_SAFETENSORS} nor {INDEX_JSON}. {_other_formats(folder)}"
     )
 
 
@@ -184,12 +207,15 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
 
 def is_pickled(folder: Path) -> bool:
     """Returns whether the only weights that a folder has are pickled ones."""
-    return not _has_any(folder, _SINGLE, INDEX_JSON) and _has_any(folder, _PICKLED, PICKLED_INDEX)
+    return not _has_any(folder, MODEL_SAFETENSORS, INDEX_JSON) and _has_any(
+        folder, _PICKLED, PICKLED_INDEX
+    )
 
 
 def is_of_deepspeed(folder: Path) -> bool:
     """Returns whether DeepSpeed's loader reads a folder."""
-    return any(folder.glob("*/mp_rank_00_model_states.pt"))
+    with told_if_unreadable(folder):
+        return any(folder.glob("*/mp_rank_00_model_states.pt"))
 
 
 def is_of_megatron(folder: Path) -> bool:
@@ -198,7 +224,8 @@ def is_of_megatron(folder: Path) -> bool:
 
 
 def _has_any(folder: Path, *names: str) -> bool:
-    return any((folder / name).is_file() for name in names)
+    with told_if_unreadable(folder):
+        return any((folder / name).is_file() for name in names)
 
 
 def _other_formats(folder: Path) -> str:

@@ -6,6 +6,7 @@ The tensors in its files are found in files.py; nothing is written here.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ds_moe_ep.checkpoint.files import PICKLED_INDEX, CheckpointFiles
@@ -19,7 +20,7 @@ from ds_moe_ep.checkpoint.manifest import (
     is_file_name,
 )
 
-__all__ = ["beside_the_weights", "describe_layout"]
+__all__ = ["beside_the_weights", "describe_layout", "folder_name"]
 
 # Configs, tokenizers, chat templates, licences.
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
@@ -62,7 +63,12 @@ def describe_layout(files: CheckpointFiles) -> SourceSection:
         layouts, index = _unpickled(files)
     else:
         layouts, index = _stored(files), _index_without_map(files.folder / INDEX_JSON)
-    return SourceSection(name=files.folder.resolve().name, files=layouts, index=index)
+    return SourceSection(name=folder_name(files.folder), files=layouts, index=index)
+
+
+def folder_name(folder: Path) -> str:
+    """Returns the name of a folder for a manifest: bytes of it that are no text are escaped."""
+    return os.fsencode(folder.resolve().name).decode(errors="backslashreplace")
 
 
 def _stored(files: CheckpointFiles) -> dict[str, SourceFile]:

@@ -26,6 +26,7 @@ from ds_moe_ep.errors import CheckpointError
 __all__ = [
     "INDEX_JSON",
     "MANIFEST_JSON",
+    "MODEL_SAFETENSORS",
     "FileEntry",
     "Manifest",
     "PlanSection",
@@ -38,6 +39,7 @@ __all__ = [
 
 MANIFEST_JSON = "manifest.json"
 INDEX_JSON = "model.safetensors.index.json"
+MODEL_SAFETENSORS = "model.safetensors"
 
 
 def is_file_name(name: str) -> bool:
@@ -138,10 +140,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST_JSON}, so it is no whole expert-sharded checkpoint. Write "
-            f"one: ds-moe-ep convert SRC {shlex.quote(str(folder))} --to ep."
-        ) from None
+        raise CheckpointError(_why_no_manifest(folder)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). {_AGAIN}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -162,6 +161,26 @@ def read_manifest(folder: Path) -> Manifest:
         place = ".".join(str(step) for step in first["loc"]) or "the manifest"
         more = f" (and {len(others)} more faults)" if others else ""
         raise CheckpointError(f"{path}: {place}: {first['msg']}{more}. {_AGAIN}") from error
+
+
+def _why_no_manifest(folder: Path) -> str:
+    quoted = shlex.quote(str(folder))
+    if not folder.exists():
+        return (
+            f"{folder}: no such folder. Name an expert-sharded checkpoint, or write one: "
+            f"ds-moe-ep convert SRC {quoted} --to ep."
+        )
+    if any((folder / name).is_file() for name in (MODEL_SAFETENSORS, INDEX_JSON)):
+        return (
+            f"{folder} has no {MANIFEST_JSON}: it is a Hugging Face directory, which does not say "
+            "what its bytes must be. For an expert-sharded checkpoint of it: ds-moe-ep convert "
+            f"{quoted} DST --to ep."
+        )
+    target = "DST" if any(folder.iterdir()) else quoted
+    return (
+        f"{folder} has no {MANIFEST_JSON}, so it is no whole expert-sharded checkpoint. Write "
+        f"one: ds-moe-ep convert SRC {target} --to ep."
+    )
 
 
 _AGAIN = "Copy the checkpoint again from its source, or convert the model again."

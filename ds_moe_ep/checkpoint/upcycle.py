@@ -25,7 +25,7 @@ from ds_moe_ep.checkpoint.convert import (
     write_expert_sharded,
 )
 from ds_moe_ep.checkpoint.files import CheckpointFiles
-from ds_moe_ep.checkpoint.hub_folder import beside_the_weights
+from ds_moe_ep.checkpoint.hub_folder import beside_the_weights, folder_name
 from ds_moe_ep.checkpoint.layout import PlannedFile, model_files, shard_tensors
 from ds_moe_ep.checkpoint.load import read_model_config
 from ds_moe_ep.checkpoint.manifest import SourceSection
@@ -84,7 +84,7 @@ def upcycle_to_expert_sharded(
         shard_tensors(tensors, of_experts, ep_size, max_dense_bytes=MAX_DENSE_BYTES),
         others,
         plan=ParallelPlan(ep_size),
-        source=SourceSection(name=source.resolve().name, files={}, index=None),
+        source=SourceSection(name=folder_name(source), files={}, index=None),
         show_progress=show_progress,
     )
     return describe(folder, not_copied)

@@ -3,6 +3,7 @@
 import fcntl
 import filecmp
 import json
+import os
 import shutil
 import tracemalloc
 from collections import namedtuple
@@ -21,9 +22,11 @@ from ds_moe_ep.checkpoint.convert import (
     to_hugging_face,
     verify,
 )
+from ds_moe_ep.checkpoint.files import open_checkpoint
 from ds_moe_ep.checkpoint.layout import PlannedFile, copied_file
 from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, read_manifest
 from ds_moe_ep.checkpoint.reader import TensorReader
+from ds_moe_ep.cli import main
 from ds_moe_ep.errors import AdapterError, CheckpointError, DsMoeEpError, PlanError
 from ds_moe_ep.plan import ParallelPlan
 from tests.helpers.families import FAMILIES, NUM_EXPERTS, save_tiny
@@ -31,6 +34,7 @@ from tests.helpers.families import FAMILIES, NUM_EXPERTS, save_tiny
 _EP_SIZE = 4
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_UPCYCLE = ["--upcycle-experts", "2", "--top-k", "1"]
 _EXPERTS = [f"experts-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
 
 
@@ -299,8 +303,83 @@ def test_a_checkpoint_that_is_sharded_already(source, target, tmp_path):
     assert f"first go back: ds-moe-ep convert {target} DST --to hf" in message
 
 
-def test_only_an_expert_sharded_checkpoint_goes_back(source, target):
-    assert f"{source} has no manifest.json" in _refused(to_hugging_face, source, target)
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            None,
+            "{0}: no such folder. Name an expert-sharded checkpoint, or write one: ds-moe-ep "
+            "convert SRC {0} --to ep.",
+        ),
+        (
+            [],
+            "{0} has no manifest.json, so it is no whole expert-sharded checkpoint. Write one: "
+            "ds-moe-ep convert SRC {0} --to ep.",
+        ),
+        (
+            ["config.json", "global_step0"],
+            "{0} has no manifest.json, so it is no whole expert-sharded checkpoint. Write one: "
+            "ds-moe-ep convert SRC DST --to ep.",
+        ),
+        *(
+            (
+                ["config.json", name],
+                "{0} has no manifest.json: it is a Hugging Face directory, which does not say what "
+                "its bytes must be. For an expert-sharded checkpoint of it: ds-moe-ep convert {0} "
+                "DST --to ep.",
+            )
+            for name in (_WEIGHTS, _INDEX)
+        ),
+    ],
+)
+@pytest.mark.parametrize("convert", [verify, lambda folder: to_hugging_face(folder, folder / "to")])
+def test_only_an_expert_sharded_checkpoint_is_checked_or_goes_back(
+    tmp_path, files, message, convert
+):
+    folder = tmp_path / "folder"
+    if files is not None:
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+    assert _refused(convert, folder) == message.format(folder)
+
+
+def test_names_that_are_no_text(source, target, tmp_path, capsys):
+    source = source.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    (source / os.fsdecode(b"th\xe9.bin")).touch()
+    done = to_expert_sharded(source, target)
+    assert done.not_copied == ("modeling_olmoe.py", "pytorch_model.bin", os.fsdecode(b"th\xe9.bin"))
+    assert read_manifest(target).source.name == "caf\\xe9"
+    verify(target)
+    again = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9")
+    assert main(["convert", str(source), again, "--to", "ep"]) == 0
+    assert main(["convert", again, "--verify"]) == 0
+    wrote, not_copied, whole = capsys.readouterr().out.splitlines()
+    assert wrote.startswith(f"wrote {tmp_path}/\\udce9: 14 files, ")
+    assert not_copied == "not copied: modeling_olmoe.py, pytorch_model.bin, th\\udce9.bin"
+    assert whole.startswith(f"{tmp_path}/\\udce9 is whole: 14 files, ")
+
+
+@pytest.mark.parametrize("to", [["ep"], ["hf"], ["deepspeed"], ["megatron"], ["ep", *_UPCYCLE]])
+def test_names_that_are_too_long(source, tmp_path, capsys, to):
+    long = str(tmp_path / ("x" * 300))
+    assert main(["convert", long, str(tmp_path / "target"), "--to", *to]) == 2
+    message = capsys.readouterr().err
+    assert f"Error: {long}" in message
+    assert "File name too long" in message
+    assert len(message.splitlines()) == 1
+    assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_names_that_are_too_long_are_not_checked_or_written(source, tmp_path, capsys):
+    long = str(tmp_path / ("x" * 300))
+    assert main(["convert", long, "--verify"]) == 2
+    assert main(["convert", str(source), long, "--to", "ep"]) == 2
+    read, written = capsys.readouterr().err.splitlines()
+    assert read.startswith(f"CheckpointError: {long}: cannot be read ([Errno 36] File name too lon")
+    assert written.startswith(f"CheckpointError: {long} could not be written: [Errno 36] File name")
+    with pytest.raises(CheckpointError, match="cannot be read .*File name too long"):
+        open_checkpoint(Path(long))
 
 
 def test_a_disk_that_is_too_small(source, target, monkeypatch):
