@@ -12,6 +12,21 @@ from tests.helpers.launch import REPO
 
 pytestmark = pytest.mark.slow
 
+_INFER = REPO / "launch" / "infer.py"
+# infer.py, but another job takes the output while this one loads.
+_OVERTAKEN = """
+import runpy, sys
+from ds_moe_ep.engine import job
+from ds_moe_ep.engine.journal import Journal
+load, other = job.load_engine, []
+def load_slowly(options, *args):
+    other.append(Journal(options.journal_folder, rank=0))
+    other[0].start({"of": "another"}, resume=True)
+    return load(options, *args)
+job.load_engine = load_slowly
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
 
 @pytest.fixture
 def start(write_prompts, tmp_path):
@@ -23,8 +38,8 @@ def start(write_prompts, tmp_path):
     (partial / "rank-00000.jsonl").write_text("\n[0, {}]")
     (tmp_path / ".out.jsonl.1.tmp").write_text("half")
 
-    def run(model: Path, *args: str | Path):
-        command = [sys.executable, REPO / "launch" / "infer.py", "--model", model]
+    def run(model: Path, *args: str | Path, script: tuple[Path, ...] = (_INFER,)):
+        command = [sys.executable, *script, "--model", model]
         command += ["--input", prompts, "--output", output, *args]
         return run_command(command, env={"DS_ACCELERATOR": "cpu"}, timeout_s=180, is_forked=True)
 
@@ -58,6 +73,18 @@ def test_a_port_that_is_taken_leaves_finished_prompts(start, tiny_model, tmp_pat
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"--metrics-port {port}" in result.stderr
     _check_as_it_was(tmp_path)
+
+
+def test_a_job_that_is_overtaken_leaves_the_other_s_metrics(start, tiny_model, tmp_path):
+    script, metrics = tmp_path / "overtaken.py", tmp_path / "metrics"
+    script.write_text(_OVERTAKEN)
+    metrics.mkdir()
+    (metrics / "samples.jsonl").write_text("of another")
+    result = start(tiny_model("olmoe"), "--metrics", metrics, script=(script, _INFER))
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "another job is writing this output" in result.stderr
+    assert (metrics / "samples.jsonl").read_text() == "of another"
+    assert not _output(tmp_path).exists()
 
 
 def test_one_new_token_has_no_pass_to_replay(start, tiny_model, tmp_path):
