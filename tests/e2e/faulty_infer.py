@@ -52,6 +52,8 @@ def _happen() -> None:
         _when_reading(lambda: time.sleep(3600.0))
     elif _WHAT == "KILL_AMONG_READERS":
         _when_reading(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    elif _WHAT == "WRITE_SLOWLY":
+        os.replace = lambda *args: time.sleep(3600.0)  # type: ignore[assignment]
     elif _WHAT == "KILL_AT_RENAME":  # a file is written, and not there yet
         os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     elif _WHAT != "NOTHING":

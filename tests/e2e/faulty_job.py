@@ -61,7 +61,12 @@ class Job:
         return self.output.read_bytes()
 
     def launch(self, num_ranks: int, *args: str | Path, fault: str | None = None, **options):
-        """Runs it on ranks of this machine; a fault is that of faulty_infer.py."""
+        """Runs it on ranks of this machine; a fault is that of faulty_infer.py.
+
+        Forked (tests/helpers/forks.py) a launch takes seconds less: no process imports the
+        libraries, and supervisors and launchers, which as users start them have no torch, share
+        them. With ``is_forked=False`` all start as users do.
+        """
         if fault is not None:
             self.mark.unlink(missing_ok=True)
             options["env"] = self.fault(fault)

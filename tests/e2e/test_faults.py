@@ -48,6 +48,7 @@ class Fault:
         says: A pattern of the one message.
         within_s: From the fault to the end of the launcher.
         args: Further arguments.
+        is_forked: See `Job.launch`.
     """
 
     num_ranks: int
@@ -55,6 +56,7 @@ class Fault:
     says: str
     within_s: float = 20.0
     args: tuple[str, ...] = ()
+    is_forked: bool = True
 
 
 def _killed(rank: int, where: str) -> str:
@@ -73,22 +75,30 @@ def _stopped_at_load(rank: int, what: str) -> Fault:
     )
 
 
+def _stopped(rank: int, where: str) -> Fault:
+    return Fault(
+        4,
+        f"{rank},{where},SIGSTOP",
+        rf"DistributedError: \[rank \d {HOST}\] .* No answer from rank {rank} \({HOST}\)\.{KEPT}",
+        within_s=_TIMEOUT_S + 20,
+        args=("--timeout", str(_TIMEOUT_S)),
+    )
+
+
 _TIMEOUT_S = 15.0  # how far the ranks of a busy machine may be apart
 _FAULTS = [
     Fault(4, "1,loading weights,0,SIGKILL", _killed(1, "loading weights")),
+    Fault(4, "0,loading weights,0,SIGKILL", _killed(0, "loading weights")),
     Fault(4, "3,bringing up,0,SIGKILL", _killed(3, "bringing up")),
     _stopped_at_load(3, "STOP_READING"),
     _stopped_at_load(0, "STOP_BOTH_READING"),
-    Fault(4, "2,batch 1,1,SIGKILL", _killed(2, f"{BATCH}, step 1") + KEPT),  # in prefill
-    # In decode, and the rank that holds the store.
-    Fault(4, "0,batch 2,3,SIGKILL", _killed(0, f"{BATCH}, step 9") + KEPT),
-    Fault(
-        4,
-        "3,batch 2,2,SIGSTOP",
-        rf"DistributedError: \[rank \d {HOST}\] .* No answer from rank 3 \({HOST}\)\.{KEPT}",
-        within_s=_TIMEOUT_S + 20,
-        args=("--timeout", str(_TIMEOUT_S)),
-    ),
+    # In prefill. Rank 0 holds the store.
+    Fault(4, "2,batch 1,1,SIGKILL", _killed(2, f"{BATCH}, step 1") + KEPT),
+    Fault(4, "0,batch 1,1,SIGKILL", _killed(0, f"{BATCH}, step 1") + KEPT),
+    _stopped(1, "batch 1,1"),
+    # In decode.
+    Fault(4, "0,batch 2,3,SIGKILL", _killed(0, f"{BATCH}, step 9") + KEPT, is_forked=False),
+    _stopped(3, "batch 2,2"),
     Fault(
         2,
         "1,batch 2,0,RAISE",
@@ -123,7 +133,9 @@ def test_whatever_happens_nothing_is_lost_and_nothing_done_twice(faulty_job, und
     """One job suffers it all, resumed each time, with other numbers of ranks in between."""
     job, finished = faulty_job, []
     for fault in _FAULTS:
-        result = job.launch(fault.num_ranks, *fault.args, fault=fault.what)
+        result = job.launch(
+            fault.num_ranks, *fault.args, fault=fault.what, is_forked=fault.is_forked
+        )
         since_fault_s = job.seconds_since_fault()
         output = f"{fault}\n{result.stdout}\n{result.stderr}"
         assert result.returncode == 1, output
@@ -196,11 +208,11 @@ def test_scoring_goes_on_and_only_rounding_tells(faulty_job):
         assert line == other
 
 
-def _running(job: Job, num_ranks: int) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    """Starts a job that waits in its second batch, for `--timeout`, for a rank that is stopped."""
-    env = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPO), **job.fault("1,batch 2,3,SIGSTOP")}
+def _running(job: Job, fault: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """Starts a job on 4 ranks, of which all others wait for one."""
+    env = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPO), **job.fault(fault)}
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    launcher += [f"--num_gpus={num_ranks}", f"--master_port={free_port()}"]
+    launcher += ["--num_gpus=4", f"--master_port={free_port()}"]
     command = [*launcher, FAULTY_INFER, *job.words("--timeout", str(WAIT_S))]
     return start_and_wait_for_fault(command, job, env)
 
@@ -226,7 +238,7 @@ def test_an_interrupted_job_leaves_no_process_and_can_be_resumed(faulty_job, und
     }
     job = faulty_job
     for how, code in codes.items():
-        with _running(job, 4) as process:
+        with _running(job, "1,batch 2,3,SIGSTOP") as process:
             if how == "Ctrl-C":
                 second = job.launch(2)
                 assert second.returncode == 2, second.stdout + second.stderr
@@ -244,6 +256,23 @@ def test_an_interrupted_job_leaves_no_process_and_can_be_resumed(faulty_job, und
             assert output.count("Traceback") == (how == "Ctrl-C")  # DeepSpeed's own
     assert job.finished()
     job.check_resumed(2, undisturbed)
+
+
+def test_a_job_is_interrupted_as_it_loads_and_as_it_writes(faulty_job, undisturbed):
+    job = faulty_job
+    for what in ("1,loading weights,0,READ_SLOWLY", "0,writing the results,0,WRITE_SLOWLY"):
+        with _running(job, what) as process:
+            start_s = time.monotonic()
+            _interrupt(process, "Ctrl-C")
+            output, _ = process.communicate(timeout=WAIT_S)
+            _, alive = psutil.wait_procs(job.processes(), timeout=WAIT_S)
+            assert not alive, output
+            assert ended_in_time(f"Ctrl-C, {what}", time.monotonic() - start_s, 10), output
+        assert process.returncode == -signal.SIGINT, output
+        assert re.search(rf"interrupted \(SIGINT\) at {what.split(',')[1]}", output), output
+    assert not job.output.exists()
+    assert "resuming: 40 of 40 prompts are done" in job.check_resumed(2, undisturbed)
+    assert [path.name for path in job.output.parent.iterdir()] == ["out.jsonl"]
 
 
 def test_a_rank_that_is_killed_with_its_supervisor_ends_the_job(faulty_job, undisturbed):
