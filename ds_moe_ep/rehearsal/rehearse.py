@@ -169,14 +169,13 @@ def _launch(stage: _Stage, folder: Path, script: Path, options: Sequence[str]) -
         most_bytes = max(most_bytes, stage.memory_bytes(running.pid))
         with contextlib.suppress(subprocess.TimeoutExpired):
             running.wait(_LOOK_S)
+    shown = log.read_text(encoding="utf-8", errors="replace")
     if running.returncode != 0:
-        shown = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        lines = [line for line in shown if not _OF_LAUNCHERS.search(line)]
+        lines = [line for line in shown.splitlines() if not _OF_LAUNCHERS.search(line)]
         raise DistributedError(
             f"launch: run.sh ended with exit code {running.returncode}; its last lines:\n"
             + "\n".join(lines[-_TAIL_LINES:])
         )
-    shown = log.read_text(encoding="utf-8", errors="replace")
     verdicts = ", ".join([*_PHASE.findall(shown), *_EXPERTS.findall(shown)])
     memory = f", {most_bytes / _GIB:.1f} GiB for all ranks together at most" if most_bytes else ""
     took = f"exit code 0 after {time.monotonic() - start_s:.0f} s{memory}"
