@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -22,8 +21,9 @@ from deepspeed.utils import groups
 
 from ds_moe_ep.dist.group_timeout import same_timeout_for_new_groups, timeout_of
 from ds_moe_ep.dist.node_groups import nodes_of
+from ds_moe_ep.dist.rank_info import RankInfo, read_rank_info
 from ds_moe_ep.dist.rendezvous import RollCall, join_process_group
-from ds_moe_ep.errors import ConfigError, DistributedError, DsMoeEpError, PlanError
+from ds_moe_ep.errors import DistributedError, DsMoeEpError, PlanError
 from ds_moe_ep.local_machine import free_port
 
 __all__ = [
@@ -40,47 +40,6 @@ T = TypeVar("T")
 # DeepSpeed's shared-memory all-reduce for CPUs. Its op is built with a C++ compiler the first time
 # (40 to 90 s), and a build that was killed leaves a lock on which every later job waits for ever.
 _JIT_BUILT_OP = "deepspeed_shm_comm"
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """Who this process is, as its launcher says."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    host: str = field(default_factory=socket.gethostname)
-
-    def __str__(self) -> str:
-        """Names the rank the way error messages do."""
-        return f"rank {self.rank} {self.host}"
-
-
-def read_rank_info() -> RankInfo:
-    """Reads RANK, LOCAL_RANK and WORLD_SIZE; without a launcher this is the only rank of one.
-
-    Raises:
-        ConfigError: Some of them are set and others not, one is not a number, or MASTER_ADDR and
-            MASTER_PORT do not say where several ranks meet.
-    """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    values = [os.environ.get(name) for name in names]
-    if values == [None, None, None]:
-        return RankInfo(rank=0, local_rank=0, world_size=1)
-    if not all(value is not None and value.isdigit() for value in values):
-        found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-        raise ConfigError(
-            f"{found}: a launcher sets all three to numbers. Start with `deepspeed "
-            "launch/infer.py ...`."
-        )
-    rank, local_rank, world_size = (int(value) for value in values if value is not None)
-    if world_size > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
-        raise ConfigError(
-            f"WORLD_SIZE={world_size}, but MASTER_ADDR and MASTER_PORT do not say where the ranks "
-            "meet: the host of rank 0 and a free port there. A launcher sets them: `deepspeed "
-            "launch/infer.py ...`, or the run.sbatch that ds-moe-ep config writes."
-        )
-    return RankInfo(rank, local_rank, world_size)
 
 
 @dataclass(frozen=True)

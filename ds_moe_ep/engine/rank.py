@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from ds_moe_ep.dist.rank_info import read_rank_info
 from ds_moe_ep.engine.supervisor import Progress, supervise
+from ds_moe_ep.errors import ConfigError
 
 __all__ = ["RankOptions", "run_rank"]
 
@@ -53,10 +56,14 @@ def run_rank(parse: Callable[[], Options], work: Callable[[Options, Progress], i
     Returns:
         The exit code.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    options = _parse(rank, parse)
+    try:
+        info = read_rank_info()
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return error.exit_code
+    options = _parse(info.rank, parse)
     # A rank alone keeps nobody waiting.
-    said_s = _SAID_S if int(os.environ.get("WORLD_SIZE", "1")) > 1 else math.inf
+    said_s = _SAID_S if info.world_size > 1 else math.inf
 
     def quietly(progress: Progress) -> int:
         # torch's C++ tells of each broken connection on every rank, with its stack.
@@ -65,8 +72,8 @@ def run_rank(parse: Callable[[], Options], work: Callable[[Options, Progress], i
 
     return supervise(
         quietly,
-        name=f"rank {rank} {os.uname().nodename}",
-        is_rank_0=rank == 0,
+        name=str(info),
+        is_rank_0=info.rank == 0,
         kept=options.journal_folder,
         start_patience_s=options.start_timeout_s + said_s,
         patience_s=options.timeout_s + said_s,

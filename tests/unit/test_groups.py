@@ -1,9 +1,13 @@
 """What is refused before ranks touch their GPUs (the groups work: tests/dist)."""
 
+import sys
+
 import pytest
 
-from ds_moe_ep.dist.groups import read_rank_info, refuse_missing_gpus
+from ds_moe_ep.dist.groups import refuse_missing_gpus
+from ds_moe_ep.dist.rank_info import read_rank_info
 from ds_moe_ep.errors import ConfigError, PlanError
+from tests.helpers.launch import REPO, run_command
 
 _HOSTS = ["a", "a", "b", "b", "c", "c"]
 
@@ -41,3 +45,12 @@ def test_variables_of_half_a_launcher_are_refused(monkeypatch, changed, told):
     with pytest.raises(ConfigError) as refused:
         read_rank_info()
     assert str(refused.value).startswith(told)
+
+
+def test_a_rank_of_half_a_launcher_ends_with_one_line(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    command = [sys.executable, REPO / "launch" / "infer.py", "--model", "M", "--input", "I"]
+    ended = run_command([*command, "--output", "O"], env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("ConfigError: RANK=1, LOCAL_RANK=None, WORLD_SIZE=2: a launcher sets")
