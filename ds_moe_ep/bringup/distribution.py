@@ -20,7 +20,14 @@ from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_bat
 from ds_moe_ep.moe.auto import Auto
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
-__all__ = ["WorkCost", "balance", "check_balance", "check_dispatcher", "measure_cost"]
+__all__ = [
+    "WorkCost",
+    "balance",
+    "check_balance",
+    "check_dispatcher",
+    "choose_dispatcher",
+    "measure_cost",
+]
 
 TARGET_BALANCE = 0.9
 """The least that the mean load of the ranks should be of the highest."""
@@ -163,28 +170,52 @@ def check_balance(share: float, num_prompts: int, num_ranks: int, cost: WorkCost
     return Check("prompts", WARN, f"{text}. {why}", round(share, 4), TARGET_BALANCE)
 
 
+def choose_dispatcher(
+    layer: ExpertParallelMoE, num_rows: int, top_k: int, *, has_static_shapes: bool = False
+) -> tuple[str, dict[str, float]]:
+    """Returns what a pass is dispatched by, and the predicted seconds of each that ``auto`` has.
+
+    Args:
+        layer: A layer with its expert group.
+        num_rows: Tokens of each rank in the pass.
+        top_k: Experts of each.
+        has_static_shapes: Whether the pass is replayed.
+    """
+    experts = layer.deepspeed_moe
+    if not isinstance(experts.dispatcher, Auto):
+        return experts.describe_dispatch(), {}
+    row_bytes = layer.hidden_size * next(experts.experts.parameters()).element_size()
+    num_tokens_W = [num_rows] * experts.dispatcher.prices.flat.size
+    return experts.dispatcher.choose(
+        top_k, row_bytes, num_tokens_W, has_static_shapes=has_static_shapes
+    )
+
+
 def check_dispatcher(
-    layers: Sequence[ExpertParallelMoE], num_rows: int, top_k: int, asked: str
+    layer: ExpertParallelMoE,
+    num_rows: int,
+    top_k: int,
+    asked: str,
+    *,
+    has_static_shapes: bool = False,
 ) -> Check:
     """Tells which dispatcher serves a decode step, and what the others are predicted to take.
 
     Args:
-        layers: The MoE layers.
+        layer: One of the MoE layers.
         num_rows: Tokens of each rank in a decode step.
         top_k: Experts of each.
         asked: The dispatcher that the user named, or ``auto``.
+        has_static_shapes: Whether decode passes are replayed.
     """
-    experts = layers[0].deepspeed_moe
-    dispatcher = experts.dispatcher
-    if not isinstance(dispatcher, Auto):
-        why = "replicated batches use it" if asked == "auto" else "as asked for"
-        if layers[0].ep_size == 1:
-            why = "one rank a group, nothing travels"
-        return Check("dispatcher", PASS, f"{experts.describe_dispatch()}: {why}")
-    element_bytes = next(experts.experts.parameters()).element_size()
-    chosen, predicted_s = dispatcher.choose(
-        top_k, layers[0].hidden_size * element_bytes, [num_rows] * dispatcher.prices.flat.size
+    chosen, predicted_s = choose_dispatcher(
+        layer, num_rows, top_k, has_static_shapes=has_static_shapes
     )
+    if not predicted_s:
+        why = "replicated batches use it" if asked == "auto" else "as asked for"
+        if layer.ep_size == 1:
+            why = "one rank a group, nothing travels"
+        return Check("dispatcher", PASS, f"{chosen}: {why}")
     each = ", ".join(f"{name} {s * 1e3:.3g}" for name, s in predicted_s.items())
     return Check(
         "dispatcher",

@@ -20,6 +20,7 @@ from ds_moe_ep.bringup.distribution import (
     balance,
     check_balance,
     check_dispatcher,
+    choose_dispatcher,
     measure_cost,
 )
 from ds_moe_ep.bringup.experts import check_experts, check_hosts, check_room_for_output
@@ -39,12 +40,13 @@ from ds_moe_ep.bringup.report import FAIL, PASS, PHASES, Check, PhaseReport, wri
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.loading import Engine
 from ds_moe_ep.engine.options import JobOptions
-from ds_moe_ep.engine.prepare import Work
+from ds_moe_ep.engine.prepare import Work, replays_passes
 from ds_moe_ep.engine.schedule import Batch, replicate, spread
 from ds_moe_ep.errors import BringUpError, PlanError, ResourceError
 from ds_moe_ep.memory_needs import BatchNeeds, weight_bytes
 from ds_moe_ep.moe.dispatch import make_links
 from ds_moe_ep.moe.probe import measure_links
+from ds_moe_ep.model_families import NO_PADDING
 from ds_moe_ep.monitor.metrics_format import BRINGUP_JSONL
 
 __all__ = ["BringUp"]
@@ -76,6 +78,7 @@ class BringUp:
         self._host_checks: list[Check] = []
         self._hosts_s = 0.0
         self._before_bytes: int | None = None
+        self._widest_dispatcher = options.dispatcher
         self.predicted_bytes: int | None = None
         self.available_bytes: int | None = None
         self.largest_batch = 0
@@ -120,6 +123,11 @@ class BringUp:
         start_s = time.perf_counter()
         self._close(2, self._communication(engine), start_s)
         start_s = time.perf_counter()
+        # What a batch takes is told by its prompts' pass, in which most rows travel.
+        longest = max(self._lengths, default=1)
+        self._widest_dispatcher, _ = choose_dispatcher(
+            engine.layers[0], self._rows() * longest, self._work.spec.top_k
+        )
         memory = measure_memory(
             self._job,
             engine.deepspeed_engine.module,
@@ -169,7 +177,11 @@ class BringUp:
         checks = [
             check_balance(share, len(self._left), num_ranks, cost),
             check_dispatcher(
-                engine.layers, self._rows(), self._work.spec.top_k, self._options.dispatcher
+                engine.layers[0],
+                self._rows(),
+                self._work.spec.top_k,
+                self._options.dispatcher,
+                has_static_shapes=replays_passes(self._options),
             ),
             Check("batch size", PASS, why),
         ]
@@ -196,14 +208,16 @@ class BringUp:
 
     def _spread(self, batch_size: int, cost: WorkCost | None) -> list[list[Batch]]:
         world_size = self._job.info.world_size
+        takes_padding = self._work.spec.model_type not in NO_PADDING
         if self._options.batch_mode == "replicated":
-            return replicate(self._lengths, world_size, batch_size)
+            return replicate(self._lengths, world_size, batch_size, takes_padding=takes_padding)
         return spread(
             self._lengths,
             world_size,
             batch_size,
             max_new_tokens=self._new_tokens,
             new_token_cost=cost.new_token_cost if cost else 1.0,
+            takes_padding=takes_padding,
         )
 
     def _memory(
@@ -242,7 +256,7 @@ class BringUp:
             new_tokens=self._new_tokens,
             element_bytes=self._work.dtype.itemsize,
             on_gpu=self._job.device.type == "cuda",
-            dispatcher=self._options.dispatcher,
+            dispatcher=self._widest_dispatcher,
         )
 
     def _per_rank(self) -> int:

@@ -72,7 +72,12 @@ class Auto:
         name = "alltoall"
         if num_tokens_W is not None:
             row_bytes = x_TH.shape[1] * x_TH.element_size()
-            name, predicted_s = self.choose(topk_ids_TK.shape[1], row_bytes, num_tokens_W)
+            name, predicted_s = self.choose(
+                topk_ids_TK.shape[1],
+                row_bytes,
+                num_tokens_W,
+                has_static_shapes=self.has_static_shapes,
+            )
             self._predicted_s[name] = predicted_s
         self.calls[name] += 1
         return self.candidates[name](
@@ -80,7 +85,12 @@ class Auto:
         )
 
     def choose(
-        self, top_k: int, row_bytes: int, num_tokens_W: Sequence[int]
+        self,
+        top_k: int,
+        row_bytes: int,
+        num_tokens_W: Sequence[int],
+        *,
+        has_static_shapes: bool = False,
     ) -> tuple[str, dict[str, float]]:
         """Returns what a pass would be dispatched by, and the predicted seconds of each candidate.
 
@@ -88,10 +98,11 @@ class Auto:
             top_k: Experts of a token.
             row_bytes: Bytes of a token's hidden state.
             num_tokens_W: Tokens of each rank.
+            has_static_shapes: Whether shapes must follow from these numbers.
         """
         shape = LayerShape(self.num_experts, top_k, row_bytes)
         predicted_s = predict_s(self.prices, shape, tuple(num_tokens_W))
-        if self.has_static_shapes:
+        if has_static_shapes:
             predicted_s = {name: s for name, s in predicted_s.items() if name in STATIC_SHAPES}
         return min(predicted_s, key=predicted_s.__getitem__), predicted_s
 

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_moe_ep import host_memory
-from ds_moe_ep.bringup.distribution import WorkCost, balance, check_balance, check_dispatcher
+from ds_moe_ep.bringup.distribution import (
+    WorkCost,
+    balance,
+    check_balance,
+    check_dispatcher,
+    choose_dispatcher,
+)
 from ds_moe_ep.bringup.experts import check_room_for_output, judge_experts, judge_hosts
 from ds_moe_ep.bringup.host_pairs import judge_pairs, rounds
 from ds_moe_ep.bringup.memory import (
@@ -207,7 +213,7 @@ def _layer(name, dispatcher=None, ep_size=4):
     ],
 )
 def test_a_dispatcher_is_told_with_who_chose_it(name, asked, ep_size, why):
-    check = check_dispatcher([_layer(name, ep_size=ep_size)], 5, 2, asked)
+    check = check_dispatcher(_layer(name, ep_size=ep_size), 5, 2, asked)
     assert (check.verdict, check.reason) == (PASS, f"{name}: {why}")
 
 
@@ -217,12 +223,22 @@ def test_auto_is_told_with_what_a_decode_step_is_predicted_to_take():
     free, dear = Price(0.0, 0.0), Price(0.0, 1e-3 / (15 * 48))
     prices = LinkPrices(GroupPrices(4, 0.25, exchange=free, gather=dear, reduce=free))
     auto = Auto(Links(Communicator(None)), prices, num_local_experts=2)
-    check = check_dispatcher([_layer("auto", auto)], 5, 2, "auto")
+    check = check_dispatcher(_layer("auto", auto), 5, 2, "auto")
     assert (check.verdict, check.reason) == (
         PASS,
         "allgather for decode steps of 5 rows a rank, chosen anew for each pass "
         "(predicted ms a layer: alltoall 250, allgather 1)",
     )
+
+
+def test_a_pass_that_is_replayed_is_gathered_whatever_it_takes():
+    free, dear = Price(0.0, 0.0), Price(1.0, 0.0)
+    prices = LinkPrices(GroupPrices(4, 0.0, exchange=free, gather=dear, reduce=dear))
+    layer = _layer("auto", Auto(Links(Communicator(None)), prices, num_local_experts=2))
+    assert choose_dispatcher(layer, 5, 2)[0] == "alltoall"
+    assert choose_dispatcher(layer, 5, 2, has_static_shapes=True)[0] == "allgather"
+    check = check_dispatcher(layer, 5, 2, "auto", has_static_shapes=True)
+    assert check.reason.startswith("allgather for decode steps of 5 rows a rank")
 
 
 def test_batch_size_is_chosen_by_itself_unless_it_is_asked_for():
