@@ -50,6 +50,13 @@ def _rank(
     )
 
 
+def _wait_for(process: psutil.Process, status: str) -> None:
+    until_s = time.monotonic() + _WAIT_S
+    while process.status() != status:
+        assert time.monotonic() < until_s, f"{process} is not {status}"
+        time.sleep(0.05)
+
+
 class Rank:
     """A supervisor and its worker, which does not begin to work before `end`."""
 
@@ -101,12 +108,6 @@ class Rank:
         """Waits until neither process is left."""
         _, alive = psutil.wait_procs([self.worker, self.supervisor], timeout=_WAIT_S)
         return not alive
-
-    def wait_for(self, process: psutil.Process, status: str) -> None:
-        until_s = time.monotonic() + _WAIT_S
-        while process.status() != status:
-            assert time.monotonic() < until_s, f"{process} is not {status}"
-            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -223,9 +224,9 @@ def test_a_rank_outlives_a_shell(start):
 def test_both_are_stopped_and_go_on_together(start):
     rank = start()
     rank.supervisor.suspend()
-    rank.wait_for(rank.worker, psutil.STATUS_STOPPED)
+    _wait_for(rank.worker, psutil.STATUS_STOPPED)
     rank.supervisor.resume()
-    rank.wait_for(rank.worker, psutil.STATUS_SLEEPING)
+    _wait_for(rank.worker, psutil.STATUS_SLEEPING)
 
 
 # Waits for a rank, then ends the other, as DeepSpeed's launcher does. Writes their process ids.
@@ -269,6 +270,7 @@ def test_a_rank_that_fails_wakes_the_stopped_ones_for_the_launcher(tmp_path):
     scripts = _rank(tmp_path, "return 1"), _rank(tmp_path, "time.sleep(600)")
     with _two_ranks(*scripts, waits_for=0) as (process, pids):
         os.kill(pids[1], signal.SIGSTOP)
+        _wait_for(psutil.Process(pids[1]), psutil.STATUS_STOPPED)
         out, _ = process.communicate("fail now\n", timeout=_WAIT_S)
     assert out == "1 130\n"
 
@@ -314,7 +316,7 @@ def test_a_rank_that_is_stopped_whole_ends_with_the_job(start, is_rank_0: bool):
         rank.process.stdin.flush()
         assert rank.process.stdout.readline() == "held\n"
         rank.supervisor.suspend()
-        rank.wait_for(rank.worker, psutil.STATUS_STOPPED)
+        _wait_for(rank.worker, psutil.STATUS_STOPPED)
         listener.accept()[0].close()
     assert rank.end() == (1, "")
     assert rank.is_gone()
