@@ -74,7 +74,8 @@ def _preflight(args: argparse.Namespace) -> int:
     from ds_moe_ep.model_spec import read_model_spec
     from ds_moe_ep.plan import make_plan
 
-    signal.signal(signal.SIGTERM, lambda caught, frame: sys.exit(128 + caught))  # clean up first
+    for number in (signal.SIGTERM, signal.SIGHUP):  # clean up first
+        signal.signal(number, lambda caught, frame: sys.exit(128 + caught))
     arguments = ["--preflight", "--model", str(args.model.absolute())]
     for name in (*_SAME_AS_INFER, "ep_size", *_TIMEOUTS):
         arguments += _given(name, getattr(args, name))

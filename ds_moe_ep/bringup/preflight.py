@@ -170,6 +170,9 @@ def _run(command: list[str]) -> int:
     try:
         return running.wait()
     finally:
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGTERM)
-            running.wait(_END_S)
+            try:
+                running.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(running.pid, signal.SIGKILL)

@@ -25,6 +25,7 @@ from typing import Any
 from ds_moe_ep.bringup import host_facts
 from ds_moe_ep.bringup.compare import Wanted, host_checks, problems, software
 from ds_moe_ep.bringup.report import FAIL, Check, PhaseReport
+from ds_moe_ep.errors import BringUpError
 from ds_moe_ep.hostfile import Cluster, Host
 
 __all__ = ["THIS_MACHINE", "Survey", "is_local", "survey"]
@@ -83,6 +84,9 @@ def survey(cluster: Cluster, asked: Survey) -> PhaseReport:
     Returns:
         The first part of phase 1, which names every host that cannot take part, and this machine
         if it cannot start ranks there.
+
+    Raises:
+        BringUpError: This machine, which the others are compared with, does not tell what it has.
     """
     start_s = time.monotonic()
     needed = {tempfile.gettempdir(): _NEEDED_TEMPORARY_MIB, **_NEEDED_MIB}
@@ -95,7 +99,7 @@ def survey(cluster: Cluster, asked: Survey) -> PhaseReport:
     names = [] if is_local(cluster) else [host.name for host in cluster.hosts]
     with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
         answers = {name: pool.submit(_ask, name, request, _patience_s(asked)) for name in names}
-        own = _own_answer(request)
+        own = _own_answer(request, _patience_s(asked))
         found = {name: answer.result() for name, answer in answers.items()} or {"localhost": own}
     wanted = Wanted(
         facts=own,
@@ -167,12 +171,25 @@ def _answer(stdout: str) -> dict[str, Any] | None:
     return None
 
 
-def _own_answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    ended = subprocess.run(
-        _question(request), input=_source(), stdout=subprocess.PIPE, text=True, check=True
-    )
-    facts = _answer(ended.stdout)
-    assert facts is not None
+def _own_answer(request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    try:
+        ended = subprocess.run(
+            _question(request),
+            input=_source(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise BringUpError(
+            f"this machine did not tell within {timeout_s:.0f} s what it has: does its driver "
+            f"(nvidia-smi) answer, and the folder {request['model']}?"
+        ) from None
+    if (facts := _answer(ended.stdout)) is None:
+        said = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+        raise BringUpError(f"this machine cannot tell what it has: {said}")
     return facts
 
 

@@ -202,6 +202,20 @@ def test_without_pdsh_this_machine_is_named_and_not_counted_as_a_host(
     assert ("pass  hosts           2 of 2: Python" in told[0]) == (names == ("one", "two"))
 
 
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import time; time.sleep(60)", r"did not tell within 2 s what it has: does its driver"),
+        ("raise OSError('no driver')", r"cannot tell what it has: OSError: no driver$"),
+    ],
+)
+def test_this_machine_is_not_waited_for_either(ssh, model, monkeypatch, source, says):
+    monkeypatch.setattr("ds_moe_ep.bringup.survey._source", lambda: source)
+    asked = Survey(model, whole_files=False, on_gpus=False, timeout_s=2)
+    with pytest.raises(BringUpError, match=f"^this machine {says}"):
+        survey(local_cluster(2), asked)
+
+
 def test_ranks_are_started_by_deepspeeds_launcher():
     launch = Launch(("--preflight",), Path("/hosts"), master_port=7)
     several = launch_command(_cluster("a", "b"), launch)
