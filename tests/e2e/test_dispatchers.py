@@ -1,6 +1,7 @@
 """launch/infer.py writes the same with every dispatcher and batch mode as Hugging Face alone."""
 
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,8 +23,12 @@ PROMPTS = {
     for length in (4, 9, 2)
 }
 REPLICATED = ("--batch-mode", "replicated")
-# The dispatcher that the summary tells, by arguments.
+AUTO = (
+    r"all(toall|gather) in \d+ of \d+ passes .*predicted ms a layer: alltoall \S+, allgather \S+\)"
+)
+# What the summary tells of the dispatcher, by arguments.
 WAYS = {
+    (): AUTO,
     ("--dispatcher", "alltoall"): "alltoall",
     ("--dispatcher", "allgather"): "allgather",
     ("--dispatcher", "deepspeed"): "deepspeed",
@@ -31,6 +36,7 @@ WAYS = {
     (*REPLICATED, "--dispatcher", "alltoall"): "alltoall",
     (*REPLICATED, "--dispatcher", "allgather"): "allgather",
     ("--cuda-graphs", "--dispatcher", "allgather"): "allgather",
+    ("--cuda-graphs",): r".*allgather in \d+ of \d+ passes .*",
     ("--cuda-graphs", *REPLICATED): "allreduce",
 }
 
@@ -62,7 +68,7 @@ def launched(job):
     args, folder, _ = job
 
     def launch(way):
-        output = folder / f"{'-'.join(way).replace('--', '')}.jsonl"
+        output = folder / f"out-{'-'.join(way).replace('--', '')}.jsonl"
         job_args = [*args, "--output", output, *way]
         return output, launch_infer(job_args, num_ranks=2, is_forked=True)
 
@@ -70,26 +76,27 @@ def launched(job):
         return {way: pool.submit(launch, way) for way in WAYS}
 
 
-@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way) or "default")
 def test_greedy_tokens_equal_hugging_face(job, launched, way):
     output, result = launched[way].result()
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"dispatcher  {WAYS[way]}\n" in result.stdout
+    assert re.search(f" dispatcher  {WAYS[way]}$", result.stdout, re.MULTILINE), result.stdout
     assert ("of them replays" in result.stdout) == ("--cuda-graphs" in way)
     assert token_ids(output) == job[2]
 
 
-def test_two_hosts_of_two_ranks_dispatch_in_two_levels(job):
+@pytest.mark.parametrize("dispatcher", ["alltoall-2level", "allgather-2level"])
+def test_two_hosts_of_two_ranks_dispatch_in_two_levels(job, dispatcher):
     """Two launchers on this machine, each with the local ranks 0 and 1, are two hosts."""
     args, folder, expected = job
-    output, port = folder / "two-level.jsonl", free_port()
+    output, port = folder / f"{dispatcher}.jsonl", free_port()
 
     def launch(node):
         launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
         launcher += [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
         script = [REPO / "launch" / "infer.py", *args, "--output", output]
         return run_command(
-            [sys.executable, *launcher, *script, "--dispatcher", "alltoall-2level"],
+            [sys.executable, *launcher, *script, "--dispatcher", dispatcher],
             env={"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
             timeout_s=300,
         )
@@ -97,5 +104,5 @@ def test_two_hosts_of_two_ranks_dispatch_in_two_levels(job):
     with ThreadPoolExecutor(max_workers=2) as pool:
         results = list(pool.map(launch, (0, 1)))
     assert [result.returncode for result in results] == [0, 0], results
-    assert "dispatcher  alltoall-2level\n" in results[0].stdout
+    assert f" dispatcher  {dispatcher}\n" in results[0].stdout
     assert token_ids(output) == expected
