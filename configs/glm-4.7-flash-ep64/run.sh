@@ -44,4 +44,5 @@ until [ "${waited-none}" = "$signals" ]; do # a signal ends the waiting, not the
   wait "$job" || code=$?
 done
 [ "$code" = 0 ] || [ -z "$signals" ] || code=130
+[ "$code" -lt 128 ] || [ "$code" = 130 ] || code=1 # 255 where ssh has lost a host, say
 exit "$code"
