@@ -11,6 +11,7 @@ from typing import Literal
 __all__ = [
     "FAMILIES",
     "FIELD_NAMES",
+    "NO_PADDING",
     "OTHER_FAMILIES",
     "UNKNOWN_FAMILY",
     "UNSUPPORTED",
@@ -309,6 +310,9 @@ OTHER_FAMILIES: dict[str, Family] = {
     ),
 }
 """model_type -> family that is not quite the usual block; counts are an estimate here too."""
+
+NO_PADDING = frozenset({"deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text"})
+"""Families whose attention picks blocks of tokens by their place in a row, padding included."""
 
 _RUN_AS_IT_IS = "Run it with transformers itself."
 UNSUPPORTED: dict[str, str] = {

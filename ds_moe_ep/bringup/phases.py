@@ -44,9 +44,9 @@ from ds_moe_ep.engine.prepare import Work, replays_passes
 from ds_moe_ep.engine.schedule import Batch, replicate, spread
 from ds_moe_ep.errors import BringUpError, PlanError, ResourceError
 from ds_moe_ep.memory_needs import BatchNeeds, weight_bytes
+from ds_moe_ep.model_families import NO_PADDING
 from ds_moe_ep.moe.dispatch import make_links
 from ds_moe_ep.moe.probe import measure_links
-from ds_moe_ep.model_families import NO_PADDING
 from ds_moe_ep.monitor.metrics_format import BRINGUP_JSONL
 
 __all__ = ["BringUp"]

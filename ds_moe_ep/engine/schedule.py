@@ -6,6 +6,7 @@ It is arithmetic on lengths: no prompt, no model and no process group is touched
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 __all__ = ["Batch", "replicate", "spread"]
 
@@ -24,6 +25,7 @@ def spread(
     *,
     max_new_tokens: int,
     new_token_cost: float = 1.0,
+    takes_padding: bool = True,
 ) -> list[list[Batch]]:
     """Spreads prompts over ranks so that the ranks get equal work, and cuts them into batches.
 
@@ -42,6 +44,7 @@ def spread(
         batch_size: Most prompts in a batch.
         max_new_tokens: Most tokens generated for a prompt; 0 for scoring.
         new_token_cost: What one of them costs, in tokens of a prompt.
+        takes_padding: Whether the prompts of a batch may have different lengths.
 
     Returns:
         For each rank its batches, in the order to serve them; empty for a rank without prompts.
@@ -57,24 +60,34 @@ def spread(
         load, rank = loads[0]
         heapq.heapreplace(loads, (load + lengths[index] + new_tokens_work, rank))
         indices_of_rank[rank].append(index)
-    return [
-        [
-            Batch(tuple(indices[start : start + batch_size]))
-            for start in range(0, len(indices), batch_size)
-        ]
-        for indices in indices_of_rank
-    ]
+    batches_of_rank = []
+    for indices in indices_of_rank:
+        groups = [indices]
+        if not takes_padding:
+            groups = [list(group) for _, group in groupby(indices, key=lengths.__getitem__)]
+        batches_of_rank.append(
+            [
+                Batch(tuple(group[start : start + batch_size]))
+                for group in groups
+                for start in range(0, len(group), batch_size)
+            ]
+        )
+    return batches_of_rank
 
 
-def replicate(lengths: Sequence[int], world_size: int, batch_size: int) -> list[list[Batch]]:
+def replicate(
+    lengths: Sequence[int], world_size: int, batch_size: int, *, takes_padding: bool = True
+) -> list[list[Batch]]:
     """Gives all prompts to every rank, longest first, cut into batches.
 
     Args:
         lengths: Tokens of each prompt.
         world_size: Number of ranks.
         batch_size: Most prompts in a batch.
+        takes_padding: Whether the prompts of a batch may have different lengths.
 
     Returns:
         For each rank the same batches, in the order to serve them.
     """
-    return spread(lengths, 1, batch_size, max_new_tokens=0) * world_size
+    own = spread(lengths, 1, batch_size, max_new_tokens=0, takes_padding=takes_padding)
+    return own * world_size

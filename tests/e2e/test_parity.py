@@ -72,6 +72,16 @@ def test_greedy_tokens_equal_hugging_face(generated, num_ranks):
     assert jobs[num_ranks].result() == expected
 
 
+def test_a_family_that_takes_no_padding_gets_none(tiny_model, write_prompts, tmp_path):
+    model = tiny_model("deepseek_v4")
+    ids = {**PROMPTS, "short too": PROMPTS["short"][::-1]}
+    lines = {}
+    for name, prompts in {"together": ids, **{id: {id: ids[id]} for id in ids}}.items():
+        file = write_prompts(tmp_path / f"{name}.jsonl", prompts)
+        lines[name] = _launch(model, file, tmp_path / f"{name}.out.jsonl", 1)
+    assert lines["together"] == [lines[id][0] for id in ids]
+
+
 def test_scores_equal_hugging_face(tiny_model, write_prompts, tmp_path):
     prompts = write_prompts(tmp_path / "in.jsonl", PROMPTS)
     model = tiny_model("deepseek_v3")

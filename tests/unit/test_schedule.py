@@ -41,6 +41,14 @@ def test_new_tokens_count_as_work():
     assert [len(_indices(batches)) for batches in schedule] == [2, 2]
 
 
+def test_a_batch_without_padding_has_prompts_of_one_length():
+    lengths = [2, 5, 2, 5, 5, 3]
+    expected = [Batch((1, 3)), Batch((4,)), Batch((5,)), Batch((0, 2))]
+    assert spread(lengths, 1, 2, max_new_tokens=1, takes_padding=False) == [expected]
+    assert replicate(lengths, 2, 2, takes_padding=False) == [expected] * 2
+    assert replicate(lengths, 1, 2) == [[Batch((1, 3)), Batch((4, 5)), Batch((0, 2))]]
+
+
 _LENGTHS = st.lists(st.integers(1, 4096), max_size=200)
 
 
