@@ -24,8 +24,8 @@ Tokens do not depend on the batch or the rank that a prompt lands in, but for mo
 rotary positions (as phimoe can have): transformers takes the frequencies for long prompts, for a
 whole batch, from the first pass on that has a position beyond `original_max_position_embeddings`.
 With `--batch-size 1` each prompt has its own.
-DeepSeek-V4 and MiniMax-M3 attend to blocks of tokens by their place in a row, padding included: only
-prompts of one length share a batch of theirs.
+DeepSeek-V4 and MiniMax-M3 attend to blocks of tokens by their place in a row, padding included:
+only prompts of one length share a batch of theirs.
 
 Parameters counted `exactly` are known part by part for the family, and counted as transformers
 does; `estimated` means that those outside the routed experts are counted for the usual block.
