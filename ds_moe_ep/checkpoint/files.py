@@ -116,8 +116,11 @@ def _open(folder: Path, allow_pickle: bool) -> CheckpointFiles:
 def _listed(
     folder: Path, single: str, index: str, read: Callable[[Path], dict[str, StoredTensor]]
 ) -> dict[str, tuple[StoredTensor, ...]]:
-    """Lists the tensors of all files that an index names, or of the only one."""
-    listed = _read_index(folder / index) if (folder / index).is_file() else None
+    """Lists the tensors of the single file, or of all that an index names.
+
+    Where both are there, transformers reads the single one.
+    """
+    listed = None if (folder / single).is_file() else _read_index(folder / index)
     names = [single] if listed is None else sorted(set(listed.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(

@@ -15,6 +15,7 @@ from ds_moe_ep.checkpoint.layout import PlannedFile, aligned, copied_file
 from ds_moe_ep.checkpoint.manifest import (
     INDEX_JSON,
     MANIFEST_JSON,
+    MODEL_SAFETENSORS,
     SourceFile,
     SourceSection,
     is_file_name,
@@ -62,7 +63,9 @@ def describe_layout(files: CheckpointFiles) -> SourceSection:
     if files.is_pickled:
         layouts, index = _unpickled(files)
     else:
-        layouts, index = _stored(files), _index_without_map(files.folder / INDEX_JSON)
+        layouts, index = _stored(files), None
+        if MODEL_SAFETENSORS not in layouts:
+            index = _index_without_map(files.folder / INDEX_JSON)
     return SourceSection(name=folder_name(files.folder), files=layouts, index=index)
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from ds_moe_ep.checkpoint.files import open_checkpoint
+from ds_moe_ep.checkpoint.hub_folder import describe_layout
 from ds_moe_ep.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
@@ -46,6 +47,14 @@ def test_one_file(tmp_path):
 def test_an_index_and_its_files(sharded):
     expected = {"a": "shard-1.safetensors", "b": "shard-1.safetensors", "c": "shard-2.safetensors"}
     assert _file_of(open_checkpoint(sharded)) == expected
+
+
+def test_one_file_beside_an_index_is_what_transformers_reads(sharded):
+    save_file({"a": torch.ones(3), "d": torch.ones(1)}, sharded / "model.safetensors")
+    files = open_checkpoint(sharded)
+    assert _file_of(files) == {"a": "model.safetensors", "d": "model.safetensors"}
+    described = describe_layout(files)
+    assert (list(described.files), described.index) == (["model.safetensors"], None)
 
 
 def test_no_weights(tmp_path):

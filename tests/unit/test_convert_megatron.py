@@ -206,7 +206,7 @@ def test_an_expert_sharded_source_gives_the_same(case, tmp_path):
     done = to_megatron(tmp_path / "ep", tmp_path / "found", "te")
     assert done.not_copied == ()
     same_files(tmp_path / "wanted" / "release", tmp_path / "found" / "release")
-    from_megatron(tmp_path / "found", tmp_path / "hf")
+    assert from_megatron(tmp_path / "found", tmp_path / "hf").not_copied == ()
     same_files(tmp_path / "source", tmp_path / "hf")
 
 
@@ -594,6 +594,9 @@ def test_a_wrong_record(tmp_path, converted):
         refused_back(tmp_path, words)
         with pytest.raises(CheckpointError, match=words):
             verify_megatron(tmp_path / "megatron")
+    path.write_text(whole)
+    with pytest.raises(CheckpointError, match=f"Name the folder above, {path.parent}."):
+        verify_megatron(path.parent / "release")
     path.unlink()
     with pytest.raises(CheckpointError, match="has no ds_moe_ep.json, so there is nothing to comp"):
         verify_megatron(tmp_path / "megatron")

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from ds_moe_ep.checkpoint.convert import MAX_DENSE_BYTES, Conversion, compare_files, describe
-from ds_moe_ep.checkpoint.files import MEGATRON_TRACKER, CheckpointFiles
+from ds_moe_ep.checkpoint.files import MEGATRON_METADATA, MEGATRON_TRACKER, CheckpointFiles
 from ds_moe_ep.checkpoint.header import StoredTensor
 from ds_moe_ep.checkpoint.hub_folder import beside_the_weights, describe_layout
 from ds_moe_ep.checkpoint.layout import PlannedFile, hugging_face_files, model_files
@@ -149,6 +149,8 @@ def from_megatron(
     else:
         weights = model_files(found, max_file_bytes=max_file_bytes)
     others, not_copied = _beside(beside, CheckpointFiles(beside, {}))
+    # Of the checkpoint itself, and of others beside it, nothing was to be copied.
+    not_copied = tuple(name for name in not_copied if not _is_checkpoint(source / name))
     write_folder(folder, weights, others, show_progress=show_progress)
     return describe(folder, not_copied if config_from is None else ())
 
@@ -161,9 +163,14 @@ def verify_megatron(folder: Path, *, show_progress: ShowProgress = silently) -> 
     """
     record = read_record(folder)
     if record is None:
+        above = folder.absolute().parent
+        way_out = (
+            f"Name the folder above, {above}."
+            if (above / RECORD_JSON).is_file()
+            else "Megatron wrote it, or it was copied in part."
+        )
         raise CheckpointError(
-            f"{folder} has no {RECORD_JSON}, so there is nothing to compare it with: Megatron "
-            "wrote it, or it was copied in part."
+            f"{folder} has no {RECORD_JSON}, so there is nothing to compare it with. {way_out}"
         )
     return compare_files(folder, record.files, RECORD_JSON, show_progress=show_progress)
 
@@ -185,6 +192,10 @@ def _beside(
     """
     copied, left_out = beside_the_weights(folder, files, with_code=with_code)
     return [f for f in copied if f.name not in (MEGATRON_TRACKER, RECORD_JSON)], left_out
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / MEGATRON_METADATA).is_file()
 
 
 def _left_out(files: CheckpointFiles, tensors: Sequence[MegatronTensor]) -> list[str]:
