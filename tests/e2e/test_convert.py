@@ -209,8 +209,8 @@ def _wait_until(condition, process, timeout_s=120.0):
         (["SRC", "DST", "--to", "hf", "--ep-size", "2"], "--ep-size is for --to ep only"),
         (["SRC", "DST", "--to", "deepspeed", "--ep-size", "2"], "--ep-size is for --to ep only"),
         (["SRC", "--verify", "--allow-pickle"], "--trust-remote-code are for --to only"),
-        (["SRC", "DST", "--to", "hf"], "CheckpointError: SRC has no manifest.json"),
-        (["SRC", "--verify"], "CheckpointError: SRC has no manifest.json"),
+        (["SRC", "DST", "--to", "hf"], "CheckpointError: SRC: no such folder. Name an"),
+        (["SRC", "--verify"], "CheckpointError: SRC: no such folder. Name an"),
         (["SRC", "DST", "--to", "ep"], "AdapterError: SRC has no config.json. Name a model"),
     ],
 )
