@@ -20,6 +20,7 @@ from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.engine.console import progress_bar
 from ds_moe_ep.engine.decode_graph import DecodeGraph
+from ds_moe_ep.engine.decoding import end_ids
 from ds_moe_ep.engine.journal import Journal, fingerprint
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import Engine, load_engine
@@ -34,7 +35,6 @@ from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.engine.tasks import (
     EncodedPrompt,
     GenerateSettings,
-    end_ids,
     generate_batch,
     score_batch,
 )

@@ -33,7 +33,6 @@ from ds_moe_ep.engine.sampling import sampling_processors
 __all__ = [
     "EncodedPrompt",
     "GenerateSettings",
-    "end_ids",
     "generate_batch",
     "pad_left",
     "score_batch",
