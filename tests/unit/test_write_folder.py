@@ -216,7 +216,14 @@ def _killed_before_the_move(monkeypatch, target):
 def test_one_killed_after_its_summary_goes_on(target, partial, monkeypatch):
     _killed_before_the_move(monkeypatch, target)
     kept = (partial / "release" / "b").stat().st_ino
-    write_folder(target, _FILES, [], summary=_SUMMARY)
+    told_of = []
+
+    def make(entries):
+        told_of.extend(entries)
+        return _SUMMARY.make(entries)
+
+    write_folder(target, _FILES, [], summary=Summary(_SUMMARY.name, make))
+    assert sorted(told_of) == ["a", "release/b"]
     assert _content(target) == _WHOLE
     assert (target / "release" / "b").stat().st_ino == kept
 
