@@ -76,10 +76,14 @@ class Watched:
         return bool(options.metrics or options.metrics_port or self.work.monitor_config)
 
     @property
+    def counts_prompts(self) -> bool:
+        """Whether this rank's prompts are its own: those of a replicated batch are rank 0's."""
+        return self.options.batch_mode == "sharded" or self.job.info.rank == 0
+
+    @property
     def counts_new_tokens(self) -> bool:
-        """Whether this rank generates tokens of its own: a replicated batch is one rank's."""
-        is_own = self.options.batch_mode == "sharded" or self.job.info.rank == 0
-        return is_own and self.options.task == "generate"
+        """Whether this rank generates tokens of its own."""
+        return self.counts_prompts and self.options.task == "generate"
 
 
 class JobMonitor:
@@ -173,7 +177,10 @@ class JobMonitor:
     def _look(self) -> Sample:
         watched = self._watched
         where = str(watched.progress).partition(", step")[0].partition(" (")[0]
-        num_done = self._num_begun - self._batch_size
+        num_done, num_queued = 0, 0
+        if watched.counts_prompts:
+            num_done = self._num_begun - self._batch_size
+            num_queued = watched.num_prompts - self._num_begun
         collectives, collectives_s = self._recorder.collectives()
         return Sample(
             t_s=time.perf_counter() - self._begun_s,
@@ -183,7 +190,7 @@ class JobMonitor:
             step=watched.progress.step,
             new_tokens=watched.live_rows.num_completing if watched.counts_new_tokens else 0,
             prompts_done=num_done,
-            prompts_queued=watched.num_prompts - self._num_begun,
+            prompts_queued=num_queued,
             batch_size=self._batch_size,
             collectives=collectives,
             collectives_s=collectives_s,

@@ -1,0 +1,54 @@
+"""What a rank tells of itself while a job runs, so that sums over ranks are those of the job."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ds_moe_ep.monitor.figures import JobNow, figures
+from ds_moe_ep.monitor.job_monitor import JobMonitor, Watched
+
+
+class _Progress:
+    step = 9
+
+    def __str__(self):
+        return "batch 2 of 3, step 9"
+
+
+def _sample(rank, batch_mode, task="generate"):
+    """A rank that is in its second batch of four of twelve prompts."""
+    watched = Watched(
+        options=SimpleNamespace(batch_mode=batch_mode, task=task),
+        job=SimpleNamespace(info=SimpleNamespace(rank=rank)),
+        work=None,
+        engine=None,
+        bring_up=None,
+        progress=_Progress(),
+        live_rows=SimpleNamespace(num_completing=30),
+        num_prompts=12,
+    )
+    monitor = object.__new__(JobMonitor)
+    monitor._watched, monitor._begun_s = watched, 0.0
+    monitor._num_begun, monitor._batch_size = 8, 4
+    monitor._usage = SimpleNamespace(utilisation=lambda: 0.5, memory_bytes=lambda: 1000)
+    monitor._recorder = SimpleNamespace(collectives=lambda: (6, 0.25))
+    return monitor._look()
+
+
+@pytest.mark.parametrize(("batch_mode", "times"), [("sharded", 4), ("replicated", 1)])
+def test_prompts_of_a_replicated_batch_are_counted_once(batch_mode, times):
+    found = figures(JobNow([_sample(rank, batch_mode) for rank in range(4)]))
+    assert found["prompts_done"] == 4 * times
+    assert found["prompts_queued"] == 4 * times
+    assert found["new_tokens"] == 30 * times
+
+
+def test_a_rank_that_helps_with_a_replicated_batch_tells_what_it_works_on():
+    sample = _sample(3, "replicated")
+    assert (sample.prompts_done, sample.prompts_queued, sample.batch_size) == (0, 0, 4)
+    assert (sample.step, sample.at, sample.collectives) == (9, "batch 2 of 3", 6)
+
+
+def test_scored_prompts_are_counted_without_new_tokens():
+    sample = _sample(0, "replicated", task="score")
+    assert (sample.prompts_done, sample.prompts_queued, sample.new_tokens) == (4, 4, 0)
