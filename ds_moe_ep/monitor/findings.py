@@ -23,6 +23,7 @@ __all__ = [
     "kind_latencies",
     "mean_batch_size",
     "pass_parts",
+    "replays_told",
     "rows_per_pass",
     "slow_rank",
 ]
@@ -162,6 +163,20 @@ def kind_latencies(metrics: Metrics) -> list[KindLatency]:
     return sorted(found, key=lambda latency: (-latency.p50_s, latency.kind))
 
 
+def replays_told(metrics: Metrics) -> str:
+    """Says how many passes replayed a CUDA graph, whose collectives have no times; empty if none.
+
+    Every rank starts the same passes, so they are told of the rank that replayed most of them.
+    """
+    most = max(metrics.ranks, key=lambda rank: rank.num_replays)
+    if not most.num_replays:
+        return ""
+    return (
+        f"{most.num_replays:,} of {most.num_steps:,} passes were replayed: their collectives are "
+        "not timed"
+    )
+
+
 @dataclass(frozen=True)
 class SlowRank:
     """A rank that the others wait for.
@@ -235,23 +250,24 @@ def _factor(
 
 
 def pass_parts(metrics: Metrics, phase: str) -> dict[str, float]:
-    """Returns seconds of a pass by part, the mean of all passes of all ranks.
+    """Returns seconds of a pass by part, the mean of all passes of the ranks that split some.
 
-    Empty if no pass was split into parts.
+    Empty if no pass was split into parts. A rank with one decode pass splits none.
     """
-    num_passes = sum(getattr(rank.num_passes, phase) for rank in metrics.ranks)
-    seconds = {
-        part: sum(getattr(getattr(rank.parts_s, phase), part) for rank in metrics.ranks)
-        for part in PARTS
-    }
-    if not num_passes or not any(seconds.values()):
+    num_passes, seconds = 0, dict.fromkeys(PARTS, 0.0)
+    for rank in metrics.ranks:
+        of_rank = getattr(rank.parts_s, phase).model_dump()
+        if any(of_rank.values()):
+            num_passes += getattr(rank.num_passes, phase)
+            seconds = {part: seconds[part] + of_rank[part] for part in PARTS}
+    if not num_passes:
         return {}
     return {part: each / num_passes for part, each in seconds.items()}
 
 
 def rows_per_pass(metrics: Metrics) -> float:
     """Returns rows that a rank computes in a layer in a pass, on the mean; without padding."""
-    rows = sum(map(sum, metrics.expert_loads.values()))
+    rows = sum(rank.expert_rows for rank in metrics.ranks)
     num_steps = max(rank.num_steps for rank in metrics.ranks)
     each = len(metrics.expert_loads) * metrics.run.world_size * num_steps
     return rows / each if each else 0.0

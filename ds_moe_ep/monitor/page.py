@@ -13,7 +13,13 @@ from importlib import resources
 
 from ds_moe_ep import __version__
 from ds_moe_ep.monitor import charts
-from ds_moe_ep.monitor.findings import hot_experts, kind_latencies, pass_parts, slow_rank
+from ds_moe_ep.monitor.findings import (
+    hot_experts,
+    kind_latencies,
+    pass_parts,
+    replays_told,
+    slow_rank,
+)
 from ds_moe_ep.monitor.metrics_folder import Metrics
 from ds_moe_ep.monitor.metrics_format import PARTS, PHASES, Quantiles, Run
 from ds_moe_ep.monitor.units import few_digits, printable, size, span, time_of, times
@@ -41,11 +47,11 @@ def title(metrics: Metrics) -> str:
 
 def key_figures(metrics: Metrics) -> dict[str, str]:
     """Returns the figures that everybody asks for first, by name."""
-    ranks = metrics.ranks
+    ranks, generates = metrics.ranks, metrics.run.task == "generate"
     run_s = max(rank.run_s for rank in ranks)
     new, read = (sum(getattr(rank, name) for rank in ranks) for name in _TOKENS)
-    tokens, what = (new, "generated") if metrics.run.task == "generate" else (read, "scored")
-    first = [rank.first_token_s.p50 for rank in ranks if rank.first_token_s]
+    tokens, what = (new, "generated") if generates else (read, "scored")
+    first = [rank.first_token_s.p50 for rank in ranks if rank.first_token_s and generates]
     return {
         "tokens/s": few_digits(tokens / run_s) if run_s else "0",
         f"tokens {what}": f"{tokens:,}",
@@ -208,9 +214,9 @@ def _balance(metrics: Metrics) -> str:
 
 
 def _communication(metrics: Metrics) -> str:
-    latencies = kind_latencies(metrics)
+    latencies, replayed = kind_latencies(metrics), replays_told(metrics)
     if not latencies:
-        return _section("Communication", "No collective took place.")
+        return _section("Communication", f"{replayed or 'No collective took place'}.")
     rows = [
         (
             COLLECTIVE_NAMES[each.kind],
@@ -225,7 +231,8 @@ def _communication(metrics: Metrics) -> str:
     return _section(
         "Communication",
         "Waiting for slower ranks is included; p50 and p95 are those of the rank where they are "
-        "highest. The least p50 is of the rank that waits least: the most that links can take.",
+        "highest. The least p50 is of the rank that waits least: the most that links can take."
+        + (f" {replayed}." if replayed else ""),
         charts.latency_histograms(metrics),
         _table(titles, rows),
     )

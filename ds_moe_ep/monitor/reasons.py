@@ -109,6 +109,7 @@ def _better_placement(metrics: Metrics, layer: int) -> list[str]:
     if ep_size != run.world_size:
         command += f" --ep-size {ep_size}"
     if run.slots_per_rank is not None:
+        command += f" --slots-per-rank {run.slots_per_rank}"
         return [f"experts were placed by the loads of another run; by these: {command}"]
     num_local = run.num_experts // ep_size
     if num_local == 1:

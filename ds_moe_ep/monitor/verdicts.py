@@ -14,6 +14,7 @@ from ds_moe_ep.monitor.findings import (
     balance_of,
     kind_latencies,
     mean_batch_size,
+    replays_told,
     slow_rank,
 )
 from ds_moe_ep.monitor.metrics_folder import Metrics
@@ -118,7 +119,7 @@ def _utilisation(metrics: Metrics, targets: Targets) -> Verdict:
     if not is_met:
         run_s = max(rank.run_s for rank in metrics.ranks)
         share = mean(rank.comm_s for rank in metrics.ranks) / run_s if run_s else 0.0
-        if metrics.run.world_size > 1:
+        if metrics.run.world_size > 1 and not replays_told(metrics):
             reasons.append(f"collectives, with waiting, take {share:.0%} of the run")
         if slow := slow_rank(metrics):
             reasons.append(f"the others wait for rank {slow.rank}")
@@ -151,9 +152,9 @@ def _memory_variance(metrics: Metrics, targets: Targets) -> Verdict:
 
 def _collective_latency(metrics: Metrics, targets: Targets) -> Verdict:
     name, target = "collective latency", f"< {targets.collective_s * 1e3:g} ms (p50)"
-    latencies = kind_latencies(metrics)
+    latencies, replayed = kind_latencies(metrics), replays_told(metrics)
     if not latencies:
-        return Verdict(name, "", target, "open", "no collective took place")
+        return Verdict(name, "", target, "open", replayed or "no collective took place")
     worst = latencies[0]
     measured = time_of(worst.p50_s)
     is_met = worst.p50_s < targets.collective_s
@@ -166,6 +167,8 @@ def _collective_latency(metrics: Metrics, targets: Targets) -> Verdict:
         reasons.append(why_slow_collective(worst, targets.collective_s))
         if metrics.run.on_cpu:
             reasons.append("CPU run, without the links of GPUs")
+    if replayed:
+        reasons.append(replayed)
     return Verdict(name, measured, target, _state(is_met), _joined(reasons), worst.p50_s)
 
 
@@ -220,7 +223,7 @@ def _sequences(metrics: Metrics, targets: Targets) -> Verdict:
     tokens = sum(rank.prompt_tokens + rank.new_tokens for rank in metrics.ranks) / prompts
     told = f"{prompts:,} prompts of {few_digits(tokens)} tokens, new ones included"
     world_size = metrics.run.world_size
-    if world_size != targets.num_gpus:
+    if metrics.run.on_cpu or world_size != targets.num_gpus:
         what = "CPU rank" if metrics.run.on_cpu else "GPU"
         plural = "" if world_size == 1 else "s"
         reason = f"{told}; {world_size} {what}{plural} cannot show what {targets.num_gpus} GPUs do"

@@ -4,10 +4,18 @@ import copy
 
 import pytest
 
-from ds_moe_ep.monitor.findings import balance_of, hot_experts, kind_latencies, slow_rank
+from ds_moe_ep.monitor.findings import (
+    balance_of,
+    hot_experts,
+    kind_latencies,
+    pass_parts,
+    rows_per_pass,
+    slow_rank,
+)
 from ds_moe_ep.monitor.metrics_folder import read_metrics
+from ds_moe_ep.monitor.page import key_figures, page
 from ds_moe_ep.monitor.verdicts import TARGETS, Targets, judge
-from tests.helpers.metrics import small_metrics, write_metrics_folder
+from tests.helpers.metrics import large_metrics, small_metrics, write_metrics_folder
 
 _MIB = 2**20
 
@@ -173,9 +181,9 @@ def test_uneven_passes_of_an_even_run_are_chance(tmp_path):
         _set_all(files, expert_rows=250)
         files["experts.jsonl"][1]["tokens_per_expert"] = [40] * 8
 
-    # 640 tokens in 2 layers on 4 ranks in 40 passes.
+    # 1000 rows in 2 layers on 4 ranks in 40 passes.
     reason = _judged(tmp_path, change)["balancedness"].reason
-    assert "chance: 2.00 rows a rank, layer and pass are few; over the whole run" in reason
+    assert "chance: 3.12 rows a rank, layer and pass are few; over the whole run" in reason
     assert "router" not in reason
 
 
@@ -219,8 +227,70 @@ def test_a_placement_that_would_help_is_named(tmp_path, num_experts, loads, says
 
 def test_a_placement_that_was_run_is_to_be_made_anew(tmp_path):
     reason = _judged(tmp_path, lambda files: files["run.json"].update(slots_per_rank=3))
-    told = "experts were placed by the loads of another run; by these: ds-moe-ep balance"
-    assert told in reason["balancedness"].reason
+    told = "experts were placed by the loads of another run; by these: "
+    command = f"ds-moe-ep balance {tmp_path} --slots-per-rank 3"
+    assert reason["balancedness"].reason.endswith(told + command)
+
+
+@pytest.mark.parametrize(("device", "state"), [("cpu", "open"), ("NVIDIA H200", "missed")])
+def test_cpus_are_not_judged_by_the_throughput_of_as_many_gpus(tmp_path, device, state):
+    files = large_metrics()
+    files["run.json"]["device"] = device
+    metrics = read_metrics(write_metrics_folder(tmp_path, files))
+    found = {verdict.name: verdict for verdict in judge(metrics)}["sequences a second"]
+    assert (found.state, found.value) == (state, pytest.approx(64 * 1440 / 120))
+    told = "; 64 CPU ranks cannot show what 64 GPUs do"
+    assert found.reason.endswith(told) is (device == "cpu")
+
+
+def test_collectives_of_replayed_passes_are_said_not_to_be_timed(tmp_path):
+    def change(files):
+        _set_all(files, num_replays=38)
+
+    told = "38 of 40 passes were replayed: their collectives are not timed"
+    found = _judged(tmp_path, change)
+    assert found["collective latency"].reason.endswith(f"; {told}")
+    assert "of the run" not in found["GPU utilisation"].reason
+    assert _section_of(page(_metrics(tmp_path, change), []), "Communication").count(told) == 1
+
+    def none_timed(files):
+        change(files)
+        _set_all(files, collectives={})
+
+    found = _judged(tmp_path, none_timed)["collective latency"]
+    assert (found.state, found.reason) == ("open", told)
+    assert f"<p>{told}.</p>" in page(_metrics(tmp_path, none_timed), [])
+    assert "replayed" not in page(_metrics(tmp_path), judge(_metrics(tmp_path)))
+
+
+def _section_of(text, heading):
+    return text.partition(f"<h2>{heading}</h2>")[2].partition("</section>")[0]
+
+
+@pytest.mark.parametrize(("task", "has_first"), [("generate", True), ("score", False)])
+def test_scored_prompts_have_no_first_token(tmp_path, task, has_first):
+    found = key_figures(_metrics(tmp_path, lambda files: files["run.json"].update(task=task)))
+    assert ("first token, p50" in found) is has_first
+
+
+def test_passes_of_a_rank_that_split_none_are_not_counted(tmp_path):
+    def change(files):
+        rank = files["metrics.jsonl"][3]
+        rank["num_passes"]["decode"] = 1
+        rank["parts_s"]["decode"] = dict.fromkeys(rank["parts_s"]["decode"], 0.0)
+
+    parts = pass_parts(_metrics(tmp_path, change), "decode")
+    # Of the other three: 38 passes each, of which experts took 2 s.
+    assert parts["experts"] == pytest.approx(2 / 38)
+    assert sum(parts.values()) == pytest.approx(7 / 38)
+
+
+def test_rows_of_a_pass_are_those_that_ranks_computed(tmp_path):
+    def change(files):
+        files["run.json"]["batch_mode"] = "replicated"
+        _set_all(files, expert_rows=640)  # each the rows of all 320 tokens of each layer
+
+    assert rows_per_pass(_metrics(tmp_path, change)) == pytest.approx(640 / (2 * 40))
 
 
 def test_what_was_not_measured_is_said(tmp_path):
