@@ -28,7 +28,12 @@ def add_rehearse_command(
     )
     rehearse.add_argument("--hostfile", required=True, metavar="H", help="DeepSpeed hostfile")
     rehearse.add_argument(
-        "--ep", dest="ep_size", type=int, metavar="N", help="as for plan (default: all GPUs)"
+        "--ep",
+        dest="ep_size",
+        type=int,
+        metavar="N",
+        help="ranks that share the experts, as for launch/infer.py: groups of N fill the hosts "
+        "(default: all GPUs)",
     )
     rehearse.add_argument("--cuda-graphs", action="store_true", help="as for launch/infer.py")
     rehearse.set_defaults(run=_rehearse)
@@ -41,7 +46,10 @@ def _rehearse(args: argparse.Namespace) -> int:
     from ds_moe_ep.rehearsal.rehearse import rehearse
 
     cluster = read_hostfile(args.hostfile)
-    plan = make_plan(cluster, read_model_spec(args.model), ep_size=args.ep_size)
+    # As launch/infer.py does with its --ep-size; what leaves ranks over is refused.
+    ep_size = args.ep_size
+    dp_size = max(1, cluster.num_gpus // ep_size) if ep_size and ep_size > 0 else 1
+    plan = make_plan(cluster, read_model_spec(args.model), ep_size=ep_size, dp_size=dp_size)
     signal.signal(signal.SIGTERM, lambda caught, frame: sys.exit(128 + caught))  # clean up first
     folder = go_on_guarded("ds-moe-ep-rehearsal-")
     rehearse(

@@ -152,6 +152,20 @@ def test_where_no_hosts_can_be_made_the_ranks_are_on_one(tmp_path):
     assert not list(tmp_path.glob("ds-moe-ep-rehearsal-*"))
 
 
+@pytest.mark.slow
+def test_copies_of_the_experts_are_rehearsed(tmp_path):
+    ended = run_command(
+        [*_REHEARSE, _two_hosts(tmp_path), "--ep", "2"],
+        env={"PATH": _path_without_pdsh(tmp_path), "TMPDIR": str(tmp_path)},
+        timeout_s=600.0,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    phases = dict(line.split(maxsplit=1) for line in ended.stdout.splitlines())
+    assert phases["plan"].startswith("EP2 TP1 PP1 DP2 on 2 hosts")
+    assert "each once in each of 2 groups" in phases["launch"]
+    assert phases["outputs"] == "all 7 equal those of transformers in one process"
+
+
 def _put_before_pdsh(folder: Path) -> Path:
     """Writes a pdsh that notes its arguments and calls the real one; returns where it notes."""
     pdsh, calls = folder / "pdsh", folder / "calls"

@@ -2,12 +2,17 @@
 
 import json
 import re
+import signal
 
 import pytest
 
+from ds_moe_ep.cli import main
 from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.hostfile import local_cluster
+from ds_moe_ep.plan import ParallelPlan
+from ds_moe_ep.rehearsal import guard, rehearse
 from ds_moe_ep.rehearsal.rehearse import _compare, _launch, _Stage
+from tests.helpers.launch import REPO
 
 _EXPECTED = [[5, 6], [7, 8], [9, 1]]
 _RIGHT = [("0", [5, 6]), ("1", [7, 8]), ("2", [9, 1])]
@@ -92,3 +97,50 @@ def test_a_job_that_works_is_told_with_its_bring_up(tmp_path):
         f"{files} --max-new-tokens 8 --cuda-graphs",
         f"{tmp_path}/infer.py",
     ]
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """Notes the plans that would be rehearsed."""
+    plans = []
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setattr(guard, "go_on_guarded", lambda prefix: tmp_path)
+    monkeypatch.setattr(
+        rehearse, "rehearse", lambda model, cluster, plan, *args, **kwargs: plans.append(plan)
+    )
+    return plans
+
+
+def _rehearse(*args: str) -> int:
+    configs = REPO / "configs"
+    model = configs / "olmoe-1b-7b-ep64" / "config.json"
+    files = ["--model", str(model), "--hostfile", str(configs / "hostfile.8x8")]
+    return main(["rehearse", *files, *args])
+
+
+@pytest.mark.parametrize(
+    ("args", "plan"),
+    [
+        ([], ParallelPlan(64)),
+        (["--ep", "64"], ParallelPlan(64)),
+        (["--ep", "8"], ParallelPlan(8, dp_size=8)),
+        (["--ep", "1"], ParallelPlan(1, dp_size=64)),
+    ],
+)
+def test_expert_groups_fill_the_hosts_as_those_of_infer(asked, args, plan):
+    assert _rehearse(*args) == 0
+    assert asked == [plan]
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "says"),
+    [
+        ("0", "ep_size=0: every size is at least 1"),
+        ("48", "ep_size=48 does not divide num_experts=64"),
+        ("128", "ep_size=128 does not divide num_experts=64"),
+    ],
+)
+def test_expert_groups_that_do_not_fill_the_hosts_are_refused(asked, capsys, ep_size, says):
+    assert _rehearse("--ep", ep_size) == 2
+    assert says in capsys.readouterr().err
+    assert asked == []
