@@ -1,15 +1,27 @@
-"""What DeepSpeed's monitor is given, and that nothing of it is lost when a rank ends."""
+"""What DeepSpeed's monitor is given, that nothing of it is lost, and that it never ends a job."""
 
 import sys
+import warnings
 from types import SimpleNamespace
 
 import deepspeed.comm
 import pytest
 
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.monitor.deepspeed_events import DeepSpeedEvents
 from ds_moe_ep.monitor.figures import JobNow, figures
 from ds_moe_ep.monitor.metrics_format import Sample
 from tests.helpers.metrics import small_metrics
+
+_NOW = JobNow([Sample.model_validate(line) for line in small_metrics()["samples.jsonl"][-4:]])
+
+
+class _UsageError(Exception):
+    """As W&B's own: of no class that Python has."""
+
+
+def _raise(error):
+    raise error
 
 
 class _Sender:
@@ -44,11 +56,49 @@ def sender(monkeypatch):
 
 @pytest.mark.parametrize("section", ["wandb", "comet"])
 def test_what_is_sent_in_the_background_is_sent_before_a_rank_ends(sender, section):
-    samples = [Sample.model_validate(line) for line in small_metrics()["samples.jsonl"][-4:]]
     events = DeepSpeedEvents({section: {"enabled": True, "project": "moe"}})
-    events.update(JobNow(samples))
+    events.update(_NOW)
     assert sender.waiting and not sender.sent
     events.close()
-    now = figures(JobNow(samples))
+    now = figures(_NOW)
     assert sender.sent == {f"ds_moe_ep/{name}": (value, 40) for name, value in now.items()}
     assert sender.sent["ds_moe_ep/collective_mean_s"][0] == pytest.approx(0.00225)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_with_its_section(sender, tmp_path):
+    (tmp_path / "file").touch()
+    csv = {"enabled": True, "output_path": str(tmp_path / "file"), "job_name": "moe"}
+    with pytest.raises(ConfigError, match=r"^csv_monitor: .*Not a directory.*enabled to false\.$"):
+        DeepSpeedEvents({"comet": {"enabled": True}, "csv_monitor": csv})
+
+
+def test_a_service_without_a_login_is_refused_with_its_section(sender, monkeypatch):
+    error = _UsageError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **options: _raise(error))
+    with pytest.raises(ConfigError) as refused:
+        DeepSpeedEvents({"wandb": {"enabled": True}})
+    assert str(refused.value) == (
+        f"wandb: {error}. DeepSpeed's monitor cannot start: give it what that section needs, or "
+        "set its enabled to false."
+    )
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), _UsageError("gone")])
+def test_a_monitor_that_fails_is_told_once_and_the_others_go_on(sender, monkeypatch, error):
+    sections = {name: {"enabled": True, "project": "moe"} for name in ("wandb", "comet")}
+    events = DeepSpeedEvents(sections)
+    monkeypatch.setattr(sys.modules["wandb"], "log", lambda *args, **kwargs: _raise(error))
+    with pytest.warns(UserWarning, match=r"^wandb: .*(space left|gone).*The job goes on") as told:
+        events.update(_NOW)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        events.close()
+    assert sender.sent["ds_moe_ep/prompts_done"] == (8, 40)
+
+
+def test_a_monitor_that_cannot_be_ended_does_not_end_the_job(sender, monkeypatch):
+    events = DeepSpeedEvents({"wandb": {"enabled": True}})
+    monkeypatch.setattr(sys.modules["wandb"], "finish", lambda: _raise(_UsageError("no answer")))
+    with pytest.warns(UserWarning, match="^wandb: no answer. The job goes on"):
+        events.close()
