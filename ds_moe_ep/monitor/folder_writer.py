@@ -1,9 +1,10 @@
 """The folder of --metrics, as rank 0 writes it; docs/metrics.md says what is in it.
 
 Lines are added to samples.jsonl and balance.jsonl while a job runs; at its end balance.jsonl is
-replaced by one with the windows of the whole run, and all other files are written in one step. A
-folder that cannot be written is refused before a weight is read; one that fails after the first
-prompt is told, and left as it is.
+replaced by one with the windows of the whole run. All other files are written in one step, and
+metrics.jsonl last: a folder that has it is that of a finished job, and whole. A folder that cannot
+be written is refused before a weight is read; one that fails after the first prompt is told, and
+left as it is.
 """
 
 from __future__ import annotations
@@ -125,10 +126,10 @@ class FolderWriter:
             )
 
     def _finish(self, ranks: Sequence[RankRecord]) -> None:
-        self._write(RANKS_JSONL, (rank.to_dict() for rank in ranks))
         self._write(EXPERTS_JSONL, self._expert_loads(ranks))
         windows = balance_windows([rank.borders for rank in ranks])
         self._write(BALANCE_JSONL, (window.model_dump() for window in windows))
+        self._write(RANKS_JSONL, (rank.to_dict() for rank in ranks))
 
     def _expert_loads(self, ranks: Sequence[RankRecord]) -> Iterator[dict[str, Any]]:
         """Yields the tokens of each expert, layer by layer.

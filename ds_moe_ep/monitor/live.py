@@ -116,12 +116,8 @@ class LiveRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the job has written its closing figures."""
-        ranks, run = self._folder / RANKS_JSONL, self._folder / RUN_JSON
-        try:
-            return ranks.stat().st_mtime >= run.stat().st_mtime
-        except FileNotFoundError:
-            return False
+        """Whether the job has written its closing figures; a new one in the folder removes them."""
+        return (self._folder / RANKS_JSONL).is_file()
 
     def total(self) -> Row:
         """Returns the whole job."""

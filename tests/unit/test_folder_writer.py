@@ -3,13 +3,16 @@
 import shutil
 import tempfile
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
 from ds_moe_ep.errors import InputError, ResourceError
+from ds_moe_ep.monitor import folder_writer
 from ds_moe_ep.monitor.figures import JobNow
 from ds_moe_ep.monitor.folder_writer import FolderWriter, check_metrics_folder
 from ds_moe_ep.monitor.metrics_format import Run, Sample
+from ds_moe_ep.monitor.windows import Border
 from tests.helpers.metrics import small_metrics
 
 _FILES = small_metrics()
@@ -37,6 +40,19 @@ def test_a_folder_that_fails_at_the_end_is_told(tmp_path):
     shutil.rmtree(tmp_path / "metrics")
     with pytest.warns(UserWarning, match="its metrics will not be whole"):
         writer.finish([])
+
+
+def test_the_file_that_means_finished_is_written_last(tmp_path, monkeypatch):
+    writer, folder = FolderWriter(tmp_path / "metrics", _RUN), tmp_path / "metrics"
+    written = []
+
+    def note(path, lines):
+        written.append(path.name)
+        assert not (folder / "metrics.jsonl").exists()
+
+    monkeypatch.setattr(folder_writer, "write_lines", note)
+    writer.finish([SimpleNamespace(rows_of_expert=[{}, {}], borders=[Border(step=0, rows=[0, 0])])])
+    assert written == ["experts.jsonl", "balance.jsonl", "metrics.jsonl"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

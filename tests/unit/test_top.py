@@ -155,6 +155,16 @@ def test_it_ends_with_the_job_and_says_how_to_go_on(tmp_path, start):
     assert f"ds-moe-ep report {folder}" in shown.replace("\r\n", "")
 
 
+def test_a_job_is_over_in_a_copy_of_its_folder_too(tmp_path):
+    files = small_metrics()
+    job = LiveRun(_running(tmp_path, files))
+    assert not job.is_over
+    write_metrics_folder(tmp_path, {"metrics.jsonl": files["metrics.jsonl"]})
+    later = (tmp_path / "metrics.jsonl").stat().st_mtime + 60.0
+    os.utime(tmp_path / "run.json", (later, later))  # a copy is made in any order
+    assert job.is_over
+
+
 def test_64_ranks_fit_by_host_and_scroll_by_rank(tmp_path, start):
     terminal = start(_running(tmp_path, large_metrics(), num_samples=640))
     terminal.wait_for("host (ranks)")
