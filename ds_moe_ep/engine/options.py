@@ -30,6 +30,7 @@ DISPATCHER_NAMES = (
 )
 """``auto`` and the keys of ``moe.dispatch.DISPATCHERS``, without importing torch for them."""
 
+_LAST_PORT = 65535
 _NO_OUTPUT = "preflight"  # nothing of this name is written
 
 
@@ -242,7 +243,7 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--metrics-port",
-        type=positive(int),
+        type=_port,
         metavar="PORT",
         help="serve the figures of all ranks to Prometheus, on the host of rank 0",
     )
@@ -281,6 +282,13 @@ def positive(kind):
 
     parse.__name__ = f"positive {kind.__name__}"
     return parse
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 < value <= _LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: use 1 to {_LAST_PORT}")
+    return value
 
 
 def _non_negative(text: str) -> float:

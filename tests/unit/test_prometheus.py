@@ -8,6 +8,7 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ds_moe_ep.engine.options import parse_options
 from ds_moe_ep.errors import ResourceError
 from ds_moe_ep.monitor.figures import JobNow
 from ds_moe_ep.monitor.metrics_format import BalanceWindow, Sample
@@ -92,3 +93,14 @@ def test_a_taken_port_is_refused():
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=f"--metrics-port {port}: .* free on rank 0"):
             Exporter(port)
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "99999"])
+def test_a_port_that_there_is_not_is_refused_at_once(capsys, port):
+    files = ["--model", "m", "--input", "i", "--output", "o"]
+    assert parse_options([*files, "--metrics-port", "65535"]).metrics_port == 65535
+    with pytest.raises(SystemExit) as ended:
+        parse_options([*files, f"--metrics-port={port}"])
+    assert ended.value.code == 2
+    told = f"argument --metrics-port: {port} is not a port: use 1 to 65535"
+    assert told in capsys.readouterr().err
