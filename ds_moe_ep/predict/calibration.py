@@ -49,17 +49,24 @@ class Calibration:
             raise self._missing("a device", "ranks", world_size, measured)
         return device_from_result(found[0]) if found else base
 
-    def links(self, world_size: int, num_nodes: int) -> LinkPrices | None:
+    def links(
+        self, world_size: int, num_nodes: int, *, is_needed: bool = True
+    ) -> LinkPrices | None:
         """Returns the measured links of so many ranks on so many hosts; None without any.
 
+        Args:
+            world_size: Ranks of the expert group.
+            num_nodes: Hosts that they are on.
+            is_needed: Whether nothing else tells what connects them.
+
         Raises:
-            ConfigError: Links were measured for other numbers alone.
+            ConfigError: Links were measured for other numbers alone, and they are needed.
         """
         measured = [*self.results.get("predict", ()), *self.results.get("collectives", ())]
         for result in measured:
             if (result["world_size"], result["num_nodes"]) == (world_size, num_nodes):
                 return links_from_result(result)
-        if not measured:
+        if not measured or not is_needed:
             return None
         raise self._missing("links", "ranks on hosts", f"{world_size} on {num_nodes}", measured)
 
@@ -67,11 +74,12 @@ class Calibration:
         self, what: str, unit: str, wanted: object, measured: Iterable[dict[str, Any]]
     ) -> ConfigError:
         with_hosts = "hosts" in unit
+        options = "--host-link, --link" if with_hosts else "--gpu, --link"
         known = sorted({(result["world_size"], result["num_nodes"]) for result in measured})
         told = ", ".join(f"{size} on {nodes}" if with_hosts else f"{size}" for size, nodes in known)
         return ConfigError(
             f"--calibration {', '.join(self.sources)}: has {what} of {told} {unit}, but the plan "
-            f"needs {wanted}. Measure those, or name the hardware: --gpu, --link."
+            f"needs {wanted}. Measure those, or name the hardware: {options}."
         )
 
 

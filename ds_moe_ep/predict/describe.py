@@ -97,8 +97,8 @@ def _times(prediction: Prediction) -> list[str]:
         lines += _wrap(f"{kind} with {times.batch:,}: {shares}")
     if generates and prediction.batches[0].deployment.device.overlaps:
         lines += _wrap(
-            "device alone: a step if telling it what to do cost nothing, as in a CUDA graph, which "
-            "this version does not use"
+            "device alone: a step if telling it what to do cost nothing, as in a CUDA graph "
+            "(`infer.py --cuda-graphs`)"
         )
     return lines
 
@@ -128,7 +128,7 @@ def _alternative(alternative: Alternative) -> list[str]:
     if alternative.wins_from_params is not None:
         lines += _wrap(
             "this plan serves more sequences a second where experts are so wide that the model "
-            f"has {alternative.wins_from_params / 1e9:,.3g} B parameters or more"
+            f"has {_rate(alternative.wins_from_params / 1e9)} B parameters or more"
         )
     return lines
 

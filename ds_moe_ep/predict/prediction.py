@@ -36,7 +36,7 @@ class Question:
         gpu: Name of a device.
         link: Name of what connects hosts.
         host_link: Name of what connects the devices of a host.
-        calibration: Files of measurements, which take precedence over names.
+        calibration: Files of measurements; what they have of the plan goes before names.
         memory_gib: Memory of a device, in place of what is known of it.
         context_len: Tokens of a prompt and its completion.
         new_tokens: Tokens of a completion.
@@ -209,8 +209,10 @@ def _links(
     """Returns what messages cost in the first expert group, and where the figures come from."""
     ranks = plan.ep_group(0)
     num_hosts = len({cluster.locate(rank)[0] for rank in ranks})
+    # A device that was measured, not named, has no link of its own within a host.
+    is_named = question.host_link is not None or bool(question.gpu and question.link)
     if calibration is not None:
-        links = calibration.links(plan.ep_size, num_hosts)
+        links = calibration.links(plan.ep_size, num_hosts, is_needed=not is_named)
         if links is not None:
             return links, [f"links: measured, {', '.join(calibration.sources)}"]
     if question.gpu is None and question.host_link is None:

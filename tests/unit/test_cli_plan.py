@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from ds_moe_ep import cli, local_machine
 from ds_moe_ep.local_machine import count_local_gpus
 from ds_moe_ep.model_spec import ModelSpec
 from ds_moe_ep.placement import GpuAssignment
+from ds_moe_ep.predict import describe
 from tests.helpers import run_command
 from tests.helpers.launch import REPO
 
@@ -237,6 +239,30 @@ def test_a_prediction_as_json(capsys):
     assert found["alternative"]["fits_one_gpu"] is True
     assert found["verdicts"][0]["is_met"] is True
     assert len(found["hardware"]) == 3
+
+
+def test_a_device_alone_is_told_with_the_option_that_comes_near_it(capsys):
+    assert cli.main(["plan", "--model", str(_MODEL), "--num-gpus", "8", "--gpu", "h200"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "as in a CUDA graph (`infer.py --cuda-graphs`)" in told
+
+
+@pytest.mark.parametrize(
+    ("params", "says"), [(2.345e9, "2.35 B"), (45.6e9, "45.6 B"), (1.25e12, "1,250 B")]
+)
+def test_billions_of_parameters_are_told_in_digits(params, says):
+    best = SimpleNamespace(sequences_per_s=50.0, batch=8)
+    alternative = SimpleNamespace(
+        weight_bytes=2**30,
+        replicas=best,
+        spread=best,
+        fits=True,
+        quicker_batches=(1,),
+        wins_from_params=params,
+    )
+    assert f"the model has {says} parameters or more" in " ".join(
+        " ".join(describe._alternative(alternative)).split()
+    )
 
 
 def test_links_and_memory_can_be_measured_ones(capsys):

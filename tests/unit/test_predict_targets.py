@@ -6,12 +6,14 @@ from dataclasses import asdict, replace
 import pytest
 
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.hostfile import Cluster, Host
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, Price
 from ds_moe_ep.plan import ParallelPlan
 from ds_moe_ep.predict.calibration import read_calibration
 from ds_moe_ep.predict.hardware import DEVICES, Device, Launches, find_device, find_link
 from ds_moe_ep.predict.passes import Deployment, Pass, predict_pass
+from ds_moe_ep.predict.prediction import Question, predict
 from ds_moe_ep.predict.targets import Targets, judge_targets, parse_targets
 from ds_moe_ep.predict.throughput import Sequences, SequenceTimes, best_batch, fitting_batch
 from tests.helpers.launch import REPO
@@ -136,6 +138,40 @@ def test_links_that_were_measured_are_used(tmp_path):
         ConfigError, match=r"has links of 16 on 2, 64 on 8 ranks on hosts.* 32 on 4"
     ):
         read_calibration([path]).links(32, 4)
+    assert read_calibration([path]).links(32, 4, is_needed=False) is None
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ({"gpu": "h200", "link": "ib-200g"}, ["nvlink4 within a host", "ib-200g between hosts"]),
+        (
+            {"gpu": "h200", "host_link": "nvlink3"},
+            ["nvlink3 within a host", "ib-400g between hosts (assumed"],
+        ),
+        ({"gpu": "h200"}, None),
+    ],
+)
+def test_links_that_are_named_stand_in_for_those_not_measured(tmp_path, named, told):
+    path = written(tmp_path, "collectives-hosts", [links_result(16, 2)])
+    hosts = tuple(Host(f"worker-{i}", tuple(range(8))) for i in range(8))
+    asked = ParallelPlan(64), OLMOE, Cluster(hosts, "test"), Question(calibration=[path], **named)
+    if told is None:
+        with pytest.raises(ConfigError, match="or name the hardware: --host-link, --link"):
+            predict(*asked)
+        return
+    found = predict(*asked)
+    links = found.hardware[1:]
+    assert [line[: len(start)] for line, start in zip(links, told, strict=True)] == told
+    assert found.batches
+
+
+def test_links_that_were_measured_go_before_those_named(tmp_path):
+    path = written(tmp_path, "collectives-hosts", [links_result()])
+    hosts = tuple(Host(f"worker-{i}", tuple(range(8))) for i in range(8))
+    question = Question(gpu="h200", link="ib-200g", calibration=[path])
+    found = predict(ParallelPlan(64), OLMOE, Cluster(hosts, "test"), question)
+    assert found.hardware[1:] == (f"links: measured, {path}",)
 
 
 def test_the_recorded_links_of_this_repository_can_be_used():
