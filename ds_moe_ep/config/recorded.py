@@ -3,6 +3,8 @@
 What is made of it is not decided here.
 """
 
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,7 @@ from pydantic import Field, NonNegativeInt
 
 from ds_moe_ep.config.strict import Strict, parse, read_json_lines
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.hostfile import Cluster, Host
+from ds_moe_ep.hostfile import Cluster, Host, local_cluster
 
 __all__ = ["EXPERTS_JSONL", "RANKS_JSONL", "read_expert_loads", "read_recorded_cluster"]
 
@@ -67,6 +69,9 @@ def read_expert_loads(folder: Path) -> dict[int, tuple[int, ...]]:
 def read_recorded_cluster(folder: Path) -> Cluster:
     """Return the hosts and slots that the recorded ranks ran on.
 
+    The ranks of a host of a Cluster follow each other. Where they did not, as where a scheduler
+    dealt them out in turn, all are on one host: no grouping of theirs would be that of the run.
+
     Raises:
         ConfigError: if they were not recorded, or are not numbered from 0 on.
     """
@@ -83,8 +88,7 @@ def read_recorded_cluster(folder: Path) -> Cluster:
             f"{path} has lines of ranks {[place.rank for place in places]}, not one for each from "
             "0 on. Name the ranks: --hostfile H, or --num-ranks N."
         )
-    ranks_of: dict[str, list[int]] = {}
-    for place in places:
-        ranks_of.setdefault(place.host, []).append(place.rank)
-    hosts = tuple(Host(name, tuple(range(len(ranks)))) for name, ranks in ranks_of.items())
-    return Cluster(hosts, str(path))
+    runs = [(name, len(list(group))) for name, group in groupby(place.host for place in places)]
+    if len({name for name, _ in runs}) < len(runs):
+        return replace(local_cluster(len(places)), source=str(path))
+    return Cluster(tuple(Host(name, tuple(range(size))) for name, size in runs), str(path))

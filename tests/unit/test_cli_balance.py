@@ -34,6 +34,18 @@ def test_what_was_recorded_is_read(recorded):
     ]
 
 
+def test_hosts_that_take_turns_are_one(recorded, capsys):
+    path = recorded / "metrics.jsonl"
+    ranks = [{"rank": rank, "host": f"worker-{rank % 2}"} for rank in range(4)]
+    path.write_text("\n".join(map(json.dumps, ranks)) + "\n")
+    cluster = read_recorded_cluster(recorded)
+    assert [host.slots for host in cluster.hosts] == [(0, 1, 2, 3)]
+    assert cluster.source == str(path)
+    code, told, _ = _said(capsys, recorded)
+    assert code == 0
+    assert f"ranks  4 ({path}), 2 experts of a layer on each" in told
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
