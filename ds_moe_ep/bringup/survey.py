@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,6 +158,19 @@ def _question(request: Mapping[str, Any]) -> list[str]:
     return ["env", search, sys.executable, "-", json.dumps(request)]
 
 
+def _run(argv: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Runs a command that runs what reads the facts."""
+    return subprocess.run(
+        argv,
+        input=_source(),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout_s,
+        check=False,
+    )
+
+
 def _source() -> str:
     return Path(host_facts.__file__).read_text(encoding="utf-8")
 
@@ -173,15 +186,7 @@ def _answer(stdout: str) -> dict[str, Any] | None:
 
 def _own_answer(request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
     try:
-        ended = subprocess.run(
-            _question(request),
-            input=_source(),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
+        ended = _run(_question(request), timeout_s)
     except subprocess.TimeoutExpired:
         raise BringUpError(
             f"this machine did not tell within {timeout_s:.0f} s what it has: does its driver "
@@ -201,15 +206,7 @@ def _ask(name: str, request: Mapping[str, Any], timeout_s: float) -> dict[str, A
     options = ["-x", "-oBatchMode=yes", *extra, *_SSH_OPTIONS]
     argv = ["ssh", *options, "--", name, shlex.join(_question(request))]
     try:
-        ended = subprocess.run(
-            argv,
-            input=_source(),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
+        ended = _run(argv, timeout_s)
     except subprocess.TimeoutExpired:
         return f"no answer within {timeout_s:.0f} s: try ssh {name} hostname"
     except OSError as error:
