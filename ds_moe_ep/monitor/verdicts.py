@@ -252,9 +252,13 @@ def _memory_efficiency(metrics: Metrics, targets: Targets) -> Verdict:
     reasons = [f"peak of {size(usual)} a rank, which has {size(available)}"]
     if not is_met:
         batch = mean_batch_size(metrics)
-        now = "" if batch is None else f" than {batch:.3g} prompts a rank"
+        now = "" if batch is None else f" than {_few(batch)} prompts a rank"
         reasons.append(f"there is room for larger batches{now}, where there are prompts for them")
     return Verdict(name, f"{value:.1%}", target, _state(is_met), _joined(reasons), value)
+
+
+def _few(prompts: float) -> str:
+    return few_digits(prompts) if prompts >= 100 else f"{prompts:.3g}"
 
 
 def _joined(reasons: Sequence[str]) -> str:

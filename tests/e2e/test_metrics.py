@@ -98,6 +98,8 @@ def test_scores_count_no_new_tokens_and_a_replicated_batch_counts_once(args, tmp
     live = metrics.run.top_k * sum(map(len, _PROMPTS.values()))
     assert {sum(load) for load in metrics.expert_loads.values()} == {live}
     assert {sample.new_tokens for sample in metrics.samples} == {0}
+    done = {sample.rank: sample.prompts_done for sample in metrics.samples}  # the last of each
+    assert done == {0: len(_PROMPTS), 1: 0}
 
 
 def test_a_port_in_use_is_refused(args):
@@ -119,6 +121,17 @@ def test_a_monitor_section_that_deepspeed_refuses_is_refused(args, tmp_path):
     result = launch_infer([*args, "--config", config], num_ranks=2, is_forked=True)
     assert result.returncode == 2, result.stdout + result.stderr
     assert "csv_monitor.output_pth" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_monitor_that_cannot_start_is_refused_on_every_rank_at_once(args, tmp_path):
+    (tmp_path / "file").touch()
+    section = {"enabled": True, "output_path": str(tmp_path / "file"), "job_name": "tiny"}
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"csv_monitor": section}))
+    result = launch_infer([*args, "--config", config], num_ranks=2, is_forked=True)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.count("csv_monitor: ") == 1, result.stderr
+    assert "Not a directory" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_report_can_be_made_of_it(args, tmp_path):

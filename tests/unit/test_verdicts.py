@@ -162,6 +162,17 @@ def test_each_target_is_missed_by_a_little(tmp_path, name, change):
     assert found[name].state == "missed"
 
 
+@pytest.mark.parametrize(("batch", "says"), [(12, "12"), (1250, "1,250")])
+def test_large_batches_are_told_in_digits(tmp_path, batch, says):
+    def change(files):
+        files["run.json"] |= {"device": "NVIDIA H200", "available_memory_bytes": 1000 * _MIB}
+        for sample in files["samples.jsonl"]:
+            sample["batch_size"] = batch
+
+    reason = _judged(tmp_path, change)["memory efficiency"].reason
+    assert f"there is room for larger batches than {says} prompts a rank" in reason
+
+
 def test_an_idle_gpu_waits_for_its_host(tmp_path):
     reason = _judged(tmp_path, lambda files: files["run.json"].update(device="NVIDIA H200"))
     assert "a GPU is idle while its host prepares" in reason["GPU utilisation"].reason
