@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from ds_moe_ep.bringup.report import PASS, WARN, Check
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.decoding import without_own_settings
 from ds_moe_ep.engine.prompts import Prompt
 from ds_moe_ep.engine.schedule import Batch
 from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch
@@ -110,8 +110,8 @@ def _same_pass_on_all_ranks(
 ) -> Iterator[None]:
     """Announces passes that bring as many tokens on every rank, and forgets what they counted.
 
-    No token ends a prompt: ranks whose rounding differs would have other numbers of passes, and
-    wait for each other.
+    Nothing of the model's own decoding is followed: by end tokens ranks whose rounding differs
+    would have other numbers of passes, and wait for each other.
     """
 
     def announce(module: Any, args: Any, kwargs: Any) -> None:
@@ -119,14 +119,11 @@ def _same_pass_on_all_ranks(
             layer.announce([kwargs["input_ids"].numel()] * world_size)
 
     hook = model.register_forward_pre_hook(announce, with_kwargs=True)
-    own = model.generation_config
-    model.generation_config = deepcopy(own)
-    model.generation_config.eos_token_id = None
     try:
-        yield
+        with without_own_settings(model):
+            yield
     finally:
         hook.remove()
-        model.generation_config = own
         for layer in layers:
             layer.announce(None)
             layer.forget_counts()
@@ -220,6 +217,7 @@ def check_dispatcher(
     return Check(
         "dispatcher",
         PASS,
-        f"{chosen} for decode steps of {num_rows} rows a rank, chosen anew for each pass "
+        f"{chosen} for decode steps of {num_rows} rows a rank, chosen "
+        f"{'once, as the pass is captured' if has_static_shapes else 'anew for each pass'} "
         f"(predicted ms a layer: {each})",
     )

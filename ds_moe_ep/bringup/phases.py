@@ -125,9 +125,10 @@ class BringUp:
         start_s = time.perf_counter()
         # What a batch takes is told by its prompts' pass, in which most rows travel.
         longest = max(self._lengths, default=1)
-        self._widest_dispatcher, _ = choose_dispatcher(
+        widest, _ = choose_dispatcher(
             engine.layers[0], self._rows() * longest, self._work.spec.top_k
         )
+        self._widest_dispatcher = self._job.all_gather(widest)[0]  # groups measure for themselves
         memory = measure_memory(
             self._job,
             engine.deepspeed_engine.module,

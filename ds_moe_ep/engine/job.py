@@ -86,7 +86,7 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
     )
     _check_free(options, job, journal)
     with watch(watched) as monitor:
-        _start_journal(options, job, journal, settings)
+        _start_journal(options, job, journal, settings, has_batches=bool(batches))
         results, summary = _run(
             options, job, work, engine, batches, journal, progress, live_rows, graph, monitor
         )
@@ -130,7 +130,7 @@ def _check_free(options: JobOptions, job: Job, journal: Journal) -> None:
 
 
 def _start_journal(
-    options: JobOptions, job: Job, journal: Journal, settings: dict[str, Any]
+    options: JobOptions, job: Job, journal: Journal, settings: dict[str, Any], *, has_batches: bool
 ) -> None:
     """Lets go of what earlier runs have left, when nothing is left for which to refuse the job."""
 
@@ -139,9 +139,12 @@ def _start_journal(
             journal.start(settings, resume=options.resume)
             remove_unfinished(options.output)
 
-    job.all_or_none(start, what="starting the journal", timeout_s=options.timeout_s)
-    if job.info.rank != 0:
-        journal.join()
+    def join() -> None:
+        if job.info.rank != 0 and has_batches and options.batch_mode == "sharded":
+            journal.join()
+
+    for step in (start, join):
+        job.all_or_none(step, what="starting the journal", timeout_s=options.timeout_s)
 
 
 def _run(

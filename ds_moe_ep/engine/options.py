@@ -285,10 +285,9 @@ def positive(kind):
 
 
 def _port(text: str) -> int:
-    value = int(text)
-    if not 0 < value <= _LAST_PORT:
+    if not text.isdecimal() or not 0 < int(text) <= _LAST_PORT:
         raise argparse.ArgumentTypeError(f"{text} is not a port: use 1 to {_LAST_PORT}")
-    return value
+    return int(text)
 
 
 def _non_negative(text: str) -> float:

@@ -16,6 +16,7 @@ def test_no_token_ends_a_measurement():
     model = build_tiny("olmoe")
     own = model.generation_config
     own.eos_token_id = list(range(VOCAB_SIZE))  # whatever comes first is an end
+    own.exponential_decay_length_penalty = (1, 1.5)  # which asks for end tokens
     adapt(model, ParallelPlan(1), ep_rank=0, dispatcher="alltoall")
     prepare_for_inference(model)
     layers = moe_layers(model)

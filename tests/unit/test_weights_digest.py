@@ -32,6 +32,22 @@ def test_any_tensor_that_differs_makes_another_hash(model):
     assert len(known) == 1 + len(tensors)
 
 
+def test_of_many_alike_some_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_ALIKE", 2)
+    path = tmp_path / "model.safetensors"
+    tensors = {f"experts.{number}.w": torch.zeros(8) for number in range(6)}
+    tensors |= {"gate": torch.zeros(8), "norm": torch.zeros(8)}
+    save_file(tensors, path)
+    before, noticed = digest(tmp_path), []
+    for key, tensor in tensors.items():
+        save_file(tensors | {key: tensor + 1}, path)
+        if digest(tmp_path) != before:
+            noticed.append(key)
+    assert noticed == ["experts.0.w", "experts.3.w", "gate", "norm"]
+    save_file(tensors | {"experts.1.w": torch.zeros(9)}, path)
+    assert digest(tmp_path) != before
+
+
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 def test_what_it_was_converted_to_has_the_same_hash(model, tmp_path, ep_size, monkeypatch):
     monkeypatch.setattr(module, "_STRETCH_BYTES", 1000)  # samples lie across the files' borders
