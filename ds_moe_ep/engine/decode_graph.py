@@ -57,7 +57,7 @@ class DecodeGraph:
 
     Raises:
         ConfigError: The model has passes that a graph cannot hold.
-        DistributedError: Here and in each replay: it was not done in time.
+        DistributedError: The captured pass was not done in time.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class DecodeGraph:
         self._is_on = False
         self._launch: Callable[[], object] = self._pass
         self._timeout_s = timeout_s if world_size > 1 else None
+        self._launched: Moment = 0.0
         # Where replays do not call the layers: what each that chooses has chosen, and its counts.
         self._chosen: list[tuple[Counter[str], str]] = []
         self._capture_first_pass(model)
@@ -117,6 +118,19 @@ class DecodeGraph:
         self._live_B.zero_()
         self._rewind_to(0)  # or the rows would outgrow the cache
         self._replay()
+        self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last replay is done, for as long as it may take.
+
+        Call it when all is told that works on the pass, before the host waits for a result: that
+        wait has no bound.
+
+        Raises:
+            DistributedError: It was not done in time.
+        """
+        if self._timeout_s is not None:
+            _wait_for_replay(self._launched, self._timeout_s)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``forward``."""
@@ -130,15 +144,11 @@ class DecodeGraph:
         return self._output
 
     def _replay(self) -> None:
-        self._launch_and_wait()
+        self._launch()
+        self._launched = now(self._live_B.device)
         self.num_replays += 1
         for calls, name in self._chosen:
             calls[name] += 1
-
-    def _launch_and_wait(self) -> None:
-        self._launch()
-        if self._timeout_s is not None:
-            _wait_for_replay(now(self._live_B.device), self._timeout_s)
 
     def _pass(self) -> None:
         for layer in self._layers:
@@ -166,7 +176,9 @@ class DecodeGraph:
                     if isinstance(auto := layer.deepspeed_moe.dispatcher, Auto)
                 ]
                 self._rewind_to(_PROMPT_TOKENS)
-            self._launch_and_wait()
+            self._launch()
+            self._launched = now(self._live_B.device)
+            self.wait()
             return self._output
 
         ids_BS = torch.zeros(

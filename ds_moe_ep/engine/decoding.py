@@ -9,7 +9,7 @@ included; what is here is of one row. Batches are made in tasks.py.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -120,15 +120,25 @@ class Rooms(StoppingCriteria):
         rooms: New tokens for which each row has room; 0 for a row without a prompt.
         prompt_len: Padded length of the prompts.
         device: Device of the tokens.
+        wait: Called when all of a step is told, before ``generate`` waits for it.
     """
 
-    def __init__(self, rooms: Sequence[int], prompt_len: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rooms: Sequence[int],
+        prompt_len: int,
+        device: torch.device,
+        wait: Callable[[], None] | None = None,
+    ) -> None:
         self._rooms_B = torch.tensor(rooms, device=device)
-        self._prompt_len = prompt_len
+        self._prompt_len, self._wait = prompt_len, wait
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         """Returns which rows have ended, bool ``[B]``; tokens are ``[B, L]``."""
-        return input_ids.shape[1] - self._prompt_len >= self._rooms_B
+        has_ended_B = input_ids.shape[1] - self._prompt_len >= self._rooms_B
+        if self._wait is not None:
+            self._wait()
+        return has_ended_B
 
 
 class _OfRows(LogitsProcessor):

@@ -126,7 +126,9 @@ def generate_batch(
             generation_config=config,
             logits_processor=LogitsProcessorList(processors),
             past_key_values=None if graph is None else graph.cache,
-            stopping_criteria=StoppingCriteriaList([Rooms(rooms, longest, model.device)]),
+            stopping_criteria=StoppingCriteriaList(
+                [Rooms(rooms, longest, model.device, None if graph is None else graph.wait)]
+            ),
             synced_gpus=False,
         )
     ends = end_ids(config)
