@@ -34,9 +34,11 @@ _ROW_BYTES = 1024
 # takes some tens of MiB at the rates of NVLink.
 _LARGE_BYTES, _LARGE_BYTES_ON_GPU = 2**19, 2**26
 # Rows that a rank sorts; a GPU needs two sizes, as a kernel takes some microseconds however few
-# they are. And rows at its experts: more than it multiplies without looking which chose them.
+# they are.
 _SORTED_ROWS, _SORTED_ROWS_ON_GPU = (512,), (512, 16384)
-_EXPERT_ROWS_ON_GPU = (8192, 16384)
+# Rows at its experts on a GPU: at most so many bytes, as each run holds some eight times as much
+# where weights leave little; at least twice what is multiplied without looking which chose them.
+_EXPERT_BYTES, _LEAST_EXPERT_ROWS, _MOST_EXPERT_ROWS = 2**25, 1024, 16384
 # About 1, 10 and 100 ms, in which a GPU does nothing and is told what to do next.
 _SLEEP_CYCLES = (2_000_000, 20_000_000, 200_000_000)
 # Rounds of all measurements, so that a moment in which the machine is busy spoils but one sample of
@@ -74,8 +76,8 @@ def measure_links(
 ) -> LinkPrices:
     """Measures the group, and its two levels where there are some; all ranks call it.
 
-    It takes until half a second is over, but two rounds at least, which with 64 ranks on two cores
-    take some ten seconds.
+    It takes until what it measures adds up to half a second, but two rounds at least, which with 64
+    ranks on two cores take some ten seconds.
 
     Args:
         links: The groups; what is measured counts in their statistics.
@@ -169,10 +171,15 @@ def _works(
     sorted_rows = _SORTED_ROWS_ON_GPU if on_gpu else _SORTED_ROWS
     works = [_sorting(num_rows, clock, device) for num_rows in sorted_rows]
     if layer is not None and on_gpu:
-        for num_rows in _EXPERT_ROWS_ON_GPU:
-            here_T1 = torch.arange(num_rows, device=device)[:, None] % layer.num_local_experts
-            works.append(_experts(layer, "pairs", here_T1, clock))
-            works.append(_experts(layer, "slots", torch.full_like(here_T1, NOT_HERE), clock))
+        like = next(layer.deepspeed_moe.experts.parameters())
+        most = _EXPERT_BYTES // (layer.hidden_size * like.element_size())
+        most = min(max(most, _LEAST_EXPERT_ROWS), _MOST_EXPERT_ROWS)
+        x_TH = like.new_zeros((most, layer.hidden_size))
+        for rows_TH in (x_TH[: most // 2], x_TH):
+            here_T1 = torch.arange(len(rows_TH), device=device)[:, None] % layer.num_local_experts
+            works.append(_experts(layer, "pairs", rows_TH, here_T1, clock))
+            nowhere_T1 = torch.full_like(here_T1, NOT_HERE)
+            works.append(_experts(layer, "slots", rows_TH, nowhere_T1, clock))
     return works
 
 
@@ -190,13 +197,11 @@ def _sorting(num_rows: int, clock: _Clock, device: torch.device) -> _Measurement
 
 
 def _experts(
-    layer: ExpertParallelMoE, kind: str, local_ids_T1: Tensor, clock: _Clock
+    layer: ExpertParallelMoE, kind: str, x_TH: Tensor, local_ids_T1: Tensor, clock: _Clock
 ) -> _Measurement:
     """Returns what a rank's experts do with rows that chose one each, or none of them."""
-    experts, num_rows = layer.deepspeed_moe.experts, len(local_ids_T1)
-    like = next(experts.parameters())
-    x_TH = like.new_zeros((num_rows, layer.hidden_size))
-    weights_T1 = torch.ones((num_rows, 1), device=like.device)
+    experts, num_rows = layer.deepspeed_moe.experts, len(x_TH)
+    weights_T1 = torch.ones((num_rows, 1), device=x_TH.device)
     run = torch.no_grad()(partial(run_local_experts, experts, x_TH, local_ids_T1, weights_T1))
     return _Measurement("work", kind, num_rows, partial(clock, run))
 

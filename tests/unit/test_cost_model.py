@@ -163,10 +163,10 @@ def test_the_probe_runs_the_experts_of_a_layer_for_rows_of_theirs_and_for_others
         computed.append(rows_e.tolist())
         return 1.5
 
-    here_T1 = torch.arange(40)[:, None] % 16
+    x_TH, here_T1 = torch.zeros(40, layer.hidden_size), torch.arange(40)[:, None] % 16
     works = [
-        probe._experts(layer, "pairs", here_T1, clock),
-        probe._experts(layer, "slots", torch.full_like(here_T1, NOT_HERE), clock),
+        probe._experts(layer, "pairs", x_TH, here_T1, clock),
+        probe._experts(layer, "slots", x_TH, torch.full_like(here_T1, NOT_HERE), clock),
     ]
     assert [(work.kind, work.amount, work.seconds()) for work in works] == [
         ("pairs", 40, 1.5),
