@@ -36,9 +36,9 @@ _LARGE_BYTES, _LARGE_BYTES_ON_GPU = 2**19, 2**26
 # Rows that a rank sorts; a GPU needs two sizes, as a kernel takes some microseconds however few
 # they are.
 _SORTED_ROWS, _SORTED_ROWS_ON_GPU = (512,), (512, 16384)
-# Rows at its experts on a GPU: at most so many bytes, as each run holds some eight times as much
-# where weights leave little; at least twice what is multiplied without looking which chose them.
-_EXPERT_BYTES, _LEAST_EXPERT_ROWS, _MOST_EXPERT_ROWS = 2**25, 1024, 16384
+# Rows at its experts on a GPU: so many bytes, as a run holds some eight times as much, and weights
+# may leave little; but half of them must be more than is multiplied without looking which chose.
+_EXPERT_BYTES, _LEAST_EXPERT_ROWS, _MOST_EXPERT_ROWS = 2**25, 2048, 16384
 # About 1, 10 and 100 ms, in which a GPU does nothing and is told what to do next.
 _SLEEP_CYCLES = (2_000_000, 20_000_000, 200_000_000)
 # Rounds of all measurements, so that a moment in which the machine is busy spoils but one sample of
