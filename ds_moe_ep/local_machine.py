@@ -6,7 +6,13 @@ import shutil
 import socket
 import subprocess
 
-__all__ = ["count_local_gpus", "free_port", "one_thread_each", "threads_of_rank"]
+__all__ = [
+    "count_local_gpus",
+    "free_port",
+    "num_usable_cores",
+    "one_thread_each",
+    "threads_of_rank",
+]
 
 
 def count_local_gpus() -> int:
@@ -32,6 +38,13 @@ def free_port() -> int:
         return port
 
 
+def num_usable_cores() -> int:
+    """Return how many cores this process may use, which may be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def threads_of_rank(num_ranks: int) -> int | None:
     """Return how many threads each of the ranks on this machine should compute with.
 
@@ -46,11 +59,7 @@ def threads_of_rank(num_ranks: int) -> int | None:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return None
-    if hasattr(os, "sched_getaffinity"):
-        num_cores = len(os.sched_getaffinity(0))
-    else:
-        num_cores = os.cpu_count() or 1
-    return max(1, num_cores // num_ranks)
+    return max(1, num_usable_cores() // num_ranks)
 
 
 def one_thread_each() -> dict[str, str]:

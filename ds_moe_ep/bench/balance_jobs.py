@@ -29,7 +29,7 @@ from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread
 from ds_moe_ep.bringup.preflight import Launch, launch_command
 from ds_moe_ep.demo import MODEL_DIR
-from ds_moe_ep.errors import DistributedError
+from ds_moe_ep.errors import ConfigError, DistributedError
 from ds_moe_ep.hostfile import local_cluster
 from ds_moe_ep.local_machine import one_thread_each
 from ds_moe_ep.monitor.findings import balance_of, hot_experts
@@ -66,6 +66,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spare", type=int, nargs="+", default=[2], metavar="N", help="spare slots a rank"
     )
+
+
+def _prepare(args: argparse.Namespace, work: Path) -> None:
+    if few := [num_ranks for num_ranks in args.world if num_ranks < 2]:
+        raise ConfigError(
+            f"--world {few[0]} has no ranks to place experts on and to compare. Use 2 or more."
+        )
 
 
 def write_skewed_model(routing: str, shape: str, folder: Path) -> None:
@@ -264,6 +271,7 @@ TABLE = Table(
     name="balance-jobs",
     heading="Placement under skew, whole jobs",
     add_arguments=_add_arguments,
+    prepare=_prepare,
     to_markdown=_to_markdown,
     measure_alone=_measure,
 )

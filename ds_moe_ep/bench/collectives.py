@@ -186,10 +186,9 @@ def _to_markdown(results: Sequence[Result]) -> str:
         for level, prices in result["fit"].items():
             row = [level, *where, prices["size"], f"{prices['counts_s'] * _MS:.3f}"]
             for kind in _FITTED:
-                slope = prices[kind]["s_per_byte"]
-                rate = f"{1 / slope / _MB:,.0f}" if slope else "-"
+                rate = _rate(prices[kind]["s_per_byte"])
                 row.append(f"{prices[kind]['latency_s'] * _MS:.3f} + {rate}")
-            fitted.append([*row, f"{1 / result['local_s_per_byte'] / _MB:,.0f}"])
+            fitted.append([*row, _rate(result["local_s_per_byte"])])
     all_times = [time for result in results for time in result["times"]]
     rounds = all_times[0]["num_rounds"]
     fit_titles = ["links", "ranks", "nodes", "ranks of a group", "numbers of rows, ms"]
@@ -210,6 +209,11 @@ def _to_markdown(results: Sequence[Result]) -> str:
         "bytes of the rank that sends or receives most:\n\n"
         f"{markdown_table(fit_titles, fitted)}"
     )
+
+
+def _rate(s_per_byte: float) -> str:
+    """Returns MB/s; none where bytes took no time that could be measured."""
+    return f"{1 / s_per_byte / _MB:,.0f}" if s_per_byte else "-"
 
 
 def _layers_to_markdown(results: Sequence[Result]) -> str:

@@ -18,13 +18,21 @@ from torch import Tensor
 
 from ds_moe_ep import heap
 from ds_moe_ep.bench.floors import wait
-from ds_moe_ep.bench.generate_sides import PAD, GenerateSide, one_process, ours, transformers_ep
+from ds_moe_ep.bench.generate_sides import (
+    PAD,
+    GenerateSide,
+    check_batches,
+    one_process,
+    ours,
+    transformers_ep,
+)
 from ds_moe_ep.bench.memory import PeakMemory
 from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.options import positive
 from ds_moe_ep.errors import ConfigError, DistributedError
 
 __all__ = ["TABLE", "UNEVEN"]
@@ -34,11 +42,15 @@ _PEERS = ("transformers EP", "one process, grouped_mm", "one process, eager")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
+    parser.add_argument(
+        "--world", type=positive(int), nargs="+", default=[2, 4, 8], help="numbers of ranks"
+    )
     parser.add_argument(
         "--model", choices=SHAPES, default="105M", help="model to run (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="prompts in all")
+    parser.add_argument(
+        "--batch", type=positive(int), nargs="+", default=[16, 64], help="prompts in all"
+    )
     parser.add_argument(
         "--prompt-tokens", type=int, default=32, help="tokens of the longest prompt"
     )
@@ -71,6 +83,7 @@ def _prepare(args: argparse.Namespace, work: Path) -> None:
             f"--cuda-graphs captures passes of one size, but --batch has {len(args.batch)}. Give "
             "one, as --batch 16."
         )
+    check_batches(args.batch, args.world)
     write_model(SHAPES[args.model], work / args.model)
 
 

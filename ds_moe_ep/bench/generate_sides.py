@@ -8,8 +8,8 @@ time; a side of one process does the whole batch on rank 0.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +26,20 @@ from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.decode_graph import DecodeGraph
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.sync import ForwardSync
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.local_machine import num_usable_cores
 from ds_moe_ep.plan import ParallelPlan
 
-__all__ = ["PAD", "GenerateSide", "complete", "load_ours", "one_process", "ours", "transformers_ep"]
+__all__ = [
+    "PAD",
+    "GenerateSide",
+    "check_batches",
+    "complete",
+    "load_ours",
+    "one_process",
+    "ours",
+    "transformers_ep",
+]
 
 PAD = 0
 """What short prompts are padded with."""
@@ -36,6 +47,27 @@ PAD = 0
 GenerateSide = Callable[[Tensor, int], "Tensor | None"]
 """Takes all prompts ``[B, S]`` and N; returns this rank's ``[B / ranks, S + N]`` tokens, or those
 of all prompts on rank 0 and None elsewhere."""
+
+
+def check_batches(batches: Sequence[int], worlds: Sequence[int]) -> None:
+    """Refuses batches that ranks cannot share, before any is measured.
+
+    Args:
+        batches: Prompts of all ranks together, above 0.
+        worlds: Numbers of ranks, above 0.
+
+    Raises:
+        ConfigError: Some number of ranks does not divide a batch.
+    """
+    step = math.lcm(*worlds)
+    for batch in batches:
+        for world_size in worlds:
+            if batch % world_size:
+                raise ConfigError(
+                    f"--world {world_size} does not divide --batch {batch}: every rank generates "
+                    f"for as many prompts. Use a multiple of {step}, as --batch "
+                    f"{-(-batch // step) * step}."
+                )
 
 
 def ours(
@@ -185,7 +217,7 @@ def complete(model: PreTrainedModel, prompts_BS: Tensor, num_new: int, **kwargs:
 @contextmanager
 def _all_cores() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(num_usable_cores())
     try:
         yield
     finally:

@@ -8,7 +8,6 @@ The rates of products and of reading weights; what a pass costs that has next to
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from ds_moe_ep.bench.generate_sides import complete
 from ds_moe_ep.bench.models import SHAPES, Shape
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.host_memory import available_bytes
+from ds_moe_ep.local_machine import num_usable_cores
 from ds_moe_ep.moe.cost_model import LinkPrices
 from ds_moe_ep.moe.dispatch import Links
 from ds_moe_ep.plan import ParallelPlan
@@ -51,15 +51,20 @@ class HardwareNow:
         timeout_s: How long a rank waits for another.
         shape: The model, for the sizes of the matrices and how many experts a rank has. Its
             number of layers, the tokens and the passes to be predicted play no part.
+        hosts_are_simulated: Whether all hosts of the job are this machine.
     """
 
-    def __init__(self, job: Job, timeout_s: float, shape: Shape) -> None:
+    def __init__(
+        self, job: Job, timeout_s: float, shape: Shape, *, hosts_are_simulated: bool = False
+    ) -> None:
         torch.manual_seed(0)
         self._job = job
         self._timeout_s = timeout_s
+        on_this_node = job.nodes.count(job.nodes[job.info.rank])
+        self._num_ranks_here = job.info.world_size if hosts_are_simulated else on_this_node
         height, width = 2 * shape.moe_intermediate_size, shape.hidden_size
         self._rows = torch.randn((_MANY_ROWS, width), device=job.device)
-        read_bytes = max(_READ_BYTES, _ALL_READ_BYTES // job.info.world_size)
+        read_bytes = max(_READ_BYTES, _ALL_READ_BYTES // self._num_ranks_here)
         num_matrices = max(1, read_bytes // (height * width * 4))
         self._matrices = torch.randn((num_matrices, height, width), device=job.device)
         self._models = {layers: _alone(shape, layers, job) for layers in (_FEW, _MANY)}
@@ -121,9 +126,13 @@ class HardwareNow:
                 middle(lambda sample: sample.launches.start_s),
             ),
             memory_bytes=_memory_bytes(self._job),
-            is_shared=_is_shared(self._job),
+            is_shared=self._is_shared(),
             wait_s=middle(lambda sample: sample.wait_s),
         )
+
+    def _is_shared(self) -> bool:
+        """Says whether there are more ranks on this machine than cores for them."""
+        return self._job.device.type != "cuda" and self._num_ranks_here > num_usable_cores()
 
     def _wait(self, links: Links, prices: LinkPrices) -> float:
         """Returns what messages cost more after work than they do among ranks that are idle.
@@ -167,7 +176,7 @@ class HardwareNow:
         """Returns the seconds of a call while all ranks make such calls, of the mean rank."""
         run()
         self._job.wait_for_all(self._timeout_s, "measuring the hardware")
-        window_s = max(_WINDOW_S, _OWN_S * self._job.info.world_size / (os.cpu_count() or 1))
+        window_s = max(_WINDOW_S, _OWN_S * self._num_ranks_here / num_usable_cores())
         start, calls = time.perf_counter(), 0
         while time.perf_counter() - start < window_s:
             run()
@@ -207,8 +216,3 @@ def _memory_bytes(job: Job) -> int | None:
         return torch.cuda.get_device_properties(job.device).total_memory
     found = available_bytes()
     return None if found is None else found // max(1, job.nodes.count(job.nodes[job.info.rank]))
-
-
-def _is_shared(job: Job) -> bool:
-    """Says whether there are more ranks on a machine than cores, or simulated hosts on one."""
-    return job.device.type != "cuda" and job.info.world_size > (os.cpu_count() or 1)

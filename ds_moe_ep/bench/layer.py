@@ -150,7 +150,9 @@ def _to_markdown(results: Sequence[Result]) -> str:
     titles = ["ranks", "routing", "tokens a rank", *(f"{name}, ms" for name in names)]
     titles += [f"{rival} / {ours[0]}" for rival in rivals]
     titles += [f"{ours[0]} / best other"] if ours[1:] else []
-    titles += [f"{name} chose" for name in results[0]["chosen"]]
+    # On one rank auto has nothing to choose.
+    choosers = list(dict.fromkeys(name for result in results for name in result["chosen"]))
+    titles += [f"{name} chose" for name in choosers]
     rows, of_best = [], []
     for result in results:
         seconds = result["seconds"]
@@ -162,7 +164,7 @@ def _to_markdown(results: Sequence[Result]) -> str:
         if ours[1:]:
             of_best.append(own / min(seconds[each]["median"] for each in ours[1:]))
             row.append(f"{of_best[-1]:.2f}")
-        row += [", ".join(choices) for choices in result["chosen"].values()]
+        row += [", ".join(result["chosen"].get(name, "-")) for name in choosers]
         rows.append(row)
     return f"{markdown_table(titles, rows)}\n\n{_about(results, names, rivals, of_best)}"
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ds_moe_ep.adapter import moe_layers
-from ds_moe_ep.bench.generate_sides import GenerateSide, load_ours
+from ds_moe_ep.bench.generate_sides import GenerateSide, check_batches, load_ours
 from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import markdown_table
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.options import positive
 from ds_moe_ep.monitor.metrics_format import Sample
 from ds_moe_ep.monitor.recorder import Recorder
 from ds_moe_ep.monitor.sampler import Sampler, Usage
@@ -85,11 +86,15 @@ class _Cost:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=_ROUNDS)
-    parser.add_argument("--world", type=int, nargs="+", default=[2, 4], help="numbers of ranks")
+    parser.add_argument(
+        "--world", type=positive(int), nargs="+", default=[2, 4], help="numbers of ranks"
+    )
     parser.add_argument(
         "--model", choices=SHAPES, default="105M", help="model to run (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="prompts in all")
+    parser.add_argument(
+        "--batch", type=positive(int), nargs="+", default=[16, 64], help="prompts in all"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=16, help="tokens of each prompt")
     parser.add_argument(
         "--new-tokens", type=int, default=9, help="tokens to generate after each prompt"
@@ -100,6 +105,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace, work: Path) -> None:
+    if args.dispatcher != "allreduce":  # with which every rank has them all
+        check_batches(args.batch, args.world)
     write_model(SHAPES[args.model], work / args.model)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ds_moe_ep import heap
-from ds_moe_ep.bench.generate_sides import GenerateSide, load_ours
+from ds_moe_ep.bench.generate_sides import GenerateSide, check_batches, load_ours
 from ds_moe_ep.bench.hardware_now import HardwareNow
 from ds_moe_ep.bench.memory import PeakMemory
 from ds_moe_ep.bench.models import SHAPES, write_model
@@ -24,6 +24,7 @@ from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.dist.groups import Job, create_expert_groups
 from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
+from ds_moe_ep.engine.options import positive
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.moe.cost_model import LinkPrices
 from ds_moe_ep.moe.dispatch import Links, make_links
@@ -43,11 +44,15 @@ _NARROW = "narrow"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
+    parser.add_argument(
+        "--world", type=positive(int), nargs="+", default=[2, 4, 8], help="numbers of ranks"
+    )
     parser.add_argument(
         "--model", choices=SHAPES, default="105M", help="model to run (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="prompts in all")
+    parser.add_argument(
+        "--batch", type=positive(int), nargs="+", default=[16, 64], help="prompts in all"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=32, help="tokens of each prompt")
     parser.add_argument(
         "--new-tokens", type=int, default=8, help="tokens to generate after each prompt"
@@ -55,6 +60,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace, work: Path) -> None:
+    check_batches(args.batch, args.world)
     shape = SHAPES[args.model]
     write_model(shape, work / args.model)
     # As many layers, experts and choices of next to no width: what of a process is not tensors.
@@ -65,7 +71,9 @@ def _prepare(args: argparse.Namespace, work: Path) -> None:
 @torch.no_grad()
 def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     folder, most = work / args.model, max(args.batch)
-    hardware = HardwareNow(job, args.timeout, SHAPES[args.model])
+    hardware = HardwareNow(
+        job, args.timeout, SHAPES[args.model], hosts_are_simulated=args.simulate_hosts
+    )
     hardware.warm_up()
     # Twice, as a process loads libraries and opens shared memory for the first model alone.
     narrow = [_load(args, job, work / _NARROW, batch=job.info.world_size) for _ in range(2)]

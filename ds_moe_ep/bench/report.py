@@ -22,6 +22,7 @@ import torch
 from ds_moe_ep import __version__
 from ds_moe_ep.config.strict import read_json
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.local_machine import num_usable_cores
 
 __all__ = [
     "Report",
@@ -118,7 +119,7 @@ def describe_machine() -> dict[str, str]:
     versions = [f"{name} {version(name)}" for name in _PACKAGES]
     return {
         "gpus": f"{len(gpus)} x {gpus[0]}" if gpus else "no GPU",
-        "cpu": f"{os.cpu_count()} cores of {_cpu_name()}",
+        "cpu": f"{num_usable_cores()} cores of {_cpu_name()}",
         "memory": f"{memory_bytes / _GIB:.0f} GiB",
         "python": f"Python {platform.python_version()}",
         "versions": ", ".join(versions),

@@ -32,6 +32,7 @@ _BAR = 1.1
 # Every row travels only where it is wanted if the tokens of the ranks are not announced: small
 # announced batches are sent to all, which costs bytes and saves a message.
 _AUTO, _ROUTED = "auto", "routed rows only"
+_SHARED_CORES = " The ranks share the cores of the machine."
 
 
 def least_bytes(
@@ -88,6 +89,8 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     }
     works = [("per rank", tokens * job.info.world_size) for tokens in args.tokens]
     works += [("in all", tokens) for tokens in args.total_tokens]
+    is_one_machine = len(set(job.nodes)) == 1 or args.simulate_hosts
+    ranks_share_cores = is_one_machine and job.device.type != "cuda"
     results = []
     for fixed, total in works:
         shape, generator = SHAPES[args.shape], torch.Generator().manual_seed(total)
@@ -111,6 +114,7 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
                 "fixed": fixed,
                 "world_size": job.info.world_size,
                 "num_nodes": len(set(job.nodes)),
+                "ranks_share_cores": ranks_share_cores,
                 "shape": args.shape,
                 "total_tokens": total,
                 "least_bytes": least / job.info.world_size,
@@ -146,8 +150,8 @@ def _to_markdown(results: Sequence[Result]) -> str:
         f"One MoE layer with its router: {SHAPES[results[0]['shape']].describe_layer()}, float32, "
         "uniform routing; all outputs are those of transformers' block (checked before each row). "
         "Milliseconds are the median (least to most) of "
-        f"{results[0]['seconds'][_AUTO]['num_rounds']} rounds, the slowest rank's. The ranks share "
-        "the cores of the machine.\n\n"
+        f"{results[0]['seconds'][_AUTO]['num_rounds']} rounds, the slowest rank's."
+        f"{_SHARED_CORES if all(r['ranks_share_cores'] for r in results) else ''}\n\n"
         "KB are those of one call of the layer, the mean over ranks, of all that its collectives "
         "handed to other ranks: rows, expert ids and routing weights (8 bytes a slot), numbers of "
         "rows; in two levels, both. What stays on a rank is not counted. The minimum counts rows "

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_moe_ep.bench import balance, balance_jobs, collectives, e2e, layer, predict, replay, scale
+from ds_moe_ep.bench import (
+    balance,
+    balance_jobs,
+    collectives,
+    e2e,
+    layer,
+    monitor,
+    predict,
+    replay,
+    scale,
+)
 from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.replay import prefill_flops
 from ds_moe_ep.bench.replayed_rank import even_ids
@@ -75,11 +85,19 @@ def test_without_peers_a_layer_table_is_a_section_of_its_own(peers, variant):
     assert scale.TABLE.variant(argparse.Namespace(peers=peers)) is None
 
 
+def test_on_one_rank_a_layer_table_has_no_choice_to_show():
+    alone = layer_result([], auto=4.0, alltoall=8.0) | {"world_size": 1, "chosen": {}}
+    text = layer.TABLE.to_markdown([alone, layer_result(["alltoall"], auto=4.0, alltoall=8.0)])
+    assert cells(text, 0)[-2:] == ["auto / best other", "auto chose"]
+    assert [cells(text, line)[-2:] for line in (2, 3)] == [["0.50", "-"], ["0.50", "alltoall"]]
+
+
 def scale_result(fixed, world_size, total_tokens):
     return {
         "fixed": fixed,
         "world_size": world_size,
         "num_nodes": 1,
+        "ranks_share_cores": True,
         "shape": "tiny",
         "total_tokens": total_tokens,
         "least_bytes": 4000.0,
@@ -107,6 +125,12 @@ def test_scaling_shows_bytes_next_to_the_minimum():
         *("4.0", "8.0", "4.2", "2.00", "1.05"),
     ]
     assert "8 experts, top-2, hidden 64, expert width 32" in text
+    assert "the slowest rank's. The ranks share the cores of the machine.\n" in text
+
+
+def test_scaling_on_gpus_or_real_hosts_shares_no_cores():
+    text = scale.TABLE.to_markdown([scale_result("in all", 2, 512) | {"ranks_share_cores": False}])
+    assert "the slowest rank's.\n" in text
 
 
 def test_collectives_show_the_rate_of_what_a_rank_gets_and_the_fit():
@@ -122,11 +146,48 @@ def test_collectives_show_the_rate_of_what_a_rank_gets_and_the_fit():
         *("flat", "4", "1", "4", "0.500"),
         *("1.000 + 1,000", "1.000 + 1,000", "2.000 + -", "500"),
     ]
+    result["local_s_per_byte"] = 0.0  # one that was too short to measure
+    assert cells(collectives.TABLE.to_markdown([result]), -1)[-2:] == ["2.000 + -", "-"]
     assert "DeepSpeed" not in text
     seconds = {"shared memory": spread(2.0), "DeepSpeed's shared memory": spread(3.0)}
     result["layers"] = [{"num_tokens": 16, "seconds": seconds}]
     row = "| 4 | 16 | 2.00 (1.00 to 4.00) | 3.00 (1.50 to 6.00) | 1.50 |"
     assert row in collectives.TABLE.to_markdown([result]).splitlines()
+
+
+@pytest.mark.parametrize(
+    "table", [e2e.TABLE, e2e.UNEVEN, monitor.TABLE, predict.TABLE], ids=lambda table: table.name
+)
+def test_batches_that_ranks_cannot_share_are_refused_before_any_is_measured(table, tmp_path):
+    args = asked(table, "--world", "2", "4", "6", "--batch", "12", "16", "--model", "tiny")
+    with pytest.raises(ConfigError) as refused:
+        table.prepare(args, tmp_path)
+    assert str(refused.value) == (
+        "--world 6 does not divide --batch 16: every rank generates for as many prompts. Use a "
+        "multiple of 12, as --batch 24."
+    )
+    assert not list(tmp_path.iterdir())
+    table.prepare(asked(table, "--world", "1", "2", "--batch", "2", "--model", "tiny"), tmp_path)
+    assert (tmp_path / "tiny").is_dir()
+
+
+def test_a_replicated_batch_need_not_be_shared(tmp_path):
+    args = asked(monitor.TABLE, "--batch", "3", "--model", "tiny", "--dispatcher", "allreduce")
+    monitor.TABLE.prepare(args, tmp_path)
+    assert (tmp_path / "tiny").is_dir()
+
+
+def asked(table, *arguments):
+    parser = argparse.ArgumentParser()
+    table.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_jobs_of_one_rank_have_no_experts_to_place(tmp_path):
+    args = asked(balance_jobs.TABLE, "--world", "2", "1")
+    with pytest.raises(ConfigError, match=r"--world 1 has no ranks .* Use 2 or more\."):
+        balance_jobs.TABLE.prepare(args, tmp_path)
+    balance_jobs.TABLE.prepare(asked(balance_jobs.TABLE, "--world", "2"), tmp_path)
 
 
 def generated(**sides):

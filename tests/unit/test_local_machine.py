@@ -6,7 +6,7 @@ import resource
 import pytest
 
 from ds_moe_ep.host_memory import proportional_bytes, resident_bytes, share_of_others_bytes
-from ds_moe_ep.local_machine import threads_of_rank
+from ds_moe_ep.local_machine import num_usable_cores, threads_of_rank
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,14 @@ def test_ranks_share_the_cores_they_may_use(monkeypatch, num_cores, num_ranks, e
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
     assert threads_of_rank(num_ranks) == expected
+
+
+def test_cores_are_those_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
+    assert num_usable_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on systems without it
+    assert num_usable_cores() == 16
 
 
 def test_what_the_user_has_set_stands(monkeypatch):
