@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from ds_moe_ep.adapter import adapt, bind_expert_groups, moe_layers
+from ds_moe_ep.adapter import adapt, bind_expert_groups, moe_layers, prepare_for_inference
 from ds_moe_ep.bench.layer_sides import LayerSide, check_equal, time_sides
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import Job
+from ds_moe_ep.engine.options import DISPATCHER_NAMES
 from ds_moe_ep.plan import ParallelPlan
 
 __all__ = ["TABLE"]
@@ -25,6 +26,8 @@ __all__ = ["TABLE"]
 _MS = 1000.0
 _AFTER, _MEANWHILE = "after the experts", "while rows travel"
 _SHARED, _NETWORK = "shared memory", "network"
+# allreduce is for ranks that all have the same tokens; here each has its own.
+_DISPATCHERS = [name for name in DISPATCHER_NAMES if name != "allreduce"]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +37,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dispatcher",
+        choices=_DISPATCHERS,
         default="alltoall",
-        metavar="D",
         help="as for launch/infer.py (default: %(default)s)",
     )
 
@@ -95,14 +98,22 @@ def _build_one_layer() -> DeepseekV3ForCausalLM:
 def _side(
     model: DeepseekV3ForCausalLM, job: Job, dispatcher: str, links: str, when: str
 ) -> LayerSide:
+    """Returns the block with its experts spread over all ranks, as infer.py runs it."""
     model = copy.deepcopy(model).to(job.device)
     adapt(model, ParallelPlan(job.info.world_size), ep_rank=job.info.rank, dispatcher=dispatcher)
     nodes = job.nodes if links == _SHARED else None
     bind_expert_groups(model, nodes=nodes, device=job.device)
+    prepare_for_inference(model)
     (layer,) = moe_layers(model)
     if when == _AFTER:
         layer.deepspeed_moe.shared_expert = None
-    return _on_rows(model)
+    on_rows = _on_rows(model)
+
+    def run(x_TH: Tensor) -> Tensor:
+        layer.announce([len(x_TH)] * job.info.world_size)
+        return on_rows(x_TH)
+
+    return run
 
 
 def _on_rows(model: DeepseekV3ForCausalLM) -> LayerSide:
