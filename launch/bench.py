@@ -29,5 +29,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: see launch/infer.py.
+    # Not sys.exit: see _leave in ds_moe_ep/engine/supervisor.py.
     os._exit(code)

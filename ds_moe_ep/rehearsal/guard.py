@@ -66,6 +66,7 @@ def _guard(lifeline: int, prefix: str) -> Path:
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
             raise OSError("this system does not give orphans to a process that asks for them")
+        os.close(os.pidfd_open(os.getpid()))  # where it fails, before there is a worker to watch
         folder = Path(tempfile.mkdtemp(prefix=prefix))
         worker = os.fork()
         if worker == 0:

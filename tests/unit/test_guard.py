@@ -93,6 +93,21 @@ def test_who_wants_it_ends_and_nothing_is_left(start, number, code):
     _assert_nothing_is_left(others, folder)
 
 
+def test_where_work_cannot_be_watched_none_is_started(tmp_path):
+    before = "import os\ndef refuse(pid):\n    raise OSError('no pidfd')\nos.pidfd_open = refuse\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", before + _WORK, "started"],
+        cwd=REPO,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.endswith("OSError: no pidfd\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_work_that_is_killed_is_told_and_nothing_is_left(start):
     process, others, folder = start()
     *_, worker = others
