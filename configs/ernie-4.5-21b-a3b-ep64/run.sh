@@ -3,7 +3,7 @@
 #   MODEL=DIR run.sh --input IN.jsonl --output OUT.jsonl [other options of launch/infer.py]
 # Start it from the folder that holds launch/infer.py. All hosts must see that folder, this one and
 # the model under the same paths. MODEL and INFER name another model folder or another infer.py,
-# MASTER_PORT another port for the ranks to meet at (29500).
+# MASTER_PORT another port for the ranks to meet at (29500); one that the shell has set counts.
 # All hosts are asked over ssh for what they have before a rank starts; SURVEY=no leaves that out.
 set -euo pipefail
 here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -13,6 +13,13 @@ if [ ! -f "$infer" ]; then
   echo "run.sh: no $infer in $PWD. Start it from the folder that holds it, or set INFER." >&2
   exit 2
 fi
+port="${MASTER_PORT:-29500}"
+case $port in
+  *[!0-9]*)
+    echo "run.sh: MASTER_PORT=$port is no port number. Unset it, or set it to a free port." >&2
+    exit 2
+    ;;
+esac
 # Without it pdsh waits for ever for a host that is cut off.
 watch="-oServerAliveInterval=5 -oServerAliveCountMax=3"
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND-$watch}"
@@ -33,7 +40,7 @@ set -m
   [ "${SURVEY-}" = no ] || ds-moe-ep preflight --hosts-only --quick \
     --hostfile "$here/hostfile" --model "$model"
   exec deepspeed --hostfile "$here/hostfile" --launcher pdsh \
-    --master_port "${MASTER_PORT:-29500}" "$infer" --model "$model" --config "$here" "$@"
+    --master_port "$port" "$infer" --model "$model" --config "$here" "$@"
 } < /dev/null &
 job=$! signals=
 for signal in INT TERM HUP; do

@@ -21,7 +21,7 @@ _RUN_SH = r"""#!/usr/bin/env bash
 #   @SETTING@run.sh --input IN.jsonl --output OUT.jsonl [other options of launch/infer.py]
 # Start it from the folder that holds launch/infer.py. All hosts must see that folder, this one and
 # the model under the same paths. MODEL and INFER name another model folder or another infer.py,
-# MASTER_PORT another port for the ranks to meet at (29500).
+# MASTER_PORT another port for the ranks to meet at (29500); one that the shell has set counts.
 @ABOUT@set -euo pipefail
 here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 infer="${INFER:-launch/infer.py}"
@@ -30,12 +30,14 @@ if [ ! -f "$infer" ]; then
   echo "run.sh: no $infer in $PWD. Start it from the folder that holds it, or set INFER." >&2
   exit 2
 fi
+port="${MASTER_PORT:-29500}"
+@PORT@
 @PDSH@# Interrupted, the deepspeed command ends with 1, 130 or 143, as it happens; this script with
 # 130. Job control gives the job a process group of its own, so signals have to be handed on.
 set -m
 {
 @SURVEY@  exec deepspeed --hostfile "$here/hostfile" @LAUNCHER@ \
-    --master_port "${MASTER_PORT:-29500}" "$infer" --model "$model" --config "$here" "$@"
+    --master_port "$port" "$infer" --model "$model" --config "$here" "$@"
 } < /dev/null &
 job=$! signals=
 for signal in INT TERM HUP; do
@@ -49,6 +51,14 @@ done
 [ "$code" -lt 128 ] || [ "$code" = 130 ] || code=1 # 255 where ssh has lost a host, say
 exit "$code"
 """
+
+# Kubernetes sets MASTER_PORT=tcp://IP:PORT where a service is called master.
+_PORT = r"""case $port in
+  *[!0-9]*)
+    echo "@SCRIPT@: MASTER_PORT=$port is no port number. Unset it, or set it to a free port." >&2
+    exit 2
+    ;;
+esac"""
 
 _PDSH = r"""# Without it pdsh waits for ever for a host that is cut off.
 watch="-oServerAliveInterval=5 -oServerAliveCountMax=3"
@@ -83,7 +93,7 @@ _RUN_SBATCH = r"""#!/usr/bin/env bash
 #   @SETTING@sbatch [--partition P --time T] run.sbatch --input IN.jsonl --output OUT.jsonl [...]
 # Submit it from the folder that holds launch/infer.py. MODEL and INFER name another model folder or
 # another infer.py, PYTHON another interpreter, MASTER_PORT another port for the ranks to meet at
-# (one that follows from the job's id).
+# (one that follows from the job's id); one that the submitting shell has set counts.
 set -euo pipefail
 here="${CONFIG:-}"
 if [ -z "$here" ]; then
@@ -106,8 +116,10 @@ if [ "$SLURM_NTASKS" != @RANKS@ ]; then
     "--nodes=@NODES@ --ntasks-per-node=@SLOTS@, or plan again with ds-moe-ep config." >&2
   exit 2
 fi
+port="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
+@PORT@
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
+MASTER_PORT="$port"
 WORLD_SIZE="$SLURM_NTASKS"
 export MASTER_ADDR MASTER_PORT WORLD_SIZE
 # Consecutive ranks share a node, as the plan has it.
@@ -141,6 +153,7 @@ def run_sh(model: Path, cluster: Cluster) -> str:
         SETTING=_setting(model),
         MODEL=_model_lines(model),
         ABOUT=about,
+        PORT=_fill(_PORT, SCRIPT=RUN_SH),
         PDSH=pdsh,
         SURVEY=survey,
         LAUNCHER=shlex.join(launcher),
@@ -175,6 +188,7 @@ def run_sbatch(model: Path, cluster: Cluster) -> str:
         GPUS=_gpus(cluster),
         SETTING=_setting(model),
         MODEL=_model_lines(model),
+        PORT=_fill(_PORT, SCRIPT=RUN_SBATCH),
     )
 
 

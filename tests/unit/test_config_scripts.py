@@ -44,6 +44,8 @@ SLURM_PROCID=11 SLURM_LOCALID=3 exec "$@"
 FAKE_PYTHON = """#!/usr/bin/env bash
 printf '%s\\0' "$RANK" "$LOCAL_RANK" "$WORLD_SIZE" "$MASTER_ADDR" "$MASTER_PORT" "$@" > "$RECORD"
 """
+OF_KUBERNETES = {"MASTER_PORT": "tcp://10.0.0.1:29500"}  # for a service called master
+NO_PORT = "MASTER_PORT=tcp://10.0.0.1:29500 is no port number. Unset it, or set it to a free port."
 
 
 class Sandbox:
@@ -193,6 +195,13 @@ def test_run_sbatch_takes_another_port(sandbox, model):
     assert sandbox.recorded()[3:5] == ["node3", "29611"]
 
 
+@pytest.mark.parametrize("cluster", [EIGHT, local_cluster(4)], ids=["8x8", "local"])
+def test_run_sh_refuses_a_port_that_is_no_number_before_hosts_are_asked(sandbox, model, cluster):
+    done = sandbox.run(run_sh(model, cluster), *IO, **OF_KUBERNETES)
+    assert (done.returncode, done.stderr) == (2, f"run.sh: {NO_PORT}\n")
+    assert not sandbox.record.exists() and not Path(f"{sandbox.record}.survey").exists()
+
+
 @pytest.mark.parametrize("kind", ["run_sh", "run_sbatch"])
 def test_a_bare_config_json_leaves_the_model_to_be_named(sandbox, tmp_path, kind):
     (tmp_path / "config.json").touch()
@@ -305,6 +314,7 @@ def test_run_sbatch_passes_any_word_unchanged(sandbox):
         ({"SCRIPT": "/elsewhere/run.sbatch"}, "no ds_inference.json in /elsewhere. Set CONFIG"),
         ({"INFER": "nowhere/infer.py"}, "no nowhere/infer.py in"),
         ({"SLURM_JOB_ID": ""}, "submit this script with sbatch"),
+        (OF_KUBERNETES, f"run.sbatch: {NO_PORT}"),
     ],
 )
 def test_run_sbatch_refuses_before_any_task_starts(sandbox, model, env, message):
