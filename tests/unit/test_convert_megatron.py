@@ -3,6 +3,7 @@
 What Megatron itself makes of them is tested in tests/megatron/test_checkpoint.py.
 """
 
+import enum
 import filecmp
 import io
 import json
@@ -18,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItemType
 from transformers import AutoModelForCausalLM
 
 from ds_moe_ep.checkpoint.convert import to_expert_sharded, to_hugging_face
@@ -554,6 +556,53 @@ def test_a_dotted_name_reaches_no_code_from_a_module_that_is_let_in(tmp_path, co
 def test_only_names_that_are_written_are_let_in(tmp_path, converted, module, name):
     (tmp_path / "megatron" / "release" / ".metadata").write_bytes(calling(module, name, "x"))
     refused_back(tmp_path, f"it asks for {module}.{name}, which can run code")
+
+
+def by_name(member, protocol):
+    """Pickles a member of an enum as Python 3.11.2 does."""
+    return getattr, (type(member), member.name)
+
+
+def test_enums_that_are_pickled_by_name_are_read_and_never_written(tmp_path, converted):
+    path = tmp_path / "megatron" / "release" / ".metadata"
+    by_value = path.read_bytes()
+    with mock.patch.object(enum.Enum, "__reduce_ex__", by_name):
+        to_megatron(tmp_path / "source", tmp_path / "again", "local")
+        rewrite_metadata(path.parent, lambda c: setattr(c, "planner_data", [*WriteItemType]))
+    assert (tmp_path / "again" / "release" / ".metadata").read_bytes() == by_value
+    assert b"getattr" in path.read_bytes() and b"getattr" not in by_value
+    from_megatron(tmp_path / "megatron", tmp_path / "hf")
+    same_files(tmp_path / "source", tmp_path / "hf")
+
+
+class Getting:
+    def __init__(self, *given):
+        self.given = given
+
+    def __reduce__(self):
+        return getattr, self.given
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (WriteItemType, "__class__"),
+        (WriteItemType, "TORCH_CHANNELS_LAST"),
+        (WriteItemType, "TENSOR", None),
+        (WriteItemType.TENSOR, "SHARD"),
+        (MetadataIndex, "TENSOR"),
+        (MetadataIndex, "__init__"),
+        (Getting(WriteItemType, "TENSOR"), "__class__"),
+        (getattr, "__self__"),
+        ("text", "TENSOR"),
+        (WriteItemType, ["TENSOR"]),
+    ],
+)
+def test_nothing_but_members_of_enums_is_taken_by_name(tmp_path, converted, given):
+    rewrite_metadata(
+        tmp_path / "megatron" / "release", lambda c: setattr(c, "planner_data", Getting(*given))
+    )
+    refused_back(tmp_path, r"it asks for builtins\.getattr, which can run code\. None was run")
 
 
 def test_code_in_place_of_a_tensor_is_not_run(tmp_path, converted):

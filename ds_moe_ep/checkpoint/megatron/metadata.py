@@ -56,6 +56,14 @@ class _Record:
             self.__dict__.update(state)
 
 
+class _MemoryFormat(_Record):
+    pass
+
+
+class _ItemType(_Record):
+    pass
+
+
 class _Metadata(_Record):
     state_dict_metadata: Any
     storage_data: Any
@@ -86,6 +94,22 @@ def _shape(sizes: Any = ()) -> tuple[Any, ...]:
     return tuple(sizes)
 
 
+_MEMBERS: dict[type[_Record], tuple[str, ...]] = {
+    _MemoryFormat: ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT"),
+    _ItemType: ("TENSOR", "SHARD", "BYTE_IO"),
+}
+
+
+def _member(of: Any = None, name: Any = None, *more: Any) -> _Record:
+    """Stands for `getattr`, by which some Pythons, such as 3.11.2, pickle a member of an enum.
+
+    Megatron calls the real one, so it takes no more than the members that there are.
+    """
+    if more or not any(of is enum and name in names for enum, names in _MEMBERS.items()):
+        raise CheckpointError("it asks for builtins.getattr, which can run code")
+    return _Record(name)
+
+
 _TORCH = "torch.distributed.checkpoint"
 _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     (f"{_TORCH}.metadata", "Metadata"): _Metadata,
@@ -93,6 +117,9 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     (f"{_TORCH}.metadata", "ChunkStorageMetadata"): _Chunk,
     (f"{_TORCH}.metadata", "MetadataIndex"): _Index,
     (f"{_TORCH}.filesystem", "_StorageInfo"): _Storage,
+    (f"{_TORCH}.metadata", "_MEM_FORMAT_ENCODING"): _MemoryFormat,
+    (f"{_TORCH}.planner", "WriteItemType"): _ItemType,
+    ("builtins", "getattr"): _member,
     ("torch", "Size"): _shape,
     ("torch.serialization", "_get_layout"): _Record,
     ("collections", "OrderedDict"): dict,
@@ -105,13 +132,11 @@ _OF_NO_USE = {
     (f"{_TORCH}.metadata", "BytesStorageMetadata"),
     (f"{_TORCH}.metadata", "StorageMeta"),
     (f"{_TORCH}.metadata", "TensorProperties"),
-    (f"{_TORCH}.metadata", "_MEM_FORMAT_ENCODING"),
     (f"{_TORCH}.filesystem", "_StoragePrefix"),
     (f"{_TORCH}.planner", "BytesIOWriteData"),
     (f"{_TORCH}.planner", "SavePlan"),
     (f"{_TORCH}.planner", "TensorWriteData"),
     (f"{_TORCH}.planner", "WriteItem"),
-    (f"{_TORCH}.planner", "WriteItemType"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
 }

@@ -8,12 +8,14 @@ Source: torch/distributed/checkpoint/filesystem.py of torch 2.13.
 
 from __future__ import annotations
 
+import enum
+import io
 import json
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -151,10 +153,25 @@ def torch_dist_files(
         storage_data=places,
     )
     return weights, [
-        PlannedFile(MEGATRON_METADATA, pickle.dumps(content)),
+        PlannedFile(MEGATRON_METADATA, _pickled(content)),
         PlannedFile(_COMMON, saved(_COMMON_STATE)),
         PlannedFile(METADATA_JSON, json.dumps(_BACKEND).encode()),
     ]
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        # Some Pythons, such as 3.11.2, would have readers call getattr, which those that let in
+        # listed names only refuse.
+        if isinstance(value, enum.Enum):
+            return type(value), (value.value,)
+        return NotImplemented
+
+
+def _pickled(content: Metadata) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(content)
+    return buffer.getvalue()
 
 
 def _name(number: int) -> str:
