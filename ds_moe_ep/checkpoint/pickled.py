@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ds_moe_ep.checkpoint.header import StoredTensor
+from ds_moe_ep.checkpoint.header import FileState, StoredTensor
 from ds_moe_ep.checkpoint.reader import DTYPES
 from ds_moe_ep.errors import CheckpointError
 
@@ -41,14 +41,14 @@ def read_pickled(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: It holds anything but tensors, is truncated or corrupt, in the format of
             torch before 1.6, or its tensors do not lie in the file as they are.
     """
-    with _refusing(path), path.open("rb") as file:
+    with _refusing(path), _opened(path) as (file, state):
         content = _load(path, file)
         if not isinstance(content, dict):
             raise CheckpointError(
                 f"{path} holds a {type(content).__name__}, no tensors by name. {_INSTEAD}"
             )
-        size = path.stat().st_size
-        return {key: _stored(path, key, value, size) for key, value in content.items()}
+        size = state.num_bytes
+        return {key: _stored(path, key, value, size, state) for key, value in content.items()}
 
 
 def read_pickled_tensor(path: Path, start: int, num_bytes: int) -> StoredTensor:
@@ -62,10 +62,18 @@ def read_pickled_tensor(path: Path, start: int, num_bytes: int) -> StoredTensor:
     Raises:
         CheckpointError: See `read_pickled`.
     """
-    with _refusing(path), path.open("rb") as file:
+    with _refusing(path), _opened(path) as (file, state):
         content = _load(path, cast(IO[bytes], _Part(file, start, num_bytes)))
-        found = _stored(path, f"the tensor at byte {start:,}", content, num_bytes)
+        found = _stored(path, f"the tensor at byte {start:,}", content, num_bytes, state)
         return replace(found, start=start + found.start)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], FileState]]:
+    """Opens a file that was looked at first: what changes it from now on can be noticed."""
+    state = FileState.of(path)
+    with path.open("rb") as file:
+        yield file, state
 
 
 class _Part(io.RawIOBase):
@@ -144,7 +152,9 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _stored(path: Path, key: object, value: object, file_bytes: int) -> StoredTensor:
+def _stored(
+    path: Path, key: object, value: object, file_bytes: int, state: FileState
+) -> StoredTensor:
     if not isinstance(key, str) or not isinstance(value, torch.Tensor):
         raise CheckpointError(
             f"{path}: the entry {key!r} is no tensor with a name, and a model's file holds nothing "
@@ -160,4 +170,5 @@ def _stored(path: Path, key: object, value: object, file_bytes: int) -> StoredTe
     start = storage._checkpoint_offset + skipped_bytes
     if skipped_bytes + value.nbytes > storage.nbytes() or start + value.nbytes > file_bytes:
         raise CheckpointError(f"{path}: {key} reaches beyond its data. {_INSTEAD}")
-    return StoredTensor(path, start, value.nbytes, _NAMES[value.dtype], tuple(value.shape))
+    name, shape = _NAMES[value.dtype], tuple(value.shape)
+    return StoredTensor(path, start, value.nbytes, name, shape, state=state)

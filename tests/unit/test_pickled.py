@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import zipfile
 from collections import OrderedDict
 from unittest import mock
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ds_moe_ep.checkpoint.files import open_checkpoint
-from ds_moe_ep.checkpoint.pickled import read_pickled
+from ds_moe_ep.checkpoint.header import FileState
+from ds_moe_ep.checkpoint.layout import PlannedFile
+from ds_moe_ep.checkpoint.pickled import read_pickled, read_pickled_tensor
 from ds_moe_ep.checkpoint.reader import DTYPES, TensorReader
+from ds_moe_ep.checkpoint.writer import write_folder
 from ds_moe_ep.errors import CheckpointError
 
 _NAME = "pytorch_model.bin"
@@ -51,6 +55,23 @@ def test_bytes_are_found_where_they_lie(path):
             assert found.dtype == wanted.dtype
             assert torch.equal(found, wanted)
     assert stored["rows"].start == stored["matrix"].start + 2 * 4 * 4
+
+
+def test_a_file_that_changes_later_is_noticed(path):
+    torch.save({"w": torch.ones(3)}, path)
+    torch.save(torch.ones(3), path.parent / "alone")
+    alone = path.parent / "alone"
+    found = {
+        path: read_pickled(path)["w"],
+        alone: read_pickled_tensor(alone, 0, alone.stat().st_size),
+    }
+    for file, tensor in found.items():
+        assert tensor.state == FileState.of(file)
+        assert tensor.cut(range(1)).state == tensor.state
+        os.utime(file, ns=(0, 0))
+        with pytest.raises(CheckpointError, match=f"{file} has changed since the conversion beg"):
+            write_folder(path.parent / "new", [PlannedFile("copy", b"", (tensor,))], [])
+        shutil.rmtree(path.parent / "new.partial")
 
 
 @given(
