@@ -88,7 +88,7 @@ def _convert(args: argparse.Namespace) -> int:
     from ds_moe_ep.engine.console import byte_progress_bar as show_progress
     from ds_moe_ep.engine.console import quiet_libraries
 
-    with told_if_unreadable(args.source):
+    with told_if_unreadable(args.source, "checked" if args.verify else "converted"):
         if args.verify:
             done = _verify(args.source, show_progress)
         elif args.upcycle_experts is not None:

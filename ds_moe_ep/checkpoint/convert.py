@@ -13,7 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ds_moe_ep.checkpoint.files import is_of_deepspeed, is_pickled, open_expert_sharded
+from ds_moe_ep.checkpoint.files import (
+    has_safetensors,
+    is_of_deepspeed,
+    is_pickled,
+    open_expert_sharded,
+)
 from ds_moe_ep.checkpoint.header import Piece, joined_shape
 from ds_moe_ep.checkpoint.hub_folder import beside_the_weights, describe_layout
 from ds_moe_ep.checkpoint.layout import (
@@ -196,6 +201,11 @@ def to_hugging_face(
         raise CheckpointError(
             f"{source} is a checkpoint of DeepSpeed, which has other names and shapes than Hugging "
             "Face's files. Convert what it was made from."
+        )
+    if has_safetensors(source) and not (source / MANIFEST_JSON).is_file():
+        raise CheckpointError(
+            f"{source} is a Hugging Face directory with safetensors already: there is nothing to "
+            "convert. Name an expert-sharded checkpoint, or one of Megatron's."
         )
     manifest = read_manifest(source)
     if not manifest.source.files:

@@ -30,8 +30,10 @@ from ds_moe_ep.errors import CheckpointError, some
 __all__ = [
     "MEGATRON_METADATA",
     "MEGATRON_TRACKER",
+    "NAME_A_MODEL",
     "PICKLED_INDEX",
     "CheckpointFiles",
+    "has_safetensors",
     "is_of_deepspeed",
     "is_of_megatron",
     "is_pickled",
@@ -45,6 +47,11 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 MEGATRON_METADATA = ".metadata"
 MEGATRON_TRACKER = "latest_checkpointed_iteration.txt"
 """Names the folder of the newest checkpoint, beside it."""
+
+NAME_A_MODEL = (
+    "Name a model directory; of a model on the hub, fetch it first: hf download ORG/MODEL "
+    "--local-dir DIR"
+)
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,12 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> CheckpointFi
 
 
 @contextlib.contextmanager
-def told_if_unreadable(folder: Path) -> Iterator[None]:
+def told_if_unreadable(folder: Path, done: str = "read") -> Iterator[None]:
     """Makes what the system refuses in the block an error of the checkpoint.
 
     Args:
         folder: The checkpoint, for the message.
+        done: What cannot be done with it then, for the message too.
 
     Raises:
         CheckpointError: The system has refused: access is denied, say, or the name is too long.
@@ -95,11 +103,11 @@ def told_if_unreadable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}).") from error
+        raise CheckpointError(f"{folder}: cannot be {done} ({error}).") from error
 
 
 def _open(folder: Path, allow_pickle: bool) -> CheckpointFiles:
-    if _has_any(folder, MODEL_SAFETENSORS, INDEX_JSON):
+    if has_safetensors(folder):
         return CheckpointFiles(folder, _listed(folder, MODEL_SAFETENSORS, INDEX_JSON, _tensors))
     if (folder / MANIFEST_JSON).is_file():
         return open_expert_sharded(folder, read_manifest(folder))
@@ -208,11 +216,14 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
         ) from error
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Returns whether a folder has the weights of a Hugging Face directory as safetensors."""
+    return _has_any(folder, MODEL_SAFETENSORS, INDEX_JSON)
+
+
 def is_pickled(folder: Path) -> bool:
     """Returns whether the only weights that a folder has are pickled ones."""
-    return not _has_any(folder, MODEL_SAFETENSORS, INDEX_JSON) and _has_any(
-        folder, _PICKLED, PICKLED_INDEX
-    )
+    return not has_safetensors(folder) and _has_any(folder, _PICKLED, PICKLED_INDEX)
 
 
 def is_of_deepspeed(folder: Path) -> bool:
@@ -233,6 +244,8 @@ def _has_any(folder: Path, *names: str) -> bool:
 
 def _other_formats(folder: Path) -> str:
     quoted = shlex.quote(str(folder))
+    if not folder.exists():
+        return NAME_A_MODEL
     if is_pickled(folder):
         return (
             f"Pickled checkpoints ({_PICKLED}) can run code and are not read. To make safetensors "

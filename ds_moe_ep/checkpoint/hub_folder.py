@@ -40,9 +40,12 @@ def beside_the_weights(
         with_code: Whether the model's own code is copied.
     """
     weights = {piece.path.name for pieces in files.tensors.values() for piece in pieces}
-    weights |= {PICKLED_INDEX if files.is_pickled else INDEX_JSON}
-    if files.manifest is not None:
+    if files.is_pickled:
+        weights.add(PICKLED_INDEX)
+    elif files.manifest is not None:
         weights.add(MANIFEST_JSON)
+    elif _read_index(files) is not None:
+        weights.add(INDEX_JSON)
     suffixes = (*_COPIED_SUFFIXES, _CODE_SUFFIX) if with_code else _COPIED_SUFFIXES
     copied, left_out = [], []
     for path in sorted(folder.iterdir()):
@@ -63,9 +66,9 @@ def describe_layout(files: CheckpointFiles) -> SourceSection:
     if files.is_pickled:
         layouts, index = _unpickled(files)
     else:
-        layouts, index = _stored(files), None
-        if MODEL_SAFETENSORS not in layouts:
-            index = _index_without_map(files.folder / INDEX_JSON)
+        layouts, index = _stored(files), _read_index(files)
+        if index is not None:
+            del index["weight_map"]
     return SourceSection(name=folder_name(files.folder), files=layouts, index=index)
 
 
@@ -109,8 +112,15 @@ def _belongs_to_a_model(name: str, suffixes: tuple[str, ...]) -> bool:
     return name.endswith(suffixes) or name.startswith(_COPIED_NAMES)
 
 
-def _index_without_map(path: Path) -> dict[str, object] | None:
-    if not path.is_file():
+def _read_index(files: CheckpointFiles) -> dict[str, object] | None:
+    """Returns the index of a folder's weights; None if it has none, or one of other files.
+
+    Where there is a single file it is what is read, whatever an index beside it says.
+    """
+    try:
+        index = json.loads((files.folder / INDEX_JSON).read_text(encoding="utf-8"))
+        named = set(index["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    index = json.loads(path.read_text(encoding="utf-8"))
-    return {name: value for name, value in index.items() if name != "weight_map"}
+    is_single = (files.folder / MODEL_SAFETENSORS).is_file()
+    return None if is_single and named != {MODEL_SAFETENSORS} else index

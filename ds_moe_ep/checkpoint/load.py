@@ -35,7 +35,7 @@ from ds_moe_ep.adapter.replace import (
     shard_experts,
 )
 from ds_moe_ep.adapter.upcycle import put_upcycled_layers
-from ds_moe_ep.checkpoint.files import CheckpointFiles, open_checkpoint
+from ds_moe_ep.checkpoint.files import NAME_A_MODEL, CheckpointFiles, open_checkpoint
 from ds_moe_ep.checkpoint.mapping import own_tensors
 from ds_moe_ep.checkpoint.reader import TensorReader
 from ds_moe_ep.errors import AdapterError, CheckpointError
@@ -102,14 +102,11 @@ def read_model_config(folder: str | Path, *, trust_remote_code: bool = False) ->
         trust_remote_code: Whether code in it may be run, where transformers has none of its own.
 
     Raises:
-        AdapterError: transformers cannot read it, it needs code that is not trusted, or the
-            checkpoint is quantized.
+        AdapterError: transformers cannot read it, it needs code that is not trusted or fails, or
+            the checkpoint is quantized.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise AdapterError(
-            f"{folder} has no config.json. Name a model directory; of a model on the hub, fetch it "
-            "first: hf download ORG/MODEL --local-dir DIR"
-        )
+        raise AdapterError(f"{folder} has no config.json. {NAME_A_MODEL}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever stands there may break transformers' class of it
@@ -124,7 +121,14 @@ def read_model_config(folder: str | Path, *, trust_remote_code: bool = False) ->
                 "--trust-remote-code; other commands run models that transformers itself knows."
             ) from error
         _refuse_code_from_elsewhere(folder)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        try:
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=True, local_files_only=True
+            )
+        except Exception as error:  # whatever the model's own code raises
+            raise AdapterError(
+                f"{folder}: the model's own code (auto_map) does not make a config: {error}"
+            ) from error
     if quantization := getattr(config, "quantization_config", None):
         method = dict(quantization).get("quant_method", "unknown method")
         raise AdapterError(

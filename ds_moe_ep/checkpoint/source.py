@@ -106,6 +106,7 @@ def open_source(
         AdapterError: The model cannot be built or supported.
         CheckpointError: The source is not whole.
     """
-    config = read_model_config(folder, trust_remote_code=trust_remote_code)
+    # First, as it tells a folder of another format for what it is, whether it has a config or not.
     files = open_checkpoint(folder, allow_pickle=allow_pickle)
+    config = read_model_config(folder, trust_remote_code=trust_remote_code)
     return Source(files, build_on_meta(config, torch.float32))

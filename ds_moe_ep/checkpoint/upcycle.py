@@ -134,8 +134,8 @@ def _read(
     source: Path, request: UpcycleRequest, allow_pickle: bool
 ) -> tuple[PreTrainedConfig, UpcycledTensors]:
     """Reads what there is and checks that it can be upcycled as asked."""
-    config = read_model_config(source)  # not the built model's, which says float32
     opened = open_source(source, allow_pickle=allow_pickle)
+    config = read_model_config(source)  # not the built model's, which says float32
     if read_model_spec(source).is_moe:
         raise AdapterError(
             f"{source} ({config.model_type}) has experts already: only dense models are "

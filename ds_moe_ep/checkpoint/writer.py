@@ -91,6 +91,11 @@ def write_folder(
             is kept.
     """
     folder = folder.resolve()
+    if not folder.name:
+        raise CheckpointError(
+            f"{folder} is the root of all folders, which none can replace: nothing was written. "
+            f"Name a new folder, such as {folder / 'model'}."
+        )
     names = Counter(file.name for file in (*weights, *others))
     if summary is not None:
         names[summary.name] += 1

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ds_moe_ep.checkpoint import load_expert_parallel_model, streams, writer
+from ds_moe_ep.checkpoint import convert, load_expert_parallel_model, streams, writer
 from ds_moe_ep.checkpoint.convert import (
     to_deepspeed,
     to_expert_sharded,
@@ -105,6 +105,25 @@ def test_a_source_of_several_files_comes_back_with_its_index(source, target, tmp
     to_expert_sharded(sharded, target, _EP_SIZE)
     to_hugging_face(target, tmp_path / "hf")
     _same_files(sharded, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_an_index_of_a_single_file_comes_back_unless_it_is_stale(
+    source, target, tmp_path, is_stale
+):
+    weight_map = dict.fromkeys(load_file(source / _WEIGHTS), _WEIGHTS)
+    if is_stale:
+        weight_map |= {"lm_head.weight": "model-00002-of-00002.safetensors"}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (source / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    done = to_expert_sharded(source, target, _EP_SIZE)
+    left_out = ("modeling_olmoe.py", "pytorch_model.bin")
+    assert done.not_copied == ((_INDEX, *left_out)[1 - is_stale :])
+    to_hugging_face(target, tmp_path / "hf")
+    for name in (*done.not_copied, ".git"):
+        (source / name).rmdir() if name == ".git" else (source / name).unlink()
+    _same_files(source, tmp_path / "hf")
+    assert (tmp_path / "hf" / _INDEX).exists() is not is_stale
 
 
 def test_what_an_expert_sharded_checkpoint_consists_of(source, target):
@@ -321,15 +340,6 @@ def test_a_checkpoint_that_is_sharded_already(source, target, tmp_path):
             "{0} has no manifest.json, so it is no whole expert-sharded checkpoint. Write one: "
             "ds-moe-ep convert SRC DST --to ep.",
         ),
-        *(
-            (
-                ["config.json", name],
-                "{0} has no manifest.json: it is a Hugging Face directory, which does not say what "
-                "its bytes must be. For an expert-sharded checkpoint of it: ds-moe-ep convert {0} "
-                "DST --to ep.",
-            )
-            for name in (_WEIGHTS, _INDEX)
-        ),
     ],
 )
 @pytest.mark.parametrize("convert", [verify, lambda folder: to_hugging_face(folder, folder / "to")])
@@ -342,6 +352,51 @@ def test_only_an_expert_sharded_checkpoint_is_checked_or_goes_back(
         for name in files:
             (folder / name).touch()
     assert _refused(convert, folder) == message.format(folder)
+
+
+@pytest.mark.parametrize("name", [_WEIGHTS, _INDEX])
+def test_a_hugging_face_directory_is_not_checked_and_needs_no_way_back(tmp_path, target, name):
+    (tmp_path / name).touch()
+    assert _refused(verify, tmp_path) == (
+        f"{tmp_path} has no manifest.json: it is a Hugging Face directory, which does not say what "
+        f"its bytes must be. For an expert-sharded checkpoint of it: ds-moe-ep convert {tmp_path} "
+        "DST --to ep."
+    )
+    assert _refused(to_hugging_face, tmp_path, target) == (
+        f"{tmp_path} is a Hugging Face directory with safetensors already: there is nothing to "
+        "convert. Name an expert-sharded checkpoint, or one of Megatron's."
+    )
+
+
+@pytest.mark.parametrize("name", ["global_step0/mp_rank_00_model_states.pt", ".metadata"])
+@pytest.mark.parametrize("to", [["ep"], ["deepspeed"], ["megatron"], ["ep", *_UPCYCLE]])
+def test_another_format_without_a_config_is_told_for_what_it_is(tmp_path, capsys, name, to):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert main(["convert", str(tmp_path), str(tmp_path / "target"), "--to", *to]) == 2
+    whose = "Megatron" if name == ".metadata" else "DeepSpeed"
+    assert f"It is a checkpoint of {whose}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", [["ep"], ["deepspeed"], ["megatron"], ["ep", *_UPCYCLE]])
+def test_a_name_on_the_hub_is_to_be_fetched_first(tmp_path, capsys, to):
+    assert main(["convert", "allenai/OLMoE", str(tmp_path / "target"), "--to", *to]) == 2
+    assert capsys.readouterr().err.endswith("hf download ORG/MODEL --local-dir DIR\n")
+
+
+def test_what_could_not_be_done_is_told(source, target, monkeypatch, capsys):
+    def fail(*args, **settings):
+        raise PermissionError(13, "Permission denied", "elsewhere")
+
+    monkeypatch.setattr(convert, "to_expert_sharded", fail)
+    monkeypatch.setattr(convert, "verify", fail)
+    assert main(["convert", str(source), str(target), "--to", "ep"]) == 2
+    assert main(["convert", str(source), "--verify"]) == 2
+    why = "([Errno 13] Permission denied: 'elsewhere')"
+    assert capsys.readouterr().err.splitlines() == [
+        f"CheckpointError: {source}: cannot be converted {why}.",
+        f"CheckpointError: {source}: cannot be checked {why}.",
+    ]
 
 
 def test_names_that_are_no_text(source, target, tmp_path, capsys):
@@ -516,6 +571,14 @@ def test_a_disk_that_does_not_keep_what_was_written(target, monkeypatch):
     monkeypatch.setattr(writer, "hash_file", lambda path, progress, stop: "0" * 64)
     message = _refused(writer.write_folder, target, [PlannedFile("a", b"1")], [])
     assert "what was read again is not what was written" in message
+
+
+def test_the_root_cannot_be_written():
+    message = _refused(writer.write_folder, Path("/"), [PlannedFile("a", b"1")], [])
+    assert message == (
+        "/ is the root of all folders, which none can replace: nothing was written. Name a new "
+        "folder, such as /model."
+    )
 
 
 def test_a_folder_that_cannot_be_made(source, tmp_path):

@@ -223,6 +223,15 @@ def test_code_is_not_fetched_from_a_hub(with_code, target):
         to_expert_sharded(with_code, target, 2, trust_remote_code=True)
 
 
+def test_code_that_fails_is_told(with_code, target):
+    (with_code / "modeling_mine.py").write_text("raise LookupError('no such thing')")
+    with pytest.raises(AdapterError) as refused:
+        to_expert_sharded(with_code, target, 2, trust_remote_code=True)
+    assert str(refused.value) == (
+        f"{with_code}: the model's own code (auto_map) does not make a config: no such thing"
+    )
+
+
 def test_what_was_made_with_a_models_own_code_is_not_run_without_it(with_code, target):
     to_expert_sharded(with_code, target, 2, trust_remote_code=True)
     with pytest.raises(AdapterError, match="asks for code of the model's own"):

@@ -80,8 +80,8 @@ def to_megatron(
         CheckpointError: The source is not whole or not what its config says, or `folder` cannot be
             written.
     """
-    spec, config = _read_config(source)
     opened = open_source(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    spec, config = _read_config(source)
     opened.find_experts()
     layout = next(x for x in possible_layouts(spec) if x.target_spec == target_spec)
     tensors = megatron_tensors(spec, config, layout)
