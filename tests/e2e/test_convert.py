@@ -211,7 +211,7 @@ def _wait_until(condition, process, timeout_s=120.0):
         (["SRC", "--verify", "--allow-pickle"], "--trust-remote-code are for --to only"),
         (["SRC", "DST", "--to", "hf"], "CheckpointError: SRC: no such folder. Name an"),
         (["SRC", "--verify"], "CheckpointError: SRC: no such folder. Name an"),
-        (["SRC", "DST", "--to", "ep"], "model.safetensors.index.json. Name a model directory; of a"),
+        (["SRC", "DST", "--to", "ep"], "model.safetensors.index.json. Name a model directory; of"),
     ],
 )
 def test_arguments_that_make_no_sense(args, expected):
