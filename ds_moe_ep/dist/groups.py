@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -56,6 +57,7 @@ class Job:
         hosts: Name of every rank's host.
         starting: As `control`, for waits as long as ranks may take to come up and to load; None
             where `control` waits for that long.
+        is_done: Set once the ranks have met for the last time: from then on they may end.
     """
 
     info: RankInfo
@@ -65,6 +67,7 @@ class Job:
     nodes: tuple[int, ...] = ()
     hosts: tuple[str, ...] = ()
     starting: dist.ProcessGroup | None = None
+    is_done: threading.Event = field(default_factory=threading.Event)
 
     def all_or_none(self, step: Callable[[], T], *, what: str, timeout_s: float) -> T:
         """Runs a step that any rank may refuse: all ranks go on together or fail together.

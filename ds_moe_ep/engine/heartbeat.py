@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -49,6 +50,7 @@ def heartbeat(
         return
     roll_call = job.roll_call.with_own_client()
     connections = wake_when_others_end(job)
+    progress.share(list(connections))
     heart = _Heart(
         replace(job, roll_call=roll_call), roll_call, progress, limit_s, lost, connections
     )
@@ -57,7 +59,7 @@ def heartbeat(
     try:
         yield
     finally:
-        heart.is_over.set()
+        job.is_done.set()
 
 
 class _Heart:
@@ -70,17 +72,17 @@ class _Heart:
         progress: Progress,
         limit_s: float,
         lost: Callable[[DistributedError, Job], int],
-        connections: Sequence[int],
+        connections: Mapping[int, int],
     ) -> None:
         self._job, self._roll_call, self._progress = job, roll_call, progress
         self._limit_s, self._lost = limit_s, lost
         others = range(1, job.info.world_size) if job.info.rank == 0 else [0]
         self._heard = {rank: "" for rank in others}
         self._has_rank_0_left = self._has_rank_failed = False
+        self._connections = connections
         self._ends = select.poll()
         for each in connections:
             self._ends.register(each, select.POLLIN)
-        self.is_over = threading.Event()
 
     def beat(self) -> None:
         """Tells that this rank is there, and hears of the others, while the store answers."""
@@ -102,8 +104,11 @@ class _Heart:
         """
         before, silent_s = self._heard, dict.fromkeys(self._heard, 0.0)
         while self._is_needed(_PERIOD_S):
-            has_rank_ended = bool(self._ends.poll(0))  # killed, it has not said that it failed
-            if has_rank_ended or self._has_rank_failed or self._has_rank_0_left:
+            ended = dict(self._ends.poll(0))  # killed, a rank has not said that it failed
+            unseen = [self._connections[each] for each in ended if not _is_seen(each)]
+            if unseen and not self._has_rank_failed:
+                os._exit(self._lost(self._error(unseen[0], "ended without a word"), self._job))
+            if ended or self._has_rank_failed or self._has_rank_0_left:
                 self._leave_quietly()
                 return
             heard = self._heard
@@ -112,7 +117,8 @@ class _Heart:
             before = heard
             lost = [rank for rank, how_long_s in silent_s.items() if how_long_s >= self._limit_s]
             if lost:
-                os._exit(self._lost(self._error(lost[0]), self._job))
+                error = self._error(lost[0], f"was last heard of {self._limit_s:.0f} s ago")
+                os._exit(self._lost(error, self._job))
 
     def _leave_quietly(self) -> None:
         """Ends this rank, unless it ends by itself: why the job is over is for others to say."""
@@ -124,11 +130,17 @@ class _Heart:
         os._exit(1)
 
     def _is_needed(self, wait_s: float) -> bool:
-        return not self.is_over.wait(wait_s) and self._progress.step == 0
+        return not self._job.is_done.wait(wait_s) and self._progress.step == 0
 
-    def _error(self, rank: int) -> DistributedError:
+    def _error(self, rank: int, what: str) -> DistributedError:
         place = self._heard[rank].partition(" ")[2] or "meeting the other ranks"
-        return DistributedError(
-            f"rank {rank} ({self._job.hosts[rank]}) was last heard of {self._limit_s:.0f} s ago, "
-            f"at {place}."
-        )
+        return DistributedError(f"rank {rank} ({self._job.hosts[rank]}) {what}, at {place}.")
+
+
+def _is_seen(connection: int) -> bool:
+    """Returns whether a supervisor has said on it that it knows why its worker ended."""
+    try:
+        with socket.socket(fileno=os.dup(connection)) as end:
+            return bool(end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False

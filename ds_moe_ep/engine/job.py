@@ -314,6 +314,7 @@ def _finish(
         print(text, flush=True)
 
     job.all_or_none(write, what="writing the results", timeout_s=options.timeout_s)
+    job.is_done.set()
     if job.info.local_rank == 0:
         journal.remove()
 

@@ -18,7 +18,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,6 +36,8 @@ _LOOK_S = 1.0
 _BOTH_S = 0.5
 # Beyond a bound, a supervisor asks this often whether there is still a job, and as long each time.
 _ASK_S = 5.0
+# Descriptors in a message; Linux takes no more than 253.
+_PASSED = 250
 # SIGCONT from the kernel, as `wake_after` asks of it, and not from a user.
 _OTHERS_HAVE_ENDED = -1
 
@@ -47,6 +49,9 @@ class Progress:
 
     def __init__(self, phase: str) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)  # shared with forked processes
+        self._take, self._give = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for each in (self._take, self._give):
+            each.setblocking(False)
         self.enter(phase)
 
     def enter(self, phase: str) -> None:
@@ -58,6 +63,28 @@ class Progress:
     def start_step(self, step: int) -> None:
         """Counts forward passes, from 1 on."""
         self._HEAD.pack_into(self._memory, 0, step, self._head()[1])
+
+    def share(self, connections: Sequence[int]) -> None:
+        """Shares connections to other ranks with the supervisor, for `say_end_is_seen`.
+
+        They are open until both processes have ended, so others do not see the end of a worker
+        before its supervisor has spoken.
+
+        Args:
+            connections: Their descriptors.
+        """
+        with contextlib.suppress(OSError):  # more than the system keeps: others may say it too
+            for first in range(0, len(connections), _PASSED):
+                passed = connections[first : first + _PASSED]
+                socket.send_fds(self._give, [b"\0"], passed)
+
+    def say_end_is_seen(self) -> None:
+        """Tells other ranks that somebody here knows why this one ends, and has told the user."""
+        with contextlib.suppress(OSError):  # there are no more
+            while passed := socket.recv_fds(self._take, 1, _PASSED)[1]:
+                for each in passed:
+                    with contextlib.suppress(OSError):
+                        os.write(each, b"\0")
 
     @property
     def step(self) -> int:
@@ -125,6 +152,7 @@ def supervise(
         _say(f"DistributedError: [{name}] was ended by {why} at {progress}.{what_is_kept(kept)}")
     elif why and is_rank_0:
         _say(f"interrupted ({why}) at {progress}.{what_is_kept(kept)}")
+    progress.say_end_is_seen()
     return code
 
 
@@ -219,7 +247,7 @@ def wake_after(connection: socket.socket) -> None:
     A supervisor that finds its worker stopped then ends it: the job is over.
 
     Args:
-        connection: Over which nothing is sent.
+        connection: Over which nothing is sent before.
     """
     fcntl.fcntl(connection, fcntl.F_SETOWN, os.getppid())
     fcntl.fcntl(connection, fcntl.F_SETSIG, signal.SIGCONT)
@@ -252,6 +280,7 @@ def _follow_supervisor(lifeline: int, name: str, progress: Progress, launcher: L
             if is_stopped(supervisor):
                 os.kill(os.getpid(), signal.SIGSTOP)
         _say(f"DistributedError: [{name}] lost process {supervisor} at {progress}: it was killed.")
+        progress.say_end_is_seen()
         launcher.end()
         os._exit(1)
 

@@ -4,7 +4,7 @@ It happens on that rank STEP passes after a phase has begun (`Progress.enter`) w
 PHASE from its start; for step 0 as it begins. WHAT is a signal that the worker sends itself, or a
 name below. The file FAULT_MARK is made then, which tells when. FAULT_FOLDER is the folder, or the
 disk, of those that concern one. FAULT_IN names another module of the folder launch. While a rank is
-killed by KILL_AMONG_READERS, all others read their weights.
+killed by KILL_AMONG_READERS or KILL_BOTH_AMONG_READERS, all others read their weights.
 """
 
 import contextlib
@@ -40,18 +40,21 @@ def _happen() -> None:
     elif _WHAT == "FILL_DISK_BUT_ONE_PAGE":
         _fill_disk(spare_pages=1)
     elif _WHAT == "KILL_BOTH":
-        os.kill(os.getppid(), signal.SIGKILL)  # the supervisor
-        os.kill(os.getpid(), signal.SIGKILL)
+        _signal_both(signal.SIGKILL)
     elif _WHAT == "STOP_READING":
         _when_reading(lambda: os.kill(os.getpid(), signal.SIGSTOP))
     elif _WHAT == "STOP_BOTH":
-        _stop_both()
+        _signal_both(signal.SIGSTOP)
     elif _WHAT == "STOP_BOTH_READING":
-        _when_reading(_stop_both)
+        _when_reading(lambda: _signal_both(signal.SIGSTOP))
     elif _WHAT == "READ_SLOWLY":
         _when_reading(lambda: time.sleep(3600.0))
     elif _WHAT == "KILL_AMONG_READERS":
         _when_reading(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    elif _WHAT == "KILL_BOTH_AMONG_READERS":
+        _when_reading(lambda: _signal_both(signal.SIGKILL))
+    elif _WHAT == "CLOSE_SLOWLY":
+        _close_slowly()
     elif _WHAT == "WRITE_SLOWLY":
         os.replace = lambda *args: time.sleep(3600.0)  # type: ignore[assignment]
     elif _WHAT == "KILL_AT_RENAME":  # a file is written, and not there yet
@@ -72,9 +75,16 @@ def _fill_disk(spare_pages: int) -> None:
         file.truncate(file.tell() - spare_pages * mmap.PAGESIZE)
 
 
-def _stop_both() -> None:
-    for pid in (os.getppid(), os.getpid()):
-        os.kill(pid, signal.SIGSTOP)
+def _signal_both(number: signal.Signals) -> None:
+    for pid in (os.getppid(), os.getpid()):  # the supervisor first
+        os.kill(pid, number)
+
+
+def _close_slowly() -> None:
+    """As a monitor that sends what it has, for longer than ranks wait for one that has failed."""
+    from ds_moe_ep.monitor.job_monitor import JobMonitor
+
+    JobMonitor.close = lambda self: time.sleep(15.0)  # type: ignore[method-assign]
 
 
 def _when_reading(happens: Callable[[], object]) -> None:
@@ -108,7 +118,7 @@ def _read_slowly(self: Progress, phase: str) -> None:
 if os.environ["RANK"] == _RANK:
     enter, Progress.enter = Progress.enter, _enter
     start_step, Progress.start_step = Progress.start_step, _start_step
-elif _WHAT == "KILL_AMONG_READERS":
+elif _WHAT.endswith("_AMONG_READERS"):
     enter, Progress.enter = Progress.enter, _read_slowly
 
 if __name__ == "__main__":

@@ -94,6 +94,41 @@ def test_a_kill_while_ranks_load_ends_those_of_other_hosts_too(faulty_job, undis
     faulty_job.check_resumed(2, undisturbed)
 
 
+# Its launcher ends the other rank of its host, and no supervisor is left that could say why.
+def test_a_rank_that_is_killed_with_its_supervisor_while_ranks_load_is_named(
+    faulty_job, undisturbed, tiny_model
+):
+    fault = faulty_job.fault("3,loading weights,0,KILL_BOTH_AMONG_READERS")
+    with _two_hosts(faulty_job, 2, **fault) as hosts:
+        command = _run_sh(faulty_job, tiny_model("olmoe"), hosts, "--timeout", "100")
+        result = run_command(command, timeout_s=WAIT_S)
+        took_s = faulty_job.seconds_since_fault()
+    output = result.stdout + result.stderr
+    assert result.returncode == 1, output
+    told = (
+        r"DistributedError: \[rank 0 worker-0\] at loading weights: rank 3 \(worker-1\) ended "
+        r"without a word, at .*\. No answer from (?:rank 2 \(worker-1\), )?rank 3 \(worker-1\)\."
+    )
+    assert len(re.findall(told, output)) == count_messages(output) == 1, output
+    assert ended_in_time("both killed on another host at load", took_s, 20), output
+    assert faulty_job.processes() == [], output
+    faulty_job.check_resumed(2, undisturbed)
+
+
+def test_ranks_may_end_while_rank_0_closes_a_slow_monitor(faulty_job, undisturbed):
+    """With nothing left to do none has counted a pass, so they still tell each other of it."""
+    job = faulty_job
+    job.launch(2, fault="0,writing the results,0,KILL_AT_RENAME")
+    assert len(job.finished()) == 40 and not job.output.exists()
+    metrics = ["--metrics", job.folder / "metrics"]
+    result = job.launch(2, *metrics, fault="0,bringing up,0,CLOSE_SLOWLY")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resuming: 40 of 40 prompts are done" in result.stdout
+    assert count_messages(result.stderr) == 0, result.stderr
+    assert job.seconds_since_fault() > 15.0
+    assert job.output.read_bytes() == undisturbed
+
+
 def test_run_sh_can_be_interrupted(faulty_job, undisturbed, tiny_model):
     # One rank is stopped on its host, and hears of the end from its launcher alone.
     with _two_hosts(faulty_job, 1, **faulty_job.fault("1,batch 2,3,SIGSTOP")) as hosts:

@@ -322,6 +322,30 @@ def test_a_rank_that_is_stopped_whole_ends_with_the_job(start, is_rank_0: bool):
     assert rank.is_gone()
 
 
+@pytest.mark.parametrize("is_supervisor_killed", [False, True])
+def test_others_hear_from_a_supervisor_whether_it_saw_the_end(start, is_supervisor_killed: bool):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        where = listener.getsockname()
+        work = f"import socket; held = socket.create_connection({where})"
+        work += "; progress.share([held.fileno()]); print('held', flush=True); time.sleep(600)"
+        rank = start(work=work)
+        rank.process.stdin.write("go on\n")
+        rank.process.stdin.flush()
+        assert rank.process.stdout.readline() == "held\n"
+        rank.worker.suspend()
+        if is_supervisor_killed:
+            rank.supervisor.kill()
+        rank.worker.kill()
+        other, _ = listener.accept()
+        with other:
+            other.settimeout(_WAIT_S)
+            words = other.recv(2)
+            assert words == (b"" if is_supervisor_killed else b"\0")
+            assert is_supervisor_killed or other.recv(2) == b""
+    rank.end()
+    assert rank.is_gone()
+
+
 def test_a_rank_0_that_is_stopped_does_not_outlast_the_patience_of_the_others(start):
     with socket.socket() as store:  # its own, in whose name the system takes calls
         store.bind(("127.0.0.1", 0))
