@@ -170,6 +170,7 @@ def a_shard_that_is_missing(job):
 
 
 def a_corrupt_index(job):
+    job.weights.rename(job.model / "shard.safetensors")
     job.write("model/model.safetensors.index.json", '{"weight_map": [')
     return "CheckpointError", "index.json: not an index of weights", "Copy it again"
 
