@@ -15,6 +15,7 @@ from transformers import Qwen3MoeForCausalLM
 from ds_moe_ep.balance import RankLayout, balance, balancedness
 from ds_moe_ep.bench.layer_sides import (
     OurLayer,
+    add_shape_argument,
     build_one_layer,
     check_equal,
     time_sides,
@@ -35,12 +36,7 @@ _MS = 1000.0
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4], help="numbers of ranks")
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default="105M",
-        help="model of which a layer is measured (default: %(default)s)",
-    )
+    add_shape_argument(parser)
     parser.add_argument("--tokens", type=int, default=512, metavar="T", help="tokens a rank")
     parser.add_argument(
         "--routing",

@@ -21,6 +21,7 @@ from ds_moe_ep.bench.floors import wait
 from ds_moe_ep.bench.generate_sides import (
     PAD,
     GenerateSide,
+    add_batch_arguments,
     check_batches,
     one_process,
     ours,
@@ -32,7 +33,6 @@ from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.dist.groups import Job
-from ds_moe_ep.engine.options import positive
 from ds_moe_ep.errors import ConfigError, DistributedError
 
 __all__ = ["TABLE", "UNEVEN"]
@@ -42,23 +42,12 @@ _PEERS = ("transformers EP", "one process, grouped_mm", "one process, eager")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--world", type=positive(int), nargs="+", default=[2, 4, 8], help="numbers of ranks"
-    )
-    parser.add_argument(
-        "--model", choices=SHAPES, default="105M", help="model to run (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch", type=positive(int), nargs="+", default=[16, 64], help="prompts in all"
-    )
+    add_batch_arguments(parser, world=[2, 4, 8], new_tokens=8)
     parser.add_argument(
         "--prompt-tokens", type=int, default=32, help="tokens of the longest prompt"
     )
     parser.add_argument(
         "--least-tokens", type=int, help="tokens of the shortest (default: the same)"
-    )
-    parser.add_argument(
-        "--new-tokens", type=int, default=8, help="tokens to generate after each prompt"
     )
     parser.add_argument(
         "--dispatcher", default="auto", help="as for launch/infer.py (default: %(default)s)"

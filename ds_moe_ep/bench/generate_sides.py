@@ -8,6 +8,7 @@ time; a side of one process does the whole batch on rank 0.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from ds_moe_ep.adapter import bind_expert_groups, moe_layers, prepare_for_inference
+from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.decode_graph import DecodeGraph
 from ds_moe_ep.engine.live_rows import LiveRows
+from ds_moe_ep.engine.options import positive
 from ds_moe_ep.engine.sync import ForwardSync
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.local_machine import num_usable_cores
@@ -33,6 +36,7 @@ from ds_moe_ep.plan import ParallelPlan
 __all__ = [
     "PAD",
     "GenerateSide",
+    "add_batch_arguments",
     "check_batches",
     "complete",
     "load_ours",
@@ -47,6 +51,23 @@ PAD = 0
 GenerateSide = Callable[[Tensor, int], "Tensor | None"]
 """Takes all prompts ``[B, S]`` and N; returns this rank's ``[B / ranks, S + N]`` tokens, or those
 of all prompts on rank 0 and None elsewhere."""
+
+
+def add_batch_arguments(
+    parser: argparse.ArgumentParser, *, world: list[int], new_tokens: int
+) -> None:
+    """Adds what tables of generation are asked alike: --world, --model, --batch, --new-tokens.
+
+    Args:
+        parser: Of the table.
+        world: Numbers of ranks by default.
+        new_tokens: Tokens to generate by default.
+    """
+    add = parser.add_argument
+    add("--world", type=positive(int), nargs="+", default=world, help="numbers of ranks")
+    add("--model", choices=SHAPES, default="105M", help="model to run (default: %(default)s)")
+    add("--batch", type=positive(int), nargs="+", default=[16, 64], help="prompts in all")
+    add("--new-tokens", type=int, default=new_tokens, help="tokens to generate after each prompt")
 
 
 def check_batches(batches: Sequence[int], worlds: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_moe_ep.bench.layer_sides import (
     LayerSide,
     OurLayer,
+    add_shape_argument,
     autoep,
     build_one_layer,
     check_equal,
@@ -48,12 +49,7 @@ _MS = 1000.0
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default="105M",
-        help="model of which a layer is measured (default: %(default)s)",
-    )
+    add_shape_argument(parser)
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=_TOKENS, metavar="T", help="tokens a rank"
     )

@@ -8,6 +8,7 @@ included. Every rank of the group calls it at the same time.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import importlib
@@ -24,7 +25,7 @@ from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
 from ds_moe_ep.adapter import adapt, bind_expert_groups, moe_layers, prepare_for_inference
-from ds_moe_ep.bench.models import Shape
+from ds_moe_ep.bench.models import SHAPES, Shape
 from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.groups import Job
@@ -36,6 +37,7 @@ from ds_moe_ep.plan import ParallelPlan
 __all__ = [
     "LayerSide",
     "OurLayer",
+    "add_shape_argument",
     "autoep",
     "build_one_layer",
     "check_equal",
@@ -51,6 +53,16 @@ LayerSide = Callable[[Tensor], Tensor]
 # milliseconds tells more about the machine's other work than about the side.
 _ROUND_S = 0.1
 _MOST_CALLS = 64
+
+
+def add_shape_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --shape, as all tables of one layer have it."""
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="105M",
+        help="model of which a layer is measured (default: %(default)s)",
+    )
 
 
 def build_one_layer(shape: Shape) -> Qwen3MoeForCausalLM:

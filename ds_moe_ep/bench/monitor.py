@@ -18,13 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ds_moe_ep.adapter import moe_layers
-from ds_moe_ep.bench.generate_sides import GenerateSide, check_batches, load_ours
+from ds_moe_ep.bench.generate_sides import (
+    GenerateSide,
+    add_batch_arguments,
+    check_batches,
+    load_ours,
+)
 from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import markdown_table
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread
 from ds_moe_ep.dist.groups import Job
-from ds_moe_ep.engine.options import positive
 from ds_moe_ep.monitor.metrics_format import Sample
 from ds_moe_ep.monitor.recorder import Recorder
 from ds_moe_ep.monitor.sampler import Sampler, Usage
@@ -86,19 +90,8 @@ class _Cost:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=_ROUNDS)
-    parser.add_argument(
-        "--world", type=positive(int), nargs="+", default=[2, 4], help="numbers of ranks"
-    )
-    parser.add_argument(
-        "--model", choices=SHAPES, default="105M", help="model to run (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch", type=positive(int), nargs="+", default=[16, 64], help="prompts in all"
-    )
+    add_batch_arguments(parser, world=[2, 4], new_tokens=9)
     parser.add_argument("--prompt-tokens", type=int, default=16, help="tokens of each prompt")
-    parser.add_argument(
-        "--new-tokens", type=int, default=9, help="tokens to generate after each prompt"
-    )
     parser.add_argument(
         "--dispatcher", default="auto", help="as for launch/infer.py (default: %(default)s)"
     )

@@ -15,7 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ds_moe_ep import heap
-from ds_moe_ep.bench.generate_sides import GenerateSide, check_batches, load_ours
+from ds_moe_ep.bench.generate_sides import (
+    GenerateSide,
+    add_batch_arguments,
+    check_batches,
+    load_ours,
+)
 from ds_moe_ep.bench.hardware_now import HardwareNow
 from ds_moe_ep.bench.memory import PeakMemory
 from ds_moe_ep.bench.models import SHAPES, write_model
@@ -24,7 +29,6 @@ from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread, time_in_turn
 from ds_moe_ep.dist.groups import Job, create_expert_groups
 from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
-from ds_moe_ep.engine.options import positive
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.moe.cost_model import LinkPrices
 from ds_moe_ep.moe.dispatch import Links, make_links
@@ -44,19 +48,8 @@ _NARROW = "narrow"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--world", type=positive(int), nargs="+", default=[2, 4, 8], help="numbers of ranks"
-    )
-    parser.add_argument(
-        "--model", choices=SHAPES, default="105M", help="model to run (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch", type=positive(int), nargs="+", default=[16, 64], help="prompts in all"
-    )
+    add_batch_arguments(parser, world=[2, 4, 8], new_tokens=8)
     parser.add_argument("--prompt-tokens", type=int, default=32, help="tokens of each prompt")
-    parser.add_argument(
-        "--new-tokens", type=int, default=8, help="tokens to generate after each prompt"
-    )
 
 
 def _prepare(args: argparse.Namespace, work: Path) -> None:

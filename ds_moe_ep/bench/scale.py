@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds_moe_ep.bench.layer_sides import (
     OurLayer,
+    add_shape_argument,
     build_one_layer,
     check_equal,
     time_sides,
@@ -59,12 +60,7 @@ def least_bytes(
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default="105M",
-        help="model of which a layer is measured (default: %(default)s)",
-    )
+    add_shape_argument(parser)
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[16, 256], metavar="T", help="tokens a rank"
     )

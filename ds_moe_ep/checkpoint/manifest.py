@@ -35,6 +35,7 @@ __all__ = [
     "TensorEntry",
     "is_file_name",
     "read_manifest",
+    "refuse_newer",
 ]
 
 MANIFEST_JSON = "manifest.json"
@@ -148,12 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: not the manifest of an expert-sharded checkpoint (format is not "
             f"{_FORMAT!r}). Name a folder that ds-moe-ep convert --to ep wrote."
         )
-    version = content.get("version")
-    if isinstance(version, int) and version > _VERSION:
-        raise CheckpointError(
-            f"{path}: version={version} was written by a newer ds_moe_ep; this one reads versions "
-            f"up to {_VERSION}. Update ds_moe_ep."
-        )
+    refuse_newer(path, content, _VERSION)
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
@@ -161,6 +157,25 @@ def read_manifest(folder: Path) -> Manifest:
         place = ".".join(str(step) for step in first["loc"]) or "the manifest"
         more = f" (and {len(others)} more faults)" if others else ""
         raise CheckpointError(f"{path}: {place}: {first['msg']}{more}. {_AGAIN}") from error
+
+
+def refuse_newer(path: Path, content: object, known: int) -> None:
+    """Refuses what a newer version of this package wrote.
+
+    Args:
+        path: For the message.
+        content: What the file holds.
+        known: The newest version of its format that is read here.
+
+    Raises:
+        CheckpointError: Its version is newer.
+    """
+    version = content.get("version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > known:
+        raise CheckpointError(
+            f"{path}: version={version} was written by a newer ds_moe_ep; this one reads versions "
+            f"up to {known}. Update ds_moe_ep."
+        )
 
 
 def _why_no_manifest(folder: Path) -> str:

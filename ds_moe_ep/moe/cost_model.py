@@ -168,7 +168,7 @@ def predict_s(
     local = prices.local_s_per_byte
     own_share = shape.share_wanted(shape.num_experts // prices.flat.size)
     is_bare = shape.num_experts == prices.flat.size  # to a rank of one expert rows go bare
-    routed_s, gathered_s = _experts_s(prices, shape, sum(num_tokens), own_share)
+    routed_s, gathered_s = _experts_s(prices, shape, sum(num_tokens), own_share, is_bare=is_bare)
     predicted = {
         "alltoall": routed_s
         + _exchange_s(prices.flat, shape, num_tokens, own_share, local, is_bare=is_bare),
@@ -201,14 +201,13 @@ def predict_s(
 
 
 def _experts_s(
-    prices: LinkPrices, shape: LayerShape, num_tokens: int, own_share: float
+    prices: LinkPrices, shape: LayerShape, num_tokens: int, own_share: float, *, is_bare: bool
 ) -> tuple[float, float]:
     """The work of a rank's experts: where routed rows come to it, and where all rows do."""
     if prices.experts is None:
         return 0.0, 0.0
-    num_ranks = prices.flat.size
-    pairs_s = num_tokens * shape.top_k / num_ranks * prices.experts.s_per_pair
-    if shape.num_experts == num_ranks:  # a row has one slot for the one expert; bare rows have none
+    pairs_s = num_tokens * shape.top_k / prices.flat.size * prices.experts.s_per_pair
+    if is_bare:  # a row has one slot for the one expert; bare rows have none
         return pairs_s, pairs_s + num_tokens * prices.experts.s_per_slot
     slots_s = num_tokens * shape.top_k * prices.experts.s_per_slot
     return pairs_s + own_share * slots_s, pairs_s + slots_s

@@ -78,15 +78,20 @@ def test_a_kill_on_another_host_is_told_with_rank_host_and_step(
     faulty_job.check_resumed(2, undisturbed)
 
 
-# Ranks of the other host are busy, and come to no place where they would miss it.
-def test_a_kill_while_ranks_load_ends_those_of_other_hosts_too(faulty_job, undisturbed, tiny_model):
-    fault = faulty_job.fault("3,loading weights,0,KILL_AMONG_READERS")
-    with _two_hosts(faulty_job, 2, **fault) as hosts:
-        command = _run_sh(faulty_job, tiny_model("olmoe"), hosts, "--timeout", "100")
+def _break_while_ranks_load(job, model, kind):
+    """Kills rank 3 of two hosts while all load; returns the output, and how long the end took."""
+    with _two_hosts(job, 2, **job.fault(f"3,loading weights,0,{kind}")) as hosts:
+        command = _run_sh(job, model, hosts, "--timeout", "100")
         result = run_command(command, timeout_s=WAIT_S)
-        took_s = faulty_job.seconds_since_fault()
+        took_s = job.seconds_since_fault()
     output = result.stdout + result.stderr
     assert result.returncode == 1, output
+    return output, took_s
+
+
+# Ranks of the other host are busy, and come to no place where they would miss it.
+def test_a_kill_while_ranks_load_ends_those_of_other_hosts_too(faulty_job, undisturbed, tiny_model):
+    output, took_s = _break_while_ranks_load(faulty_job, tiny_model("olmoe"), "KILL_AMONG_READERS")
     told = r"DistributedError: \[rank 3 worker-1\] was ended by SIGKILL at loading weights\."
     assert len(re.findall(told, output)) == count_messages(output) == 1, output
     assert ended_in_time("a kill on another host at load", took_s, 20), output
@@ -98,13 +103,8 @@ def test_a_kill_while_ranks_load_ends_those_of_other_hosts_too(faulty_job, undis
 def test_a_rank_that_is_killed_with_its_supervisor_while_ranks_load_is_named(
     faulty_job, undisturbed, tiny_model
 ):
-    fault = faulty_job.fault("3,loading weights,0,KILL_BOTH_AMONG_READERS")
-    with _two_hosts(faulty_job, 2, **fault) as hosts:
-        command = _run_sh(faulty_job, tiny_model("olmoe"), hosts, "--timeout", "100")
-        result = run_command(command, timeout_s=WAIT_S)
-        took_s = faulty_job.seconds_since_fault()
-    output = result.stdout + result.stderr
-    assert result.returncode == 1, output
+    kind = "KILL_BOTH_AMONG_READERS"
+    output, took_s = _break_while_ranks_load(faulty_job, tiny_model("olmoe"), kind)
     told = (
         r"DistributedError: \[rank 0 worker-0\] at loading weights: rank 3 \(worker-1\) ended "
         r"without a word, at .*\. No answer from (?:rank 2 \(worker-1\), )?rank 3 \(worker-1\)\."

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ValidationError
 
-from ds_moe_ep.checkpoint.manifest import FileEntry, SourceSection, is_file_name
+from ds_moe_ep.checkpoint.manifest import FileEntry, SourceSection, is_file_name, refuse_newer
 from ds_moe_ep.config.strict import Strict
 from ds_moe_ep.errors import CheckpointError
 
@@ -53,12 +53,7 @@ def read_record(folder: Path) -> Record | None:
     path = folder / RECORD_JSON
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.get("version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > _VERSION:
-            raise CheckpointError(
-                f"{path}: version={version} was written by a newer ds_moe_ep; this one reads "
-                f"versions up to {_VERSION}. Update ds_moe_ep."
-            )
+        refuse_newer(path, content, _VERSION)
         return Record.model_validate(content)
     except FileNotFoundError:
         return None
