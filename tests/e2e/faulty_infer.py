@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ds_moe_ep.engine.supervisor import Progress
 
@@ -88,10 +89,19 @@ def _close_slowly() -> None:
 
 
 def _when_reading(happens: Callable[[], object]) -> None:
-    """Once a rank reads its weights it has met the others, and they wait for it."""
+    """Once a rank reads its weights it has met the others, and they wait for it.
+
+    One that was stopped and goes on (its launcher wakes it to end it) reads them.
+    """
     from ds_moe_ep.engine import loading
 
-    loading.load_expert_parallel_model = lambda *args, **options: happens()  # type: ignore
+    load = loading.load_expert_parallel_model
+
+    def load_after(*args: Any, **options: Any) -> Any:
+        happens()
+        return load(*args, **options)
+
+    loading.load_expert_parallel_model = load_after
 
 
 def _enter(self: Progress, phase: str) -> None:
