@@ -1,6 +1,6 @@
 """Which files a converted checkpoint consists of, and which bytes of the source make up each.
 
-Nothing is read or written here: writer.py copies the bytes, and calls what produces others.
+Nothing is read or written here: content.py copies the bytes, and calls what produces others.
 """
 
 from __future__ import annotations

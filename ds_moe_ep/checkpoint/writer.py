@@ -7,15 +7,12 @@ that a killed conversion goes on with the file it was at.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import hashlib
 import json
 import os
 import shlex
 import shutil
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,18 +22,14 @@ from typing import IO, Any, cast
 
 from pydantic import ValidationError
 
-from ds_moe_ep.checkpoint.header import ByteRange, FileState
-from ds_moe_ep.checkpoint.layout import PlannedFile, ProducedBytes
+from ds_moe_ep.checkpoint.content import copy_content, fingerprint, source_states
+from ds_moe_ep.checkpoint.header import FileState
+from ds_moe_ep.checkpoint.layout import PlannedFile
 from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, FileEntry
 from ds_moe_ep.checkpoint.megatron.record import RECORD_JSON
-from ds_moe_ep.checkpoint.streams import (
-    CHUNK_BYTES,
-    HashingSink,
-    Progress,
-    hash_file,
-    in_threads,
-)
+from ds_moe_ep.checkpoint.streams import HashingSink, Progress, hash_file, in_threads
 from ds_moe_ep.errors import CheckpointError, some
+from ds_moe_ep.file_lock import open_locked
 
 __all__ = ["ShowProgress", "Summary", "silently", "write_folder"]
 
@@ -131,7 +124,7 @@ class _Staging:
         self._target = target
         self._folder = target.with_name(f"{target.name}.partial")
         self._files = files
-        self._sources = _sources(files)
+        self._sources = source_states(files)
         self._stop = threading.Event()
         self._one_at_a_time = threading.Lock()
 
@@ -190,7 +183,7 @@ class _Staging:
         with part.open("wb") as out:
             # One half of the progress when it is written, the other when it is read again.
             sink = HashingSink(out, lambda num_bytes: progress(num_bytes / 2), self._stop)
-            write = file.make or functools.partial(_copy, file)
+            write = file.make or functools.partial(copy_content, file)
             write(cast(IO[bytes], sink))
             out.flush()
             os.fsync(out.fileno())
@@ -220,35 +213,16 @@ class _Staging:
             elif not path.is_file() and any(self._folder.iterdir()):
                 raise self._taken("something else")
             self._folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            descriptor = open_locked(path, flags, lambda held: self._in_use())
+            if descriptor is not None:
                 # What a crash has torn need not be text.
-                self._journal = path.open("a+", encoding="utf-8", errors="replace")
-                try:
-                    self._lock()
-                    if os.path.samestat(os.fstat(self._journal.fileno()), path.stat()):
-                        return
-                except BaseException:
-                    self._journal.close()
-                    raise
-                self._journal.close()
+                self._journal = os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace")
+                return
             # Another process has given the folder its name just now.
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{self._folder} is being written by another process. Wait for it, or end it."
-            ) from None
-        except OSError as error:
-            warnings.warn(
-                f"{self._folder}: cannot be locked ({error.strerror}). See to it that no second "
-                "process writes it.",
-                stacklevel=1,  # one place, so that it is said once
-            )
-
     def _read_journal(self) -> None:
-        job = {"job": _fingerprint(self._files, self._sources)}
+        job = {"job": fingerprint(self._files, self._sources)}
         names = {file.name for file in self._files}
         self._journal.seek(0)
         records = list(_records(self._journal))
@@ -272,6 +246,11 @@ class _Staging:
         for path in self._folder.rglob("*.part"):
             path.unlink()
 
+    def _in_use(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self._folder} is being written by another process. Wait for it, or end it."
+        )
+
     def _taken(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"{self._folder} holds {what}: nothing was written. Remove it, or name another folder "
@@ -286,35 +265,6 @@ def _records(journal: IO[str]) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
             if isinstance(record, dict):
                 yield record
-
-
-def _sources(files: Sequence[PlannedFile]) -> dict[Path, FileState]:
-    """Returns what each source file was like when it was first looked at."""
-    states: dict[Path, FileState] = {}
-    for file in files:
-        for part in file.ranges:
-            source = part.source if isinstance(part, ProducedBytes) else part
-            if source is not None and source.path not in states:
-                states[source.path] = source.state or FileState.of(source.path)
-    return states
-
-
-def _fingerprint(files: Sequence[PlannedFile], states: Mapping[Path, FileState]) -> str:
-    """Returns what changes when a source file or any byte that is to be copied does."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(repr((file.name, file.head)).encode())
-        for part in file.ranges:
-            source: ByteRange | None
-            if isinstance(part, ProducedBytes):
-                digest.update(part.recipe().encode())
-                source = part.source
-            else:
-                source = part
-            if source is not None:
-                state = states[source.path]
-                digest.update(repr((state, source.start, source.num_bytes)).encode())
-    return digest.hexdigest()
 
 
 def _check_free(target: Path) -> None:
@@ -347,29 +297,6 @@ def _check_space(target: Path, needed_bytes: int) -> None:
             f"{target} needs {needed_bytes:,} bytes, but its disk has {free_bytes:,} free: "
             f"{needed_bytes - free_bytes:,} too few. Free them, or name a folder on another disk."
         )
-
-
-def _copy(file: PlannedFile, out: IO[bytes]) -> None:
-    out.write(file.head)
-    with contextlib.ExitStack() as stack:
-        opened: tuple[Path, IO[bytes]] | None = None
-        for part in file.ranges:
-            if isinstance(part, ProducedBytes):
-                for chunk in part.chunks():
-                    out.write(chunk)
-                continue
-            if opened is None or opened[0] != part.path:
-                stack.close()
-                opened = part.path, stack.enter_context(part.path.open("rb", buffering=0))
-            source = opened[1]
-            source.seek(part.start)
-            left = part.num_bytes
-            while left:
-                chunk = source.read(min(left, CHUNK_BYTES))
-                if not chunk:
-                    raise CheckpointError(f"{part.path} became shorter while it was read.")
-                left -= len(chunk)
-                out.write(chunk)
 
 
 def _sync(folder: Path) -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, ScoreResult
 from ds_moe_ep.engine.prompts import Prompt
 from ds_moe_ep.errors import InputError, ResourceError
+from ds_moe_ep.file_lock import is_at, open_locked
 
 __all__ = ["Journal", "fingerprint"]
 
@@ -80,8 +79,9 @@ class Journal:
         Raises:
             InputError: It is; who, is in the message.
         """
-        with contextlib.suppress(FileNotFoundError):
-            os.close(_open_locked(self.folder / _LOCK, os.O_RDWR))
+        descriptor = open_locked(self.folder / _LOCK, os.O_RDWR, self._in_use)
+        if descriptor is not None:
+            os.close(descriptor)
 
     def read(self, job: Mapping[str, Any]) -> dict[int, Result]:
         """Reads what an earlier run of the same job has finished; nothing if there was none.
@@ -153,7 +153,7 @@ class Journal:
         """
         path = self.folder / f"rank-{self.rank:05d}.jsonl"
         with _told_if_not_writable(path):
-            if self._lock is not None and not _is_at(self.folder / _LOCK, self._lock):
+            if self._lock is not None and not is_at(self.folder / _LOCK, self._lock):
                 raise FileNotFoundError(errno.ENOENT, "the folder is another job's now")
             with path.open("a", encoding="utf-8") as file:
                 # The line end comes first: what follows a line cut short by a crash stays readable.
@@ -171,48 +171,20 @@ class Journal:
 
     def _take(self) -> int:
         """Locks the folder until this process ends, made if it is not there."""
-        path = self.folder / _LOCK
-        while True:
+        descriptor = None
+        while descriptor is None:
             self.folder.mkdir(exist_ok=True)
-            descriptor = _open_locked(path, os.O_RDWR | os.O_CREAT)
-            with contextlib.suppress(FileNotFoundError):
-                if _is_at(path, descriptor):
-                    break
-            os.close(descriptor)  # of a job that ended, and removed it, just now
+            path = self.folder / _LOCK
+            descriptor = open_locked(path, os.O_RDWR | os.O_CREAT, self._in_use)
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
         return descriptor
 
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Returns whether what is open is the file of this name; FileNotFoundError if none is."""
-    return os.path.samestat(os.fstat(descriptor), path.stat())
-
-
-def _open_locked(path: Path, flags: int) -> int:
-    """Opens a lock file and takes the lock, which the system gives free when its holder ends.
-
-    Raises:
-        InputError: Somebody else has it.
-        FileNotFoundError: There is none.
-    """
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
-        os.close(descriptor)
-        raise InputError(
-            f"{path.parent}: another job is writing this output: {holder}. Wait for its end, or "
-            "name another file with --output."
-        ) from None
-    except OSError as error:
-        warnings.warn(
-            f"{path.parent}: cannot be locked ({error.strerror}). See to it that no second job "
-            "writes this output.",
-            stacklevel=1,  # one place, so that it is said once
+    def _in_use(self, holder: str) -> InputError:
+        return InputError(
+            f"{self.folder}: another job is writing this output: {holder or 'another process'}. "
+            "Wait for its end, or name another file with --output."
         )
-    return descriptor
 
 
 @contextlib.contextmanager
