@@ -14,6 +14,7 @@ from ds_moe_ep.balance import RankLayout, balance, balancedness, contiguous_slot
 from ds_moe_ep.errors import PlanError
 from ds_moe_ep.hostfile import Cluster, local_cluster, read_hostfile
 from ds_moe_ep.placement import SlotPlacement
+from ds_moe_ep.whole_file import check_writable, write_lines
 
 __all__ = ["add_balance_command"]
 
@@ -66,7 +67,6 @@ def add_balance_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
 def _balance(args: argparse.Namespace) -> int:
     from ds_moe_ep.config.placement_file import placement_json
     from ds_moe_ep.config.recorded import read_expert_loads
-    from ds_moe_ep.engine.outputs import check_writable, write_lines
 
     loads = read_expert_loads(args.metrics)
     if args.out is not None:

@@ -6,6 +6,8 @@ What is shown is decided in monitor/; none of it imports torch.
 import argparse
 from pathlib import Path
 
+from ds_moe_ep.whole_file import check_writable, write_lines
+
 __all__ = ["add_report_commands"]
 
 
@@ -37,7 +39,6 @@ def add_report_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
 
 
 def _report(args: argparse.Namespace) -> int:
-    from ds_moe_ep.engine.outputs import check_writable, write_lines
     from ds_moe_ep.monitor.metrics_folder import read_metrics
     from ds_moe_ep.monitor.page import page
     from ds_moe_ep.monitor.summary_text import summary_text

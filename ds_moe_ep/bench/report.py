@@ -23,6 +23,7 @@ from ds_moe_ep import __version__
 from ds_moe_ep.config.strict import read_json
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.local_machine import num_usable_cores
+from ds_moe_ep.whole_file import write_lines
 
 __all__ = [
     "Report",
@@ -71,7 +72,7 @@ class Report:
         """Writes ``benchmarks/TABLE.json`` and the table's section of its document."""
         data = folder / "benchmarks" / f"{self.table}.json"
         data.parent.mkdir(parents=True, exist_ok=True)
-        _replace(data, json.dumps(asdict(self), indent=1) + "\n")
+        write_lines(data, [json.dumps(asdict(self), indent=1), "\n"])
         write_section(folder / self.document, self.table, self.to_markdown())
 
 
@@ -94,7 +95,7 @@ def read_recorded(folder: Path, table: str) -> dict[str, Any]:
 def write_section(document: Path, name: str, section: str) -> None:
     """Replaces the section of a document that is marked with `name`, or adds it at the end."""
     before = document.read_text(encoding="utf-8") if document.exists() else "# Benchmarks\n"
-    _replace(document, _with_section(before, name, section))
+    write_lines(document, [_with_section(before, name, section)])
 
 
 def _with_section(document: str, table: str, section: str) -> str:
@@ -104,12 +105,6 @@ def _with_section(document: str, table: str, section: str) -> str:
     if pattern.search(document):
         return pattern.sub(lambda found: marked, document)
     return f"{document.rstrip()}\n\n{marked}\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def describe_machine() -> dict[str, str]:

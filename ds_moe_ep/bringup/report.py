@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_moe_ep.engine.outputs import write_lines
 from ds_moe_ep.errors import ResourceError
+from ds_moe_ep.whole_file import write_lines
 
 __all__ = ["FAIL", "PASS", "PHASES", "WARN", "Check", "PhaseReport", "judged", "write_jsonl"]
 

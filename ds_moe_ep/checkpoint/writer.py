@@ -30,6 +30,7 @@ from ds_moe_ep.checkpoint.megatron.record import RECORD_JSON
 from ds_moe_ep.checkpoint.streams import HashingSink, Progress, hash_file, in_threads
 from ds_moe_ep.errors import CheckpointError, some
 from ds_moe_ep.file_lock import open_locked
+from ds_moe_ep.whole_file import sync_folder
 
 __all__ = ["ShowProgress", "Summary", "silently", "write_folder"]
 
@@ -166,10 +167,10 @@ class _Staging:
         """Gives the folder its name. The journal goes last: a whole folder with one is whole."""
         parents = {parent for name in self.finished for parent in PurePosixPath(name).parents}
         for folder in sorted({self._folder / parent for parent in parents}, reverse=True):
-            _sync(folder)
+            sync_folder(folder)
         self._folder.replace(self._target)
         (self._target / _JOURNAL).unlink()
-        _sync(self._target.parent)
+        sync_folder(self._target.parent)
 
     def _write(self, file: PlannedFile, progress: Progress) -> None:
         path = self._folder / file.name
@@ -297,13 +298,3 @@ def _check_space(target: Path, needed_bytes: int) -> None:
             f"{target} needs {needed_bytes:,} bytes, but its disk has {free_bytes:,} free: "
             f"{needed_bytes - free_bytes:,} too few. Free them, or name a folder on another disk."
         )
-
-
-def _sync(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,7 +26,7 @@ from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import Engine, load_engine
 from ds_moe_ep.engine.meeting import run_together
 from ds_moe_ep.engine.options import JobOptions
-from ds_moe_ep.engine.outputs import GenerateResult, Result, remove_unfinished, write_results
+from ds_moe_ep.engine.outputs import GenerateResult, Result, write_results
 from ds_moe_ep.engine.prepare import Work, prepare, replays_passes
 from ds_moe_ep.engine.schedule import Batch
 from ds_moe_ep.engine.summary import RankSummary, format_summary
@@ -38,8 +38,9 @@ from ds_moe_ep.engine.tasks import (
     generate_batch,
     score_batch,
 )
-from ds_moe_ep.errors import ResourceError, some
+from ds_moe_ep.errors import some
 from ds_moe_ep.monitor.job_monitor import JobMonitor, Watched, watch
+from ds_moe_ep.whole_file import remove_unfinished
 
 __all__ = ["run_job"]
 
@@ -301,13 +302,7 @@ def _finish(
             return
         by_index = {index: result for own, _, _ in gathered for index, result in own.items()}
         ranks = [summary for _, summary, _ in gathered]
-        try:
-            write_results(options.output, [by_index[i] for i in range(len(work.prompts))])
-        except OSError as error:
-            raise ResourceError(
-                f"{options.output}: cannot be written ({error.strerror}). Make room, or bring the "
-                "folder back."
-            ) from error
+        write_results(options.output, [by_index[i] for i in range(len(work.prompts))])
         if monitor is not None:
             monitor.write([record for _, _, record in gathered if record is not None])
         text = format_summary(ranks, task=options.task, output=options.output)

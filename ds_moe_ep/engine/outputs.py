@@ -1,28 +1,22 @@
-"""Writes the results of a job: what a line holds, and a file that is there whole or not at all.
+"""The results of a job: what a line holds, and the file of all.
 
 It does not gather results from ranks and knows nothing of models.
 """
 
-import contextlib
 import json
 import math
-import os
-import re
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ds_moe_ep.errors import InputError
+from ds_moe_ep.errors import ResourceError
+from ds_moe_ep.whole_file import write_lines
 
 __all__ = [
     "GenerateResult",
     "ScoreResult",
     "Result",
-    "check_writable",
-    "remove_unfinished",
-    "write_lines",
     "write_results",
 ]
 
@@ -92,103 +86,22 @@ class ScoreResult:
 Result = GenerateResult | ScoreResult
 
 
-def check_writable(path: Path) -> None:
-    """Finds out whether `write_results` could write this file, without a trace in the folder.
-
-    Raises:
-        InputError: It could not; said before any work is done for it.
-    """
-    target = _target(path)
-    folder = target.parent
-    if os.path.exists(target) and not os.path.isfile(target):
-        kind = "a folder" if os.path.isdir(target) else "not a regular file"
-        raise InputError(f"{path}: is {kind}. Name a file for the results.")
-    if not os.path.exists(folder):
-        command = shlex.join(["mkdir", "-p", str(folder)])
-        raise InputError(f"{path}: the folder {folder} does not exist. Make it: {command}")
-    if not os.path.isdir(folder):
-        raise InputError(f"{path}: {folder} is a file, not a folder. Choose another folder.")
-    try:
-        descriptor, temporary = _open_temporary(target)
-        os.close(descriptor)
-        temporary.unlink(missing_ok=True)  # a job that starts just now may have removed it
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}). Choose a folder that you may write to."
-        ) from None
-
-
-def remove_unfinished(path: Path) -> None:
-    """Removes what writers of this file have left beside it that were killed.
-
-    Args:
-        path: The file, which nobody else may be writing now; a job has the lock of its journals.
-    """
-    target = _target(path)
-    left = re.compile(rf"\.{re.escape(target.name)}\.\d+\.tmp")
-    with contextlib.suppress(OSError):  # what stays does no harm
-        for each in target.parent.iterdir():
-            if left.fullmatch(each.name):
-                each.unlink()
-
-
 def write_results(path: Path, results: Sequence[Result]) -> None:
-    """Writes results as JSONL, in their order, as `write_lines` does.
+    """Writes results as JSONL, in their order, as `whole_file.write_lines` does.
 
     Args:
-        path: The file; `check_writable` says beforehand whether it can be written.
+        path: The file; `whole_file.check_writable` says beforehand whether it can be written.
         results: One a line.
-    """
-    write_lines(path, (result.to_json_line() for result in results))
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes a text file, replacing what was there in one step.
-
-    A reader sees the old file or all of the new one, also after a crash. A link is followed: the
-    file it points to is replaced.
-
-    Args:
-        path: The file, in a folder that is there.
-        lines: Its lines, each with its end.
 
     Raises:
-        OSError: The disk is full, say; the old file is untouched and nothing is left behind.
+        ResourceError: The disk is full, say, or the folder has gone.
     """
-    target = _target(path)
-    descriptor, temporary = _open_temporary(target)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def _target(path: Path) -> Path:
-    return Path(os.path.realpath(path))
-
-
-def _open_temporary(target: Path) -> tuple[int, Path]:
-    """Creates a new file beside `target`, with the mode the umask gives to any new file."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    # One that a killed process with this id left behind is used again.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    return os.open(temporary, flags, 0o666), temporary
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the new name survive a power cut, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        write_lines(path, (result.to_json_line() for result in results))
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be written ({error.strerror}). Make room, or bring the folder back."
+        ) from error
 
 
 def _finite(value: float) -> float | None:

@@ -24,7 +24,6 @@ from ds_moe_ep.dist.node_groups import ranks_per_node
 from ds_moe_ep.engine.decode_graph import check_replayable
 from ds_moe_ep.engine.encode import check_tokens, encode, read_tokenizer
 from ds_moe_ep.engine.options import JobOptions
-from ds_moe_ep.engine.outputs import check_writable
 from ds_moe_ep.engine.prompts import Prompt, read_prompts
 from ds_moe_ep.engine.tasks import EncodedPrompt
 from ds_moe_ep.errors import ConfigError, PlanError
@@ -34,6 +33,7 @@ from ds_moe_ep.moe.dispatch import STATIC_SHAPES, TWO_LEVEL
 from ds_moe_ep.monitor.folder_writer import check_metrics_folder
 from ds_moe_ep.placement import SlotPlacement
 from ds_moe_ep.plan import ParallelPlan, make_plan
+from ds_moe_ep.whole_file import check_writable
 
 __all__ = ["Work", "prepare", "replays_passes"]
 

@@ -17,16 +17,17 @@ from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.console import progress_bar
 from ds_moe_ep.engine.encode import check_tokens, encode, read_tokenizer
 from ds_moe_ep.engine.meeting import run_together
-from ds_moe_ep.engine.outputs import ScoreResult, check_writable, write_results
+from ds_moe_ep.engine.outputs import ScoreResult, write_results
 from ds_moe_ep.engine.prompts import read_prompts
 from ds_moe_ep.engine.supervisor import Progress
 from ds_moe_ep.engine.tasks import EncodedPrompt
-from ds_moe_ep.errors import MegatronError, ResourceError
+from ds_moe_ep.errors import MegatronError
 from ds_moe_ep.megatron.arguments import parse_arguments, read_arguments
 from ds_moe_ep.megatron.model import build_model, load_weights, start_model_parallel
 from ds_moe_ep.megatron.options import MegatronJobOptions
 from ds_moe_ep.megatron.score import plan_passes, score_pass
 from ds_moe_ep.megatron.stand_ins import import_megatron, megatron_stand_ins
+from ds_moe_ep.whole_file import check_writable
 
 __all__ = ["run_megatron_job"]
 
@@ -191,10 +192,7 @@ def _finish(
         if job.info.rank != 0:
             return
         by_index = {index: result for own in gathered for index, result in own.items()}
-        try:
-            write_results(options.output, [by_index[i] for i in range(len(work.prompts))])
-        except OSError as error:
-            raise ResourceError(f"{options.output}: cannot be written: {error}.") from error
+        write_results(options.output, [by_index[i] for i in range(len(work.prompts))])
         num_tokens = sum(len(each.token_ids) for each in work.prompts)
         print(
             f"scored {len(by_index):,} prompts ({num_tokens:,} tokens) in {run_s:.1f} s with "

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from ds_moe_ep.config.recorded import EXPERTS_JSONL, RANKS_JSONL
-from ds_moe_ep.engine.outputs import write_lines
 from ds_moe_ep.errors import InputError, ResourceError
 from ds_moe_ep.monitor.figures import JobNow
 from ds_moe_ep.monitor.metrics_format import (
@@ -31,6 +30,7 @@ from ds_moe_ep.monitor.metrics_format import (
 )
 from ds_moe_ep.monitor.rank_record import RankRecord
 from ds_moe_ep.monitor.windows import balance_windows
+from ds_moe_ep.whole_file import write_lines
 
 __all__ = ["FolderWriter", "check_metrics_folder"]
 

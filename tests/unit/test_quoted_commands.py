@@ -15,12 +15,12 @@ from ds_moe_ep.checkpoint.manifest import read_manifest
 from ds_moe_ep.cli import main
 from ds_moe_ep.config.run import load_run_config
 from ds_moe_ep.engine.checksums import check_share
-from ds_moe_ep.engine.outputs import check_writable
 from ds_moe_ep.errors import DsMoeEpError
 from ds_moe_ep.monitor import top
 from ds_moe_ep.monitor.live import follow
 from ds_moe_ep.monitor.metrics_folder import read_metrics
 from ds_moe_ep.monitor.verdicts import judge
+from ds_moe_ep.whole_file import check_writable
 from tests.helpers.families import save_tiny
 from tests.helpers.metrics import small_metrics, write_metrics_folder
 

@@ -142,8 +142,8 @@ def test_a_file_system_without_locks(target, monkeypatch, partial):
 
 def test_the_names_in_all_folders_are_synced_before_the_last(target, partial, monkeypatch):
     synced = []
-    sync = writer._sync
-    monkeypatch.setattr(writer, "_sync", lambda folder: [synced.append(folder), sync(folder)])
+    sync = writer.sync_folder
+    monkeypatch.setattr(writer, "sync_folder", lambda folder: [synced.append(folder), sync(folder)])
     write_folder(target, _FILES, [PlannedFile("release/deep/c", b"4")])
     inner = [partial / "release" / "deep", partial / "release", partial]
     assert synced == [*inner, target.parent]
