@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from ds_moe_ep.monitor.findings import kind_latencies, pass_parts
 from ds_moe_ep.monitor.metrics_folder import Metrics
-from ds_moe_ep.monitor.metrics_format import PARTS, PHASES
+from ds_moe_ep.monitor.metrics_format import PARTS, PASS_KINDS
 from ds_moe_ep.monitor.plots import COLOURS, NARROW, chart
 from ds_moe_ep.monitor.units import time_of
 from ds_moe_ep.monitor.verdicts import COLLECTIVE_NAMES, TARGETS
@@ -40,22 +40,22 @@ _MOST_POINTS = 200
 
 def step_bars(metrics: Metrics) -> str:
     """Draws what a pass is made of: a bar for prefill, one for decode."""
-    by_phase = {phase: pass_parts(metrics, phase) for phase in PHASES}
-    shown = [phase for phase in PHASES if by_phase[phase]]
+    by_kind = {kind: pass_parts(metrics, kind) for kind in PASS_KINDS}
+    shown = [kind for kind in PASS_KINDS if by_kind[kind]]
 
     def draw(figure: Figure, width: int) -> None:
         axes = figure.subplots()
         axes.grid(visible=False)
-        for row, phase in enumerate(shown):
-            whole, left = sum(by_phase[phase].values()), 0.0
+        for row, kind in enumerate(shown):
+            whole, left = sum(by_kind[kind].values()), 0.0
             for part in PARTS:
-                share = by_phase[phase][part] / whole
+                share = by_kind[kind][part] / whole
                 axes.barh(
                     row, share, left=left, height=0.62, color=COLOURS[part],
                     edgecolor=COLOURS["surface"], linewidth=2, label=part if row == 0 else None,
                 )  # fmt: skip
                 left += share
-            axes.text(0, row - 0.42, f"{phase}: {time_of(whole)} a pass", va="bottom")
+            axes.text(0, row - 0.42, f"{kind}: {time_of(whole)} a pass", va="bottom")
         axes.set(xlim=(0, 1), ylim=(len(shown) - 0.6, -0.85), yticks=[])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         axes.spines[:].set_visible(False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from ds_moe_ep.monitor.metrics_folder import Metrics
-from ds_moe_ep.monitor.metrics_format import PARTS, PHASES, BalanceWindow, RankMetrics
+from ds_moe_ep.monitor.metrics_format import PARTS, PASS_KINDS, BalanceWindow, RankMetrics
 from ds_moe_ep.monitor.units import span, times
 
 __all__ = [
@@ -239,7 +239,7 @@ def _why_slow(slow: RankMetrics, others: Sequence[RankMetrics]) -> str:
 
 
 def _seconds(rank: RankMetrics, part: str) -> float:
-    return sum(getattr(getattr(rank.parts_s, phase), part) for phase in PHASES)
+    return sum(getattr(getattr(rank.parts_s, kind), part) for kind in PASS_KINDS)
 
 
 def _factor(
@@ -249,16 +249,16 @@ def _factor(
     return what(slow) / usual if usual else 1.0
 
 
-def pass_parts(metrics: Metrics, phase: str) -> dict[str, float]:
+def pass_parts(metrics: Metrics, kind: str) -> dict[str, float]:
     """Returns seconds of a pass by part, the mean of all passes of the ranks that split some.
 
     Empty if no pass was split into parts. A rank with one decode pass splits none.
     """
     num_passes, seconds = 0, dict.fromkeys(PARTS, 0.0)
     for rank in metrics.ranks:
-        of_rank = getattr(rank.parts_s, phase).model_dump()
+        of_rank = getattr(rank.parts_s, kind).model_dump()
         if any(of_rank.values()):
-            num_passes += getattr(rank.num_passes, phase)
+            num_passes += getattr(rank.num_passes, kind)
             seconds = {part: seconds[part] + of_rank[part] for part in PARTS}
     if not num_passes:
         return {}

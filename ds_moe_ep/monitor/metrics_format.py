@@ -16,7 +16,7 @@ __all__ = [
     "BALANCE_JSONL",
     "BRINGUP_JSONL",
     "PARTS",
-    "PHASES",
+    "PASS_KINDS",
     "RUN_JSON",
     "SAMPLES_JSONL",
     "VERSION",
@@ -37,7 +37,7 @@ SAMPLES_JSONL = "samples.jsonl"
 BALANCE_JSONL = "balance.jsonl"
 BRINGUP_JSONL = "bringup.jsonl"
 
-PHASES = ("prefill", "decode")
+PASS_KINDS = ("prefill", "decode")
 PARTS = ("attention", "router", "dispatch", "experts", "combine", "other")
 
 
@@ -143,7 +143,7 @@ class Parts(Strict):
     other: _Amount
 
 
-class PartsOfPhases(Strict):
+class PartsOfPasses(Strict):
     """The same for each kind of pass."""
 
     prefill: Parts
@@ -194,7 +194,7 @@ class RankMetrics(Strict):
     peak_memory_bytes: NonNegativeInt
     utilisation: _Amount
     num_passes: NumPasses
-    parts_s: PartsOfPhases
+    parts_s: PartsOfPasses
     collectives: dict[Literal["exchange", "gather", "reduce", "sum", "counts"], Collective]
     first_token_s: Quantiles | None
     pass_s: PassTimes

@@ -21,7 +21,7 @@ from ds_moe_ep.monitor.findings import (
     slow_rank,
 )
 from ds_moe_ep.monitor.metrics_folder import Metrics
-from ds_moe_ep.monitor.metrics_format import PARTS, PHASES, Quantiles, Run
+from ds_moe_ep.monitor.metrics_format import PARTS, PASS_KINDS, Quantiles, Run
 from ds_moe_ep.monitor.units import few_digits, printable, size, span, time_of, times
 from ds_moe_ep.monitor.verdicts import COLLECTIVE_NAMES, TARGETS, Verdict
 
@@ -173,27 +173,27 @@ def _targets(verdicts: Sequence[Verdict]) -> str:
 
 
 def _time(metrics: Metrics) -> str:
-    phases = [phase for phase in PHASES if pass_parts(metrics, phase)]
-    if not phases:
+    kinds = [kind for kind in PASS_KINDS if pass_parts(metrics, kind)]
+    if not kinds:
         return _section("Where time goes", "No pass was recorded.")
     slow = slow_rank(metrics)
     told = f"Slowest: {slow}." if slow else "No rank is waited for notably longer than others."
-    columns = [pass_parts(metrics, phase) for phase in phases]
+    columns = [pass_parts(metrics, kind) for kind in kinds]
     rows = [[part, *(time_of(column[part]) for column in columns)] for part in PARTS]
     rows.append(["whole pass", *(time_of(sum(column.values())) for column in columns)])
     for name in ("p50", "p95", "max"):
-        values = [_quantile(metrics, phase, name) for phase in phases]
+        values = [_quantile(metrics, kind, name) for kind in kinds]
         rows.append([f"{name}, slowest rank", *values])
     return _section(
         "Where time goes",
         f"{told} Dispatch and combine include waiting for other ranks.",
         charts.step_bars(metrics),
-        _table(["mean of a pass", *phases], rows),
+        _table(["mean of a pass", *kinds], rows),
     )
 
 
-def _quantile(metrics: Metrics, phase: str, name: str) -> str:
-    found: list[Quantiles | None] = [getattr(rank.pass_s, phase) for rank in metrics.ranks]
+def _quantile(metrics: Metrics, kind: str, name: str) -> str:
+    found: list[Quantiles | None] = [getattr(rank.pass_s, kind) for rank in metrics.ranks]
     values = [getattr(each, name) for each in found if each]
     return time_of(max(values)) if values else ""
 

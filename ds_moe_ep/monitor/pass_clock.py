@@ -12,9 +12,9 @@ import torch
 
 from ds_moe_ep.dist.durations import Durations
 from ds_moe_ep.dist.moments import Moment, has_passed, now, seconds_between, wait_until
-from ds_moe_ep.monitor.metrics_format import PARTS
+from ds_moe_ep.monitor.metrics_format import PARTS, PASS_KINDS
 
-__all__ = ["PassClock", "PassTimes"]
+__all__ = ["PassClock", "PassesOfKind"]
 
 # Decode passes are short and many: to look at the clock at each part of all would show in them.
 # The first is not looked at: where it sets up what all later ones find there, on a GPU above all,
@@ -23,7 +23,7 @@ _EVERY, _FIRST = 8, 2
 
 
 @dataclass
-class PassTimes:
+class PassesOfKind:
     """The passes of one kind.
 
     Attributes:
@@ -60,7 +60,7 @@ class PassClock:
     """
 
     def __init__(self, device: torch.device, *, splits_decode: bool = True) -> None:
-        self.times: dict[str, PassTimes] = {"prefill": PassTimes(), "decode": PassTimes()}
+        self.times = {kind: PassesOfKind() for kind in PASS_KINDS}
         self._device = device
         self._splits_decode = splits_decode
         self._current: _Pass | None = None

@@ -127,10 +127,10 @@ def _better_placement(metrics: Metrics, layer: int) -> list[str]:
     ]
 
 
-def where_time_goes(metrics: Metrics, phase: str) -> list[str]:
+def where_time_goes(metrics: Metrics, kind: str) -> list[str]:
     """Says what a pass spends most on."""
     reasons = ["CPU run"] if metrics.run.on_cpu else []
-    if parts := pass_parts(metrics, phase):
+    if parts := pass_parts(metrics, kind):
         whole = sum(parts.values())
         sent = "dispatch and combine, waiting included,"
         shares = {part: parts[part] / whole for part in ("attention", "router", "experts", "other")}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ds_moe_ep.monitor.findings import pass_parts, slow_rank
 from ds_moe_ep.monitor.metrics_folder import Metrics
-from ds_moe_ep.monitor.metrics_format import PHASES
+from ds_moe_ep.monitor.metrics_format import PASS_KINDS
 from ds_moe_ep.monitor.page import bring_up_told, key_figures, title
 from ds_moe_ep.monitor.units import time_of
 from ds_moe_ep.monitor.verdicts import Verdict
@@ -32,11 +32,11 @@ def summary_text(metrics: Metrics, verdicts: Sequence[Verdict]) -> str:
         )
         lines += _indented(verdict.reason)
     lines.append("")
-    for phase in PHASES:
-        if parts := pass_parts(metrics, phase):
+    for kind in PASS_KINDS:
+        if parts := pass_parts(metrics, kind):
             whole = sum(parts.values())
             shares = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in parts.items())
-            lines += textwrap.wrap(f"{phase} pass {time_of(whole)}: {shares}", _WIDTH)
+            lines += textwrap.wrap(f"{kind} pass {time_of(whole)}: {shares}", _WIDTH)
     lines += textwrap.wrap(f"bring-up: {bring_up_told(metrics)}", _WIDTH)
     if slow := slow_rank(metrics):
         lines += textwrap.wrap(f"slowest: {slow}", _WIDTH)

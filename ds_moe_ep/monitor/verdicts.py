@@ -231,8 +231,8 @@ def _sequences(metrics: Metrics, targets: Targets) -> Verdict:
     is_met = value >= targets.sequences_per_s
     reasons = [told]
     if not is_met:
-        phase = "decode" if metrics.run.task == "generate" else "prefill"
-        reasons += [*where_time_goes(metrics, phase), *small_batch(metrics)]
+        kind = "decode" if metrics.run.task == "generate" else "prefill"
+        reasons += [*where_time_goes(metrics, kind), *small_batch(metrics)]
     return Verdict(name, few_digits(value), target, _state(is_met), _joined(reasons), value)
 
 
