@@ -17,7 +17,15 @@ from ds_moe_ep.model_spec import ModelSpec
 from ds_moe_ep.placement import assignment_matrix
 from ds_moe_ep.plan import ParallelPlan
 
-__all__ = ["PLACEMENT_CSV", "PLAN_JSON", "PlanFile", "make_plan_file", "placement_csv", "to_json"]
+__all__ = [
+    "PLACEMENT_CSV",
+    "PLAN_JSON",
+    "PlanFile",
+    "SizesSection",
+    "make_plan_file",
+    "placement_csv",
+    "to_json",
+]
 
 PLAN_JSON = "plan.json"
 PLACEMENT_CSV = "placement.csv"
@@ -47,6 +55,11 @@ class SizesSection(Strict):
     dp_size: PositiveInt
     world_size: PositiveInt
     dense_dp_size: PositiveInt
+
+    @classmethod
+    def of(cls, plan: ParallelPlan) -> "SizesSection":
+        """Return the sizes of a plan."""
+        return cls(**asdict(plan), world_size=plan.world_size, dense_dp_size=plan.dense_dp_size)
 
 
 class BytesSection(Strict):
@@ -82,9 +95,7 @@ def make_plan_file(plan: ParallelPlan, spec: ModelSpec, cluster: Cluster) -> Pla
     fullest = max(matrix, key=lambda row: row.dense_bytes + row.expert_bytes)
     return PlanFile(
         version=1,
-        plan=SizesSection(
-            **asdict(plan), world_size=plan.world_size, dense_dp_size=plan.dense_dp_size
-        ),
+        plan=SizesSection.of(plan),
         identities=list(plan.identities()),
         hosts=[f"{host.name}:{','.join(map(str, host.slots))}" for host in cluster.hosts],
         model=ModelSection(

@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from ds_moe_ep import __version__
 from ds_moe_ep.bringup.phases import BringUp
+from ds_moe_ep.config.plan_file import SizesSection
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import Engine
@@ -235,7 +236,6 @@ def _experts_here(watched: Watched) -> list[Sequence[int]]:
 
 def _run(watched: Watched) -> Run:
     options, job, work = watched.options, watched.job, watched.work
-    plan = work.plan
     is_gpu = job.device.type == "cuda"
     # Our own is not asked of what is installed: a checkout can be run that is not.
     versions = {"ds_moe_ep": __version__, **{name: version(name) for name in _LIBRARIES}}
@@ -246,11 +246,7 @@ def _run(watched: Watched) -> Run:
             "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": str(options.model),
             "model_type": work.spec.model_type,
-            "plan": {
-                **asdict(plan),
-                "world_size": plan.world_size,
-                "dense_dp_size": plan.dense_dp_size,
-            },
+            "plan": SizesSection.of(work.plan),
             "task": options.task,
             "dtype": str(work.dtype).removeprefix("torch."),
             "dispatcher": watched.engine.layers[0].deepspeed_moe.dispatcher_name,

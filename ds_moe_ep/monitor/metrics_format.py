@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
+from ds_moe_ep.config.plan_file import SizesSection
 from ds_moe_ep.config.strict import Strict
 
 __all__ = [
@@ -53,17 +54,6 @@ _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Moment = Annotated[str, AfterValidator(_with_offset)]
 
 
-class PlanSizes(Strict):
-    """The sizes of the plan that was run."""
-
-    ep_size: PositiveInt
-    tp_size: PositiveInt
-    pp_size: PositiveInt
-    dp_size: PositiveInt
-    world_size: PositiveInt
-    dense_dp_size: PositiveInt
-
-
 class Run(Strict):
     """What was run: run.json.
 
@@ -81,7 +71,7 @@ class Run(Strict):
     started_at: _Moment
     model: str
     model_type: str
-    plan: PlanSizes
+    plan: SizesSection
     task: Literal["generate", "score"]
     dtype: str
     dispatcher: str
