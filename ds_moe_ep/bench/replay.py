@@ -122,7 +122,7 @@ def _time_decode(
             steps["compiled"]()
         for mode in ("eager", "compiled"):
             rewind()
-            steps[f"{mode}, {_GRAPH}"] = capture(steps[mode])
+            steps[f"{mode}, {_GRAPH}"] = capture(steps[mode]).replay
 
     def run(step: Callable[[], object]) -> None:
         for _ in range(_STEPS):

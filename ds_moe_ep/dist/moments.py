@@ -7,7 +7,10 @@ from typing import TypeAlias, Union
 
 import torch
 
-__all__ = ["Moment", "has_passed", "now", "seconds_between", "wait_until"]
+__all__ = ["Moment", "has_passed", "now", "seconds_between", "wait_until", "wait_within"]
+
+# How long a rank asks a GPU again and again, and how long it sleeps from then on between two times.
+_SPIN_S, _SLEEP_S = 1e-3, 5e-5
 
 Moment: TypeAlias = Union[float, "torch.cuda.Event"]
 """Seconds of `time.perf_counter`, or an event of a GPU's stream."""
@@ -34,6 +37,22 @@ def wait_until(moment: Moment) -> None:
     """Waits until the device has come to a moment."""
     if not isinstance(moment, float):
         moment.synchronize()
+
+
+def wait_within(moment: Moment, timeout_s: float) -> bool:
+    """Waits until the device has come to a moment, and returns whether it has in time.
+
+    Of what a GPU waits for itself, such as the messages of other ranks, the host has no other
+    bound: NCCL's watchdog ends the process without a word, and sees no messages of a CUDA graph.
+    """
+    start_s = time.monotonic()
+    while not has_passed(moment):
+        waited_s = time.monotonic() - start_s
+        if waited_s >= timeout_s:
+            return False
+        if waited_s >= _SPIN_S:
+            time.sleep(_SLEEP_S)
+    return True
 
 
 def seconds_between(begin: Moment, end: Moment) -> float:

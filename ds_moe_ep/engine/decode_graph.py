@@ -9,10 +9,9 @@ all ranks can replay at once is settled in sync.py.
 from __future__ import annotations
 
 import functools
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from ds_moe_ep.dist.moments import Moment, has_passed, now
+from ds_moe_ep.dist.moments import Moment, now, wait_within
 from ds_moe_ep.engine.decoding import without_own_settings
 from ds_moe_ep.errors import ConfigError, DistributedError
 from ds_moe_ep.moe.auto import Auto
@@ -33,8 +32,6 @@ __all__ = ["DecodeGraph", "capture", "check_replayable"]
 _PROMPT_TOKENS, _NEW_TOKENS = 2, 2
 # Kinds of rotary positions whose frequencies hang on the longest prompt, by way of the host.
 _READ_BY_HOST = {"dynamic", "longrope"}
-# How long a rank asks a GPU again and again, and how long it sleeps from then on between two times.
-_SPIN_S, _SLEEP_S = 1e-3, 5e-5
 
 
 class DecodeGraph:
@@ -82,6 +79,7 @@ class DecodeGraph:
         self._output: Any = None
         self._is_on = False
         self._launch: Callable[[], object] = self._pass
+        self._captured: torch.cuda.CUDAGraph | None = None
         self._timeout_s = timeout_s if world_size > 1 else None
         self._launched: Moment = 0.0
         # Where replays do not call the layers: what each that chooses has chosen, and its counts.
@@ -129,8 +127,20 @@ class DecodeGraph:
         Raises:
             DistributedError: It was not done in time.
         """
-        if self._timeout_s is not None:
-            _wait_for_replay(self._launched, self._timeout_s)
+        if self._timeout_s is not None and not wait_within(self._launched, self._timeout_s):
+            raise DistributedError(
+                f"a replayed pass was not done within {self._timeout_s:g} s: another rank is hung, "
+                "has ended, or is much slower than this one."
+            )
+
+    def close(self) -> None:
+        """Lets go of the captured pass; to be called before the process groups end.
+
+        Until then NCCL waits, without an end, for graphs that hold messages of a communicator to
+        let go of it.
+        """
+        if self._captured is not None:
+            self._captured.reset()
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``forward``."""
@@ -169,7 +179,8 @@ class DecodeGraph:
             self._held = pytree.tree_map_only(Tensor, Tensor.clone, kwargs)
             if _can_capture(self._live_B.device):
                 self._forget_counts()  # so that what is counted next is what is captured
-                self._launch = capture(self._pass)
+                self._captured = capture(self._pass)
+                self._launch = self._captured.replay
                 self._chosen = [
                     (auto.calls, next(iter(auto.calls)))
                     for layer in self._layers
@@ -209,14 +220,14 @@ class DecodeGraph:
             layer.cumulative_length.fill_(num_tokens)
 
 
-def capture(step: Callable[[], object]) -> Callable[[], None]:
+def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """Captures a step in a CUDA graph.
 
     Args:
         step: The step. It is run once before, outside of the graph, for what is set up at first.
 
     Returns:
-        What replays it.
+        The graph, to be replayed.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -227,29 +238,11 @@ def capture(step: Callable[[], object]) -> Callable[[], None]:
     # Other threads, such as NCCL's watchdog, may go on asking events.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
-    return cast(Callable[[], None], graph.replay)
+    return graph
 
 
 def _can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-def _wait_for_replay(done: Moment, timeout_s: float) -> None:
-    """Waits until a GPU has replayed a pass, in which it waits for the other ranks.
-
-    Nobody else bounds that: NCCL's watchdog does not see messages in a CUDA graph, and the host
-    would wait for the tokens without an end.
-    """
-    start_s = time.monotonic()
-    while not has_passed(done):
-        waited_s = time.monotonic() - start_s
-        if waited_s >= timeout_s:
-            raise DistributedError(
-                f"a replayed pass was not done within {timeout_s:g} s: another rank is hung, has "
-                "ended, or is much slower than this one."
-            )
-        if waited_s >= _SPIN_S:
-            time.sleep(_SLEEP_S)
 
 
 def _is_alike(own: object, other: object) -> bool:

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 __all__ = [
     "Rooms",
+    "Waits",
     "decoding_config",
     "end_ids",
     "own_processors",
@@ -111,6 +112,22 @@ def positions_within(model: Any, context_length: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+class Waits(LogitsProcessor):
+    """Waits for a pass before other processors do, which may ask its GPU for results.
+
+    Args:
+        wait: Does so, with a bound.
+    """
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns the scores as they are."""
+        self._wait()
+        return scores
 
 
 class Rooms(StoppingCriteria):

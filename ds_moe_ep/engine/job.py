@@ -186,6 +186,7 @@ def _run(
             on_step=start_step,
             live_rows=live_rows,
             graph=graph,
+            timeout_s=options.timeout_s,
         )
         for number, batch in enumerate(batches, start=1):
             prompts = [work.prompts[index] for index in batch.indices]

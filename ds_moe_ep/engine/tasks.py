@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingC
 from ds_moe_ep.engine.decode_graph import DecodeGraph
 from ds_moe_ep.engine.decoding import (
     Rooms,
+    Waits,
     decoding_config,
     end_ids,
     own_processors,
@@ -115,6 +116,8 @@ def generate_batch(
             seed=settings.seed,
         ),
     ]
+    if processors and graph is not None:
+        processors.insert(0, Waits(graph.wait))
     with (
         torch.no_grad(),
         without_own_settings(model),

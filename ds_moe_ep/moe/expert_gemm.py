@@ -15,6 +15,7 @@ from torch.nn import functional
 __all__ = [
     "declares_contract",
     "follows_contract",
+    "groups_without_sync",
     "lay_out_for_cpu",
     "run_grouped",
     "run_single",
@@ -120,16 +121,32 @@ def run_grouped(
     return _normalise(experts, clear(product(h_PI, experts.down_proj, bias_down)))
 
 
-def run_single(experts: nn.Module, x_PH: Tensor) -> Tensor:
-    """Computes the only expert of a module that follows the contract for every row.
+def groups_without_sync(experts: nn.Module) -> bool:
+    """Says whether `run_grouped` tells a GPU all it does without waiting for it.
+
+    torch has a kernel that reads the offsets on the GPU for bfloat16 on compute capability 9 and
+    10; else the host reads them, and launches one product after the other.
+
+    Source:
+        ``use_fast_path`` in torch's ``aten/src/ATen/native/cuda/GroupedBlas.cpp``, torch 2.11.
+    """
+    weight = experts.down_proj
+    if weight.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
+
+
+def run_single(experts: nn.Module, x_PH: Tensor, expert: int = 0) -> Tensor:
+    """Computes one expert of a module that follows the contract for every row.
 
     Returns:
         The unweighted outputs ``[P, H]``.
     """
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        matrix = weight[0].t() if experts.is_transposed else weight[0]
-        return functional.linear(rows.to(weight.dtype), matrix, None if bias is None else bias[0])
+        matrix = weight[expert].t() if experts.is_transposed else weight[expert]
+        own_bias = None if bias is None else bias[expert]
+        return functional.linear(rows.to(weight.dtype), matrix, own_bias)
 
     bias_up, bias_down = _biases(experts)
     h_PI = _activate(experts, product(x_PH, _up_projection(experts), bias_up))

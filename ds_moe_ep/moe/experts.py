@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ds_moe_ep.moe.expert_gemm import follows_contract, run_grouped, run_single
+from ds_moe_ep.moe.expert_gemm import (
+    follows_contract,
+    groups_without_sync,
+    run_grouped,
+    run_single,
+)
 
 __all__ = [
     "NOT_HERE",
@@ -69,8 +74,8 @@ def run_local_experts(
 ) -> tuple[Tensor, Tensor]:
     """Sums, for each row, the weighted outputs of its experts on this rank.
 
-    On a GPU, experts that follow the contract run without a device-to-host sync and with shapes
-    that depend on R and K alone, so that a CUDA graph can hold them.
+    On a GPU, experts that follow the contract run with shapes that depend on R and K alone, and
+    where a CUDA graph is captured without a device-to-host sync.
 
     Args:
         experts: Module with transformers' experts contract ``(x [P, H], ids [P, 1], weights [P, 1])
@@ -114,7 +119,7 @@ def _run_one_expert(
     experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One expert needs no sorting: one pair of matrix products over the rows that chose it."""
-    here_R1, weight_R1, rows_e = _one_choice(local_ids_RK, weights_RK)
+    here_R1, weight_R1, rows_e = _choices(local_ids_RK, weights_RK)
     row_P = here_R1.squeeze(1).nonzero().squeeze(1)
     if row_P.numel() == x_RH.shape[0] > 0:
         return _weigh(run_single(experts, x_RH), weight_R1, x_RH.dtype), rows_e
@@ -124,14 +129,16 @@ def _run_one_expert(
     return torch.zeros_like(x_RH).index_copy(0, row_P, y_PH), rows_e
 
 
-def _one_choice(local_ids_RK: Tensor, weights_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merges each row's choices of a rank's one expert.
+def _choices(
+    local_ids_RK: Tensor, weights_RK: Tensor, expert: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges each row's choices of an expert, by default of a rank's only one.
 
     Returns:
         Whether a row chose it, bool ``[R, 1]``; its weight ``[R, 1]``, the sum of all its slots';
         and the slots that chose it, int64 ``[1]``.
     """
-    here_RK = local_ids_RK != NOT_HERE
+    here_RK = local_ids_RK == expert
     weight_R1 = weights_RK.masked_fill(~here_RK, 0.0).sum(dim=1, keepdim=True)
     return here_RK.any(dim=1, keepdim=True), weight_R1, here_RK.sum().reshape(1)
 
@@ -173,22 +180,58 @@ def _weighted_sums(y_PH: Tensor, chosen_P: Tensor, order_P: Tensor, weights_RK: 
 def run_static(
     experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Runs the experts as a GPU does: without a sync, in shapes that depend on R and K alone.
+    """Runs the experts as a GPU does: in shapes that depend on R and K alone.
 
     All slots are gathered, those of other ranks sorted behind the last expert, where nothing is
-    read. With one expert a row has one slot, and where rows are few all of them are multiplied.
+    read. With one expert a row has one slot, and where rows are few all of them are multiplied. So
+    are they with every expert where a CUDA graph is captured and the GPU's grouped product syncs.
 
     Args and result are those of ``run_local_experts``.
     """
+    if _must_not_group(experts, x_RH):
+        return _run_all_rows(experts, x_RH, local_ids_RK, weights_RK)
     if experts.num_experts > 1:
         return _run_all_slots(experts, x_RH, local_ids_RK, weights_RK)
-    here_R1, weight_R1, rows_e = _one_choice(local_ids_RK, weights_RK)
     if x_RH.shape[0] <= _DENSE_ROWS:
-        y_RH = _weigh(run_single(experts, x_RH), weight_R1, x_RH.dtype)
-        return y_RH.masked_fill(~here_R1, 0.0), rows_e
+        return _run_dense(experts, 0, x_RH, local_ids_RK, weights_RK, dtype=x_RH.dtype)
+    here_R1, weight_R1, rows_e = _choices(local_ids_RK, weights_RK)
     ids_R1 = torch.zeros_like(here_R1, dtype=local_ids_RK.dtype).masked_fill(~here_R1, NOT_HERE)
     y_RH, _ = _run_all_slots(experts, x_RH, ids_R1, weight_R1)
     return y_RH, rows_e
+
+
+def _must_not_group(experts: nn.Module, x_RH: Tensor) -> bool:
+    if not x_RH.is_cuda or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing() and not groups_without_sync(experts)
+
+
+def _run_all_rows(
+    experts: nn.Module, x_RH: Tensor, local_ids_RK: Tensor, weights_RK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Multiplies all rows with every expert."""
+    sum_RH, counts = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device), []
+    for expert in range(experts.num_experts):
+        y_RH, rows_1 = _run_dense(
+            experts, expert, x_RH, local_ids_RK, weights_RK, dtype=torch.float32
+        )
+        sum_RH = sum_RH + y_RH
+        counts.append(rows_1)
+    return sum_RH.to(x_RH.dtype), torch.cat(counts)
+
+
+def _run_dense(
+    experts: nn.Module,
+    expert: int,
+    x_RH: Tensor,
+    local_ids_RK: Tensor,
+    weights_RK: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Multiplies all rows with one expert, and keeps those that chose it."""
+    here_R1, weight_R1, rows_1 = _choices(local_ids_RK, weights_RK, expert)
+    y_RH = _weigh(run_single(experts, x_RH, expert).to(dtype), weight_R1, dtype)
+    return y_RH.masked_fill(~here_R1, 0.0), rows_1
 
 
 def _run_all_slots(

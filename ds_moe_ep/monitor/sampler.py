@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,7 +43,7 @@ class Usage:
     def utilisation(self) -> float:
         """Returns the share of the time since the last call, or of the driver's last period."""
         if self._device.type == "cuda":
-            return torch.cuda.utilization(self._device) / 100
+            return _gpu_utilisation(self._device)
         now = time.perf_counter(), time.process_time()
         elapsed_s, busy_s = now[0] - self._since[0], now[1] - self._since[1]
         self._since = now
@@ -54,8 +55,20 @@ class Usage:
         The share is that of the moment when this object was made.
         """
         if self._device.type == "cuda":
-            return int(torch.cuda.device_memory_used(self._device))
+            free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
+            return total_bytes - free_bytes
         return max(0, (host_memory.resident_bytes() or 0) - self._shared_bytes)
+
+
+def _gpu_utilisation(device: torch.device) -> float:
+    try:
+        return torch.cuda.utilization(device) / 100
+    except Exception as error:  # the driver's own kinds; it cannot tell of a part of a GPU (MIG)
+        warnings.warn(
+            f"The driver does not tell how busy {device} is ({error}): recorded as 0.",
+            stacklevel=1,  # one place, so that it is said once
+        )
+        return 0.0
 
 
 class Told(Strict):

@@ -3,9 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from ds_moe_ep import host_memory
 from ds_moe_ep.monitor.figures import JobNow, figures
 from ds_moe_ep.monitor.job_monitor import JobMonitor, Watched
+from ds_moe_ep.monitor.sampler import Usage
 
 
 class _Progress:
@@ -52,3 +55,14 @@ def test_a_rank_that_helps_with_a_replicated_batch_tells_what_it_works_on():
 def test_scored_prompts_are_counted_without_new_tokens():
     sample = _sample(0, "replicated", task="score")
     assert (sample.prompts_done, sample.prompts_queued, sample.new_tokens) == (4, 4, 0)
+
+
+def test_a_gpu_that_cannot_tell_how_busy_it_is_ends_no_job(monkeypatch):
+    def cannot(device):
+        raise Exception("Not Supported")  # the driver's own kind, which is no RuntimeError
+
+    monkeypatch.setattr(torch.cuda, "utilization", cannot)
+    monkeypatch.setattr(host_memory, "share_of_others_bytes", lambda: 0)
+    usage = Usage(torch.device("cuda", 0))
+    with pytest.warns(UserWarning, match=r"how busy cuda:0 is \(Not Supported\): recorded as 0"):
+        assert usage.utilisation() == 0.0

@@ -1,12 +1,18 @@
 """What is counted of replays, and how long one may take; a GPU is played by stand-ins."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ds_moe_ep.adapter import adapt, moe_layers, prepare_for_inference
+from ds_moe_ep.dist import moments
 from ds_moe_ep.engine import decode_graph
 from ds_moe_ep.engine.decode_graph import DecodeGraph
 from ds_moe_ep.engine.decoding import Rooms
+from ds_moe_ep.engine.prompts import Prompt
+from ds_moe_ep.engine.sampling import SeededDraw
+from ds_moe_ep.engine.tasks import EncodedPrompt, GenerateSettings, generate_batch
 from ds_moe_ep.errors import DistributedError
 from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, Price
 from ds_moe_ep.plan import ParallelPlan
@@ -25,6 +31,18 @@ class _Event:
     def query(self) -> bool:
         self.asked += 1
         return self.asked >= self.num_queries
+
+
+class _Captured:
+    """A CUDA graph, in which nothing happens."""
+
+    is_held = True
+
+    def replay(self) -> None:
+        assert self.is_held
+
+    def reset(self) -> None:
+        self.is_held = False
 
 
 def _layers_of(model):
@@ -60,7 +78,7 @@ def test_the_dispatcher_of_each_replay_is_counted_once(monkeypatch, calls_layers
     def capture(step):
         step()
         step()
-        return lambda: None
+        return _Captured()
 
     if not calls_layers:
         monkeypatch.setattr(decode_graph, "_can_capture", lambda device: True)
@@ -73,6 +91,16 @@ def test_the_dispatcher_of_each_replay_is_counted_once(monkeypatch, calls_layers
     for layer in layers:
         assert layer.deepspeed_moe.dispatcher.calls == {"allgather": 3}
         assert layer.deepspeed_moe.describe_dispatch().startswith("allgather in 3 of 3 passes")
+
+
+def test_what_was_captured_is_let_go_of(monkeypatch):
+    captured = _Captured()
+    monkeypatch.setattr(decode_graph, "_can_capture", lambda device: True)
+    monkeypatch.setattr(decode_graph, "capture", lambda step: [step(), captured][1])
+    graph, _ = _graph()
+    assert captured.is_held
+    graph.close()
+    assert not captured.is_held
 
 
 def test_a_replay_that_ranks_do_not_come_to_ends(monkeypatch):
@@ -116,10 +144,10 @@ def test_a_long_wait_sleeps_and_a_short_one_does_not(monkeypatch, pass_s, num_sl
         now_s += 1e-4  # of a look
         return now_s >= pass_s
 
-    monkeypatch.setattr(decode_graph.time, "monotonic", lambda: now_s)
-    monkeypatch.setattr(decode_graph.time, "sleep", sleep)
-    monkeypatch.setattr(decode_graph, "has_passed", has_passed)
-    decode_graph._wait_for_replay(0.0, timeout_s=1.0)
+    monkeypatch.setattr(moments.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(moments.time, "sleep", sleep)
+    monkeypatch.setattr(moments, "has_passed", has_passed)
+    assert moments.wait_within(0.0, timeout_s=1.0)
     # After the first millisecond, as many as fit with a look each.
     assert len(slept) == pytest.approx(num_sleeps, abs=1 if num_sleeps else 0)
 
@@ -131,3 +159,19 @@ def test_a_step_waits_for_its_replay_after_all_of_it_is_told():
     )
     assert rooms(torch.zeros(2, 6), None).tolist() == [True, False]
     assert told == ["wait"]
+
+
+def test_a_draw_waits_for_its_pass_first(monkeypatch):
+    told = []
+    draw = SeededDraw.__call__
+    monkeypatch.setattr(DecodeGraph, "wait", lambda self: told.append("wait"))
+    monkeypatch.setattr(SeededDraw, "__call__", lambda *args: [told.append("draw"), draw(*args)][1])
+    model = build_tiny("olmoe")
+    layers = _layers_of(model)
+    graph = DecodeGraph(model, layers, world_size=1, batch_size=2, cache_len=12)
+    prompts = [EncodedPrompt(Prompt(str(i), None, (3, 4), i), (3, 4)) for i in range(2)]
+    engine = SimpleNamespace(module=model, generate=model.generate)
+    told.clear()
+    how = GenerateSettings(max_new_tokens=3, context_length=64, temperature=1.0)
+    generate_batch(engine, prompts, how, None, None, graph)
+    assert told == ["wait", "draw", "wait"] * 3
