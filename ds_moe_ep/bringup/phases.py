@@ -36,7 +36,15 @@ from ds_moe_ep.bringup.memory import (
     measure_memory,
     used_bytes,
 )
-from ds_moe_ep.bringup.report import FAIL, PASS, PHASES, Check, PhaseReport, write_jsonl
+from ds_moe_ep.bringup.report import (
+    BRINGUP_JSONL,
+    FAIL,
+    PASS,
+    PHASES,
+    Check,
+    PhaseReport,
+    write_jsonl,
+)
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.loading import Engine
 from ds_moe_ep.engine.options import JobOptions
@@ -47,7 +55,6 @@ from ds_moe_ep.memory_needs import BatchNeeds, weight_bytes
 from ds_moe_ep.model_families import NO_PADDING
 from ds_moe_ep.moe.dispatch import make_links
 from ds_moe_ep.moe.probe import measure_links
-from ds_moe_ep.monitor.metrics_format import BRINGUP_JSONL
 
 __all__ = ["BringUp"]
 

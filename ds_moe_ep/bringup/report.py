@@ -14,7 +14,19 @@ from typing import Any
 from ds_moe_ep.errors import ResourceError
 from ds_moe_ep.whole_file import write_lines
 
-__all__ = ["FAIL", "PASS", "PHASES", "WARN", "Check", "PhaseReport", "judged", "write_jsonl"]
+__all__ = [
+    "BRINGUP_JSONL",
+    "FAIL",
+    "PASS",
+    "PHASES",
+    "WARN",
+    "Check",
+    "PhaseReport",
+    "judged",
+    "write_jsonl",
+]
+
+BRINGUP_JSONL = "bringup.jsonl"
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 _ORDER = (PASS, WARN, FAIL)

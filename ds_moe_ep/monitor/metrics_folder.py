@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ds_moe_ep.bringup.report import BRINGUP_JSONL, PHASES
 from ds_moe_ep.config.recorded import EXPERTS_JSONL, RANKS_JSONL, read_expert_loads
 from ds_moe_ep.config.strict import Strict, parse, read_json, read_json_lines
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.monitor.metrics_format import (
     BALANCE_JSONL,
-    BRINGUP_JSONL,
     RUN_JSON,
     SAMPLES_JSONL,
     VERSION,
@@ -32,7 +32,6 @@ from ds_moe_ep.monitor.metrics_format import (
 __all__ = ["GrowingFile", "Metrics", "read_metrics", "read_run"]
 
 _Line = TypeVar("_Line", bound=Strict)
-_NUM_PHASES = 4  # of the bring-up
 _HOW = "Name a folder that a finished job wrote: infer.py ... --metrics DIR."
 
 
@@ -174,10 +173,10 @@ def _check_is_one_job(metrics: Metrics) -> None:
     layers = list(metrics.expert_loads)
     _check(folder / EXPERTS_JSONL, "layers", layers, sorted(run.moe_layers), "moe_layers")
     phases = [phase.phase for phase in metrics.bring_up]
-    if phases != list(range(1, _NUM_PHASES + 1)):
+    if phases != list(range(1, len(PHASES) + 1)):
         raise ConfigError(
             f"{folder / BRINGUP_JSONL}: phases {phases}, but a job that has run went through 1 to "
-            f"{_NUM_PHASES}. The files are of different jobs: record anew."
+            f"{len(PHASES)}. The files are of different jobs: record anew."
         )
     num_experts = len(next(iter(metrics.expert_loads.values())))
     _check(folder / EXPERTS_JSONL, "experts", num_experts, run.num_experts, "num_experts")

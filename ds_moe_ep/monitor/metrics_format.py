@@ -1,6 +1,6 @@
 """What stands in the files of a metrics folder: their names, and the keys of each line.
 
-Reading them is done in metrics_folder.py. The format is described in docs/metrics.md.
+Only the name of bringup.jsonl is elsewhere: with the bring-up, which writes it. The format is described in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from ds_moe_ep.config.strict import Strict
 
 __all__ = [
     "BALANCE_JSONL",
-    "BRINGUP_JSONL",
     "PARTS",
     "PASS_KINDS",
     "RUN_JSON",
@@ -36,7 +35,6 @@ VERSION = 2
 RUN_JSON = "run.json"
 SAMPLES_JSONL = "samples.jsonl"
 BALANCE_JSONL = "balance.jsonl"
-BRINGUP_JSONL = "bringup.jsonl"
 
 PASS_KINDS = ("prefill", "decode")
 PARTS = ("attention", "router", "dispatch", "experts", "combine", "other")
