@@ -72,6 +72,7 @@ def _preflight(args: argparse.Namespace) -> int:
     from ds_moe_ep.bringup.survey import Survey
     from ds_moe_ep.engine.options import parse_options
     from ds_moe_ep.model_spec import read_model_spec
+    from ds_moe_ep.monitor.metrics_folder import check_metrics_folder
     from ds_moe_ep.plan import make_plan
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # clean up first
@@ -85,8 +86,6 @@ def _preflight(args: argparse.Namespace) -> int:
     # What is wrong with one of them is said before any host is asked.
     options = parse_options(arguments, prog="ds-moe-ep preflight")
     if options.metrics is not None:
-        from ds_moe_ep.monitor.folder_writer import check_metrics_folder  # brings torch
-
         check_metrics_folder(options.metrics)
     cluster, on_gpus = _cluster(args)
     spec, ep_size = read_model_spec(args.model), options.ep_size

@@ -30,7 +30,7 @@ from ds_moe_ep.errors import ConfigError, PlanError
 from ds_moe_ep.hostfile import local_cluster
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 from ds_moe_ep.moe.dispatch import STATIC_SHAPES, TWO_LEVEL
-from ds_moe_ep.monitor.folder_writer import check_metrics_folder
+from ds_moe_ep.monitor.metrics_folder import check_metrics_folder
 from ds_moe_ep.placement import SlotPlacement
 from ds_moe_ep.plan import ParallelPlan, make_plan
 from ds_moe_ep.whole_file import check_writable

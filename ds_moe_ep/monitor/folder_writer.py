@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_moe_ep.config.recorded import EXPERTS_JSONL, RANKS_JSONL
-from ds_moe_ep.errors import InputError, ResourceError
+from ds_moe_ep.errors import ResourceError
 from ds_moe_ep.monitor.figures import JobNow
+from ds_moe_ep.monitor.metrics_folder import not_writable
 from ds_moe_ep.monitor.metrics_format import (
     BALANCE_JSONL,
     RUN_JSON,
@@ -32,38 +32,9 @@ from ds_moe_ep.monitor.rank_record import RankRecord
 from ds_moe_ep.monitor.windows import balance_windows
 from ds_moe_ep.whole_file import write_lines
 
-__all__ = ["FolderWriter", "check_metrics_folder"]
+__all__ = ["FolderWriter"]
 
 _DIGITS = 4
-
-
-def check_metrics_folder(path: Path) -> None:
-    """Finds out whether a `FolderWriter` could write there, and leaves no trace.
-
-    Args:
-        path: The folder, which need not be there.
-
-    Raises:
-        InputError: It could not.
-    """
-    made: list[Path] = []
-    try:
-        for folder in (*reversed(path.parents), path):
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"\n")  # a full disk takes empty files
-            file.flush()
-        for name in (SAMPLES_JSONL, BALANCE_JSONL):
-            if (path / name).exists():  # perhaps another user's, in a folder that is shared
-                (path / name).open("a").close()
-    except OSError as error:
-        raise InputError(_refusal(path, error)) from None
-    finally:
-        for folder in reversed(made):
-            with contextlib.suppress(OSError):  # another job has put something there
-                folder.rmdir()
 
 
 class FolderWriter:
@@ -89,7 +60,7 @@ class FolderWriter:
                 (path / name).write_text("", encoding="utf-8")
             write_lines(path / RUN_JSON, [run.model_dump_json(indent=2) + "\n"])
         except OSError as error:
-            raise ResourceError(_refusal(path, error)) from error
+            raise ResourceError(not_writable(path, error)) from error
 
     def add(self, now: JobNow) -> None:
         """Adds a line for each rank, and one for the window if it is new."""
@@ -153,10 +124,6 @@ class FolderWriter:
 
     def _write(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         write_lines(self._path / name, (json.dumps(record) + "\n" for record in records))
-
-
-def _refusal(path: Path, error: OSError) -> str:
-    return f"{path}: cannot be written ({error.strerror}). Name another folder with --metrics."
 
 
 def _times_computed(run: Run) -> int:

@@ -1,13 +1,15 @@
-"""Reads the folder that a job writes with ``--metrics``, strictly, as that of one job.
+"""The folder of ``--metrics``: read strictly, as that of one job; and tried before one begins.
 
 What stands in it is in metrics_format.py; what the figures say is not decided here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from ds_moe_ep.bringup.report import BRINGUP_JSONL, PHASES
 from ds_moe_ep.config.recorded import EXPERTS_JSONL, RANKS_JSONL, read_expert_loads
 from ds_moe_ep.config.strict import Strict, parse, read_json, read_json_lines
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.errors import ConfigError, InputError
 from ds_moe_ep.monitor.metrics_format import (
     BALANCE_JSONL,
     RUN_JSON,
@@ -29,7 +31,14 @@ from ds_moe_ep.monitor.metrics_format import (
     Sample,
 )
 
-__all__ = ["GrowingFile", "Metrics", "read_metrics", "read_run"]
+__all__ = [
+    "GrowingFile",
+    "Metrics",
+    "check_metrics_folder",
+    "not_writable",
+    "read_metrics",
+    "read_run",
+]
 
 _Line = TypeVar("_Line", bound=Strict)
 _HOW = "Name a folder that a finished job wrote: infer.py ... --metrics DIR."
@@ -105,6 +114,40 @@ def read_run(folder: Path) -> Run:
             f"{run.world_size}. Record the job again."
         )
     return run
+
+
+def check_metrics_folder(path: Path) -> None:
+    """Finds out whether a `FolderWriter` could write there, and leaves no trace.
+
+    Args:
+        path: The folder, which need not be there.
+
+    Raises:
+        InputError: It could not.
+    """
+    made: list[Path] = []
+    try:
+        for folder in (*reversed(path.parents), path):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"\n")  # a full disk takes empty files
+            file.flush()
+        for name in (SAMPLES_JSONL, BALANCE_JSONL):
+            if (path / name).exists():  # perhaps another user's, in a folder that is shared
+                (path / name).open("a").close()
+    except OSError as error:
+        raise InputError(not_writable(path, error)) from None
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # another job has put something there
+                folder.rmdir()
+
+
+def not_writable(path: Path, error: OSError) -> str:
+    """Says why a metrics folder cannot be written, and what to do."""
+    return f"{path}: cannot be written ({error.strerror}). Name another folder with --metrics."
 
 
 class GrowingFile(Generic[_Line]):

@@ -1,6 +1,7 @@
 """What stands in the files of a metrics folder: their names, and the keys of each line.
 
-Only the name of bringup.jsonl is elsewhere: with the bring-up, which writes it. The format is described in docs/metrics.md.
+The name of bringup.jsonl is with the bring-up, which writes it. The format is described in
+docs/metrics.md.
 """
 
 from __future__ import annotations

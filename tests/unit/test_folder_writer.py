@@ -10,7 +10,8 @@ import pytest
 from ds_moe_ep.errors import InputError, ResourceError
 from ds_moe_ep.monitor import folder_writer
 from ds_moe_ep.monitor.figures import JobNow
-from ds_moe_ep.monitor.folder_writer import FolderWriter, check_metrics_folder
+from ds_moe_ep.monitor.folder_writer import FolderWriter
+from ds_moe_ep.monitor.metrics_folder import check_metrics_folder
 from ds_moe_ep.monitor.metrics_format import Run, Sample
 from ds_moe_ep.monitor.windows import Border
 from tests.helpers.metrics import small_metrics
