@@ -66,7 +66,7 @@ def add_balance_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
 
 def _balance(args: argparse.Namespace) -> int:
     from ds_moe_ep.config.placement_file import placement_json
-    from ds_moe_ep.config.recorded import read_expert_loads
+    from ds_moe_ep.monitor.recorded import read_expert_loads
 
     loads = read_expert_loads(args.metrics)
     if args.out is not None:
@@ -92,7 +92,7 @@ def _balance(args: argparse.Namespace) -> int:
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:
-    from ds_moe_ep.config.recorded import read_recorded_cluster
+    from ds_moe_ep.monitor.recorded import read_recorded_cluster
 
     if args.hostfile is not None:
         return read_hostfile(args.hostfile)

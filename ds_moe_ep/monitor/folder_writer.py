@@ -16,12 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_moe_ep.config.recorded import EXPERTS_JSONL, RANKS_JSONL
 from ds_moe_ep.errors import ResourceError
 from ds_moe_ep.monitor.figures import JobNow
 from ds_moe_ep.monitor.metrics_folder import not_writable
 from ds_moe_ep.monitor.metrics_format import (
     BALANCE_JSONL,
+    EXPERTS_JSONL,
+    RANKS_JSONL,
     RUN_JSON,
     SAMPLES_JSONL,
     BalanceWindow,

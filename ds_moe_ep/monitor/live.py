@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from ds_moe_ep.config.recorded import RANKS_JSONL
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.monitor.metrics_folder import GrowingFile, read_run
 from ds_moe_ep.monitor.metrics_format import (
     BALANCE_JSONL,
+    RANKS_JSONL,
     RUN_JSON,
     SAMPLES_JSONL,
     BalanceWindow,

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ds_moe_ep.bringup.report import BRINGUP_JSONL, PHASES
-from ds_moe_ep.config.recorded import EXPERTS_JSONL, RANKS_JSONL, read_expert_loads
 from ds_moe_ep.config.strict import Strict, parse, read_json, read_json_lines
 from ds_moe_ep.errors import ConfigError, InputError
 from ds_moe_ep.monitor.metrics_format import (
     BALANCE_JSONL,
+    EXPERTS_JSONL,
+    RANKS_JSONL,
     RUN_JSON,
     SAMPLES_JSONL,
     VERSION,
@@ -30,6 +31,7 @@ from ds_moe_ep.monitor.metrics_format import (
     Run,
     Sample,
 )
+from ds_moe_ep.monitor.recorded import read_expert_loads
 
 __all__ = [
     "GrowingFile",

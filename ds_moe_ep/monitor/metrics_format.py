@@ -16,8 +16,10 @@ from ds_moe_ep.config.strict import Strict
 
 __all__ = [
     "BALANCE_JSONL",
+    "EXPERTS_JSONL",
     "PARTS",
     "PASS_KINDS",
+    "RANKS_JSONL",
     "RUN_JSON",
     "SAMPLES_JSONL",
     "VERSION",
@@ -25,8 +27,10 @@ __all__ = [
     "BringUpCheck",
     "BringUpPhase",
     "Collective",
+    "ExpertLoads",
     "Quantiles",
     "RankMetrics",
+    "RankPlace",
     "Run",
     "Sample",
 ]
@@ -36,6 +40,8 @@ VERSION = 2
 RUN_JSON = "run.json"
 SAMPLES_JSONL = "samples.jsonl"
 BALANCE_JSONL = "balance.jsonl"
+EXPERTS_JSONL = "experts.jsonl"
+RANKS_JSONL = "metrics.jsonl"
 
 PASS_KINDS = ("prefill", "decode")
 PARTS = ("attention", "router", "dispatch", "experts", "combine", "other")
@@ -187,6 +193,20 @@ class RankMetrics(Strict):
     collectives: dict[Literal["exchange", "gather", "reduce", "sum", "counts"], Collective]
     first_token_s: Quantiles | None
     pass_s: PassTimes
+
+
+class RankPlace(Strict, extra="ignore"):
+    """What a line of metrics.jsonl says of where a rank was; the figures in it are not read."""
+
+    rank: NonNegativeInt
+    host: str
+
+
+class ExpertLoads(Strict):
+    """The rows that each expert of a layer computed for real tokens: a line of experts.jsonl."""
+
+    layer: NonNegativeInt
+    tokens_per_expert: Annotated[list[NonNegativeInt], Field(min_length=1)]
 
 
 class BalanceWindow(Strict):

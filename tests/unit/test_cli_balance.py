@@ -9,8 +9,8 @@ import pytest
 
 from ds_moe_ep.cli import main
 from ds_moe_ep.config.placement_file import read_placement
-from ds_moe_ep.config.recorded import read_expert_loads, read_recorded_cluster
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.monitor.recorded import read_expert_loads, read_recorded_cluster
 from tests.helpers.launch import REPO
 
 

@@ -1,37 +1,18 @@
-"""Reads what a run recorded with ``--metrics``: the load of each expert, and where ranks were.
+"""Reads of a metrics folder what a placement of experts is made from: their loads, and the hosts.
 
-What is made of it is not decided here.
+The whole of a finished job is read by metrics_folder.py; what is made of it is not decided here.
 """
 
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, NonNegativeInt
-
-from ds_moe_ep.config.strict import Strict, parse, read_json_lines
+from ds_moe_ep.config.strict import parse, read_json_lines
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.hostfile import Cluster, Host, local_cluster
+from ds_moe_ep.monitor.metrics_format import EXPERTS_JSONL, RANKS_JSONL, ExpertLoads, RankPlace
 
-__all__ = ["EXPERTS_JSONL", "RANKS_JSONL", "read_expert_loads", "read_recorded_cluster"]
-
-EXPERTS_JSONL = "experts.jsonl"
-RANKS_JSONL = "metrics.jsonl"
-
-
-class ExpertLoads(Strict):
-    """A line of experts.jsonl: the rows that each expert of a layer computed for real tokens."""
-
-    layer: NonNegativeInt
-    tokens_per_expert: Annotated[list[NonNegativeInt], Field(min_length=1)]
-
-
-class RankPlace(Strict, extra="ignore"):
-    """What a line of metrics.jsonl says of where a rank was; the figures in it are not read."""
-
-    rank: NonNegativeInt
-    host: str
+__all__ = ["read_expert_loads", "read_recorded_cluster"]
 
 
 def read_expert_loads(folder: Path) -> dict[int, tuple[int, ...]]:
