@@ -91,16 +91,16 @@ class Verdict:
     value: float | None = None
 
 
-def judge(metrics: Metrics, targets: Targets = TARGETS) -> list[Verdict]:
+def judge(metrics: Metrics) -> list[Verdict]:
     """Returns a verdict on each of the monitored quantities, then on each of performance."""
     return [
-        _utilisation(metrics, targets),
-        _memory_variance(metrics, targets),
-        _collective_latency(metrics, targets),
+        _utilisation(metrics),
+        _memory_variance(metrics),
+        _collective_latency(metrics),
         _balancedness(metrics),
-        _decode_latency(metrics, targets),
-        _sequences(metrics, targets),
-        _memory_efficiency(metrics, targets),
+        _decode_latency(metrics),
+        _sequences(metrics),
+        _memory_efficiency(metrics),
     ]
 
 
@@ -108,10 +108,10 @@ def _state(is_met: bool) -> State:
     return "met" if is_met else "missed"
 
 
-def _utilisation(metrics: Metrics, targets: Targets) -> Verdict:
+def _utilisation(metrics: Metrics) -> Verdict:
     shares = [rank.utilisation for rank in metrics.ranks]
     value = mean(shares)
-    is_met = value >= targets.utilisation
+    is_met = value >= TARGETS.utilisation
     low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
     reasons = [f"from {low} to {high}"] if low != high else []
     if metrics.run.on_cpu:
@@ -126,21 +126,21 @@ def _utilisation(metrics: Metrics, targets: Targets) -> Verdict:
         if not metrics.run.on_cpu:  # a collective of NCCL is a kernel: while one waits it is busy
             reasons.append("a GPU is idle while its host prepares what it is to do")
         reasons += small_batch(metrics)
-    target = f">= {targets.utilisation:.0%}"
+    target = f">= {TARGETS.utilisation:.0%}"
     return Verdict(
         "GPU utilisation", f"{value:.1%}", target, _state(is_met), _joined(reasons), value
     )
 
 
-def _memory_variance(metrics: Metrics, targets: Targets) -> Verdict:
-    name, target = "memory variance", f"< {targets.memory_variance:.0%}"
+def _memory_variance(metrics: Metrics) -> Verdict:
+    name, target = "memory variance", f"< {TARGETS.memory_variance:.0%}"
     if len(metrics.ranks) == 1:
         return Verdict(name, "", target, "open", "one rank has nothing to be compared with")
     most = max(metrics.ranks, key=lambda rank: rank.peak_memory_bytes)
     least = min(metrics.ranks, key=lambda rank: rank.peak_memory_bytes)
     usual = mean(rank.peak_memory_bytes for rank in metrics.ranks)
     value = (most.peak_memory_bytes - least.peak_memory_bytes) / usual if usual else 0.0
-    is_met = value < targets.memory_variance
+    is_met = value < TARGETS.memory_variance
     reason = (
         f"peaks from {size(least.peak_memory_bytes)} (rank {least.rank}) to "
         f"{size(most.peak_memory_bytes)} (rank {most.rank})"
@@ -150,21 +150,21 @@ def _memory_variance(metrics: Metrics, targets: Targets) -> Verdict:
     return Verdict(name, f"{value:.1%}", target, _state(is_met), reason, value)
 
 
-def _collective_latency(metrics: Metrics, targets: Targets) -> Verdict:
-    name, target = "collective latency", f"< {targets.collective_s * 1e3:g} ms (p50)"
+def _collective_latency(metrics: Metrics) -> Verdict:
+    name, target = "collective latency", f"< {TARGETS.collective_s * 1e3:g} ms (p50)"
     latencies, replayed = kind_latencies(metrics), replays_told(metrics)
     if not latencies:
         return Verdict(name, "", target, "open", replayed or "no collective took place")
     worst = latencies[0]
     measured = time_of(worst.p50_s)
-    is_met = worst.p50_s < targets.collective_s
+    is_met = worst.p50_s < TARGETS.collective_s
     reasons = [
         f"{COLLECTIVE_NAMES[worst.kind]} is slowest",
         f"p95 {time_of(max(latency.p95_s for latency in latencies))}, "
         f"max {time_of(max(latency.max_s for latency in latencies))}",
     ]
     if not is_met:
-        reasons.append(why_slow_collective(worst, targets.collective_s))
+        reasons.append(why_slow_collective(worst, TARGETS.collective_s))
         if metrics.run.on_cpu:
             reasons.append("CPU run, without the links of GPUs")
     if replayed:
@@ -195,14 +195,14 @@ def _balancedness(metrics: Metrics) -> Verdict:
     return Verdict(name, measured, target, _state(is_met), _joined(reasons), balance.average)
 
 
-def _decode_latency(metrics: Metrics, targets: Targets) -> Verdict:
-    name, target = "latency of a decode pass", f"<= {targets.decode_s * 1e3:g} ms (p50)"
+def _decode_latency(metrics: Metrics) -> Verdict:
+    name, target = "latency of a decode pass", f"<= {TARGETS.decode_s * 1e3:g} ms (p50)"
     measured_ranks = [rank.pass_s.decode for rank in metrics.ranks if rank.pass_s.decode]
     if not measured_ranks:
         why = "prompts are scored" if metrics.run.task == "score" else "no pass was recorded"
         return Verdict(name, "", target, "open", f"no decode pass: {why}")
     value = max(quantiles.p50 for quantiles in measured_ranks)
-    is_met = value <= targets.decode_s
+    is_met = value <= TARGETS.decode_s
     reasons = [
         f"p95 {time_of(max(quantiles.p95 for quantiles in measured_ranks))}, "
         f"max {time_of(max(quantiles.max for quantiles in measured_ranks))}"
@@ -212,9 +212,9 @@ def _decode_latency(metrics: Metrics, targets: Targets) -> Verdict:
     return Verdict(name, time_of(value), target, _state(is_met), _joined(reasons), value)
 
 
-def _sequences(metrics: Metrics, targets: Targets) -> Verdict:
+def _sequences(metrics: Metrics) -> Verdict:
     name = "sequences a second"
-    target = f">= {targets.sequences_per_s:,.0f} on {targets.num_gpus} GPUs"
+    target = f">= {TARGETS.sequences_per_s:,.0f} on {TARGETS.num_gpus} GPUs"
     run_s = max(rank.run_s for rank in metrics.ranks)
     prompts = sum(rank.num_prompts for rank in metrics.ranks)
     if not run_s or not prompts:
@@ -223,12 +223,12 @@ def _sequences(metrics: Metrics, targets: Targets) -> Verdict:
     tokens = sum(rank.prompt_tokens + rank.new_tokens for rank in metrics.ranks) / prompts
     told = f"{prompts:,} prompts of {few_digits(tokens)} tokens, new ones included"
     world_size = metrics.run.world_size
-    if metrics.run.on_cpu or world_size != targets.num_gpus:
+    if metrics.run.on_cpu or world_size != TARGETS.num_gpus:
         what = "CPU rank" if metrics.run.on_cpu else "GPU"
         plural = "" if world_size == 1 else "s"
-        reason = f"{told}; {world_size} {what}{plural} cannot show what {targets.num_gpus} GPUs do"
+        reason = f"{told}; {world_size} {what}{plural} cannot show what {TARGETS.num_gpus} GPUs do"
         return Verdict(name, few_digits(value), target, "open", reason, value)
-    is_met = value >= targets.sequences_per_s
+    is_met = value >= TARGETS.sequences_per_s
     reasons = [told]
     if not is_met:
         kind = "decode" if metrics.run.task == "generate" else "prefill"
@@ -236,8 +236,8 @@ def _sequences(metrics: Metrics, targets: Targets) -> Verdict:
     return Verdict(name, few_digits(value), target, _state(is_met), _joined(reasons), value)
 
 
-def _memory_efficiency(metrics: Metrics, targets: Targets) -> Verdict:
-    name, target = "memory efficiency", f">= {targets.memory_efficiency:.0%} of available"
+def _memory_efficiency(metrics: Metrics) -> Verdict:
+    name, target = "memory efficiency", f">= {TARGETS.memory_efficiency:.0%} of available"
     available = metrics.run.available_memory_bytes
     usual = mean(rank.peak_memory_bytes for rank in metrics.ranks)
     if available is None:
@@ -248,7 +248,7 @@ def _memory_efficiency(metrics: Metrics, targets: Targets) -> Verdict:
         )
         return Verdict(name, "", target, "open", f"peak of {size(usual)} a rank; {why}")
     value = usual / available
-    is_met = value >= targets.memory_efficiency
+    is_met = value >= TARGETS.memory_efficiency
     reasons = [f"peak of {size(usual)} a rank, which has {size(available)}"]
     if not is_met:
         batch = mean_batch_size(metrics)

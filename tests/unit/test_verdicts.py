@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from ds_moe_ep.monitor import verdicts
 from ds_moe_ep.monitor.findings import (
     balance_of,
     hot_experts,
@@ -14,7 +15,7 @@ from ds_moe_ep.monitor.findings import (
 )
 from ds_moe_ep.monitor.metrics_folder import read_metrics
 from ds_moe_ep.monitor.page import key_figures, page
-from ds_moe_ep.monitor.verdicts import TARGETS, Targets, judge
+from ds_moe_ep.monitor.verdicts import Targets, judge
 from tests.helpers.metrics import large_metrics, small_metrics, write_metrics_folder
 
 _MIB = 2**20
@@ -26,8 +27,8 @@ def _metrics(tmp_path, change=lambda files: None):
     return read_metrics(write_metrics_folder(tmp_path, files))
 
 
-def _judged(tmp_path, change=lambda files: None, targets=TARGETS):
-    return {verdict.name: verdict for verdict in judge(_metrics(tmp_path, change), targets)}
+def _judged(tmp_path, change=lambda files: None):
+    return {verdict.name: verdict for verdict in judge(_metrics(tmp_path, change))}
 
 
 def _set_all(files, **values):
@@ -120,14 +121,21 @@ def _is_good(files):
         window |= {"overall": 1.0, "layers": [1.0, 1.0]}
 
 
+@pytest.fixture
+def targets_of_four_gpus(monkeypatch):
+    monkeypatch.setattr(verdicts, "TARGETS", Targets(num_gpus=4, sequences_per_s=1.2))
+
+
+@pytest.mark.usefixtures("targets_of_four_gpus")
 def test_a_run_that_meets_every_target(tmp_path):
-    found = _judged(tmp_path, _is_good, Targets(num_gpus=4, sequences_per_s=1.2))
+    found = _judged(tmp_path, _is_good)
     assert {verdict.state for verdict in found.values()} == {"met"}
     assert found["memory efficiency"].value == pytest.approx(0.9)
     assert found["memory efficiency"].measured == "90.0%"
     assert "CPU" not in " ".join(verdict.reason for verdict in found.values())
 
 
+@pytest.mark.usefixtures("targets_of_four_gpus")
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -158,7 +166,7 @@ def test_each_target_is_missed_by_a_little(tmp_path, name, change):
         _is_good(files)
         change(files)
 
-    found = _judged(tmp_path, nearly_good, Targets(num_gpus=4, sequences_per_s=1.2))
+    found = _judged(tmp_path, nearly_good)
     assert found[name].state == "missed"
 
 
