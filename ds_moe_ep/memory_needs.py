@@ -12,7 +12,14 @@ from ds_moe_ep.model_spec import ModelSpec
 from ds_moe_ep.placement import make_placement
 from ds_moe_ep.plan import ParallelPlan
 
-__all__ = ["BatchNeeds", "kv_bytes_per_token", "largest_batch", "weight_bytes"]
+__all__ = [
+    "BatchNeeds",
+    "kv_bytes_per_token",
+    "largest_batch",
+    "room_bytes",
+    "share_wanted",
+    "weight_bytes",
+]
 
 # Tensors of the width of the residual stream that are held beside a layer's widest step: the stream
 # itself, its norm, and what of the batch lies around the layers.
@@ -25,6 +32,8 @@ _ROWS_HELD = 1.5
 _HELD_ON_CPU, _HELD_ON_GPU = 2.2, 1.7
 # Logits are kept in the model's type and, to choose a token or score one, in float32.
 _FLOAT32_BYTES = 4
+# Left free: fragments, the libraries' work space, what other processes take meanwhile.
+_MARGIN = 0.1
 
 
 def weight_bytes(spec: ModelSpec, plan: ParallelPlan, element_bytes: int) -> int:
@@ -119,7 +128,8 @@ def _widest_step(spec: ModelSpec, ep_size: int, *, on_gpu: bool, gathers: bool) 
     routed = 0.0
     if spec.is_moe:
         num_local_experts = spec.num_experts // ep_size
-        rows = float(ep_size) if gathers else _ranks_wanted(spec, ep_size)
+        wanted = share_wanted(spec.num_experts, num_local_experts, spec.top_k)
+        rows = ep_size * (1.0 if gathers else wanted)
         # Pairs of a row and an expert: those that were chosen, or as many as there may be.
         pairs = float(spec.top_k)
         if on_gpu:
@@ -132,10 +142,20 @@ def _widest_step(spec: ModelSpec, ep_size: int, *, on_gpu: bool, gathers: bool) 
     return _WIDTHS_HELD * hidden + max(dense, routed)
 
 
-def _ranks_wanted(spec: ModelSpec, ep_size: int) -> float:
-    """Return how many ranks own an expert of a token, on average, if all are chosen equally."""
-    elsewhere = spec.num_experts - spec.num_experts // ep_size
-    return ep_size * (1.0 - comb(elsewhere, spec.top_k) / comb(spec.num_experts, spec.top_k))
+def share_wanted(num_experts: int, num_local_experts: int, top_k: int) -> float:
+    """Return how likely a token wants any of a rank's experts, if all are chosen equally.
+
+    Args:
+        num_experts: experts over all ranks.
+        num_local_experts: experts of the rank, or of whatever group of ranks is asked about.
+        top_k: experts that the token chooses.
+    """
+    return 1.0 - comb(num_experts - num_local_experts, top_k) / comb(num_experts, top_k)
+
+
+def room_bytes(free_bytes: float) -> int:
+    """Return what batches may take of what is free after loading: all but a margin."""
+    return int(free_bytes * (1 - _MARGIN))
 
 
 def largest_batch(room_bytes: int, needs: BatchNeeds) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from ds_moe_ep import host_memory
 from ds_moe_ep.bringup.report import FAIL, PASS, WARN, Check, judged
 from ds_moe_ep.dist.groups import Job
-from ds_moe_ep.memory_needs import BatchNeeds, largest_batch
+from ds_moe_ep.memory_needs import BatchNeeds, largest_batch, room_bytes
 
 __all__ = [
     "MOST_AUTO",
@@ -38,8 +38,6 @@ MOST_AUTO = 32
 _TOLERANCE = 0.05
 # What processes and allocators differ by that hold the same tensors.
 _NOISE_BYTES = 64 << 20
-# Left free: fragments, the libraries' work space, what other processes take meanwhile.
-_MARGIN = 0.1
 _MIB, _GIB = 1 << 20, 1 << 30
 
 
@@ -71,7 +69,7 @@ class RankMemory:
     @property
     def room_bytes(self) -> int | None:
         """What batches may take: what is free, less a margin."""
-        return None if self.free_bytes is None else int(self.free_bytes * (1 - _MARGIN))
+        return None if self.free_bytes is None else room_bytes(self.free_bytes)
 
 
 def used_bytes(device: torch.device) -> int | None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import comb
 from statistics import median
+
+from ds_moe_ep.memory_needs import share_wanted
 
 __all__ = [
     "ExpertPrices",
@@ -118,8 +119,7 @@ class LayerShape:
 
     def share_wanted(self, num_local_experts: int) -> float:
         """Returns how likely a token wants any of so many experts, if all are chosen equally."""
-        others = self.num_experts - num_local_experts
-        return 1.0 - comb(others, self.top_k) / comb(self.num_experts, self.top_k)
+        return share_wanted(self.num_experts, num_local_experts, self.top_k)
 
 
 def fit_prices(samples_of: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Price]:

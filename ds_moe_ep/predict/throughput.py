@@ -6,14 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ds_moe_ep.memory_needs import BatchNeeds, kv_bytes_per_token, largest_batch, weight_bytes
+from ds_moe_ep.memory_needs import (
+    BatchNeeds,
+    kv_bytes_per_token,
+    largest_batch,
+    room_bytes,
+    weight_bytes,
+)
 from ds_moe_ep.model_spec import ModelSpec
 from ds_moe_ep.plan import ParallelPlan
 from ds_moe_ep.predict.hardware import Device
 from ds_moe_ep.predict.passes import Deployment, Pass, PassTimes, predict_pass
 
 __all__ = [
-    "MARGIN",
     "Memory",
     "SequenceTimes",
     "Sequences",
@@ -22,9 +27,6 @@ __all__ = [
     "fitting_batch",
     "whole_batches",
 ]
-
-MARGIN = 0.1
-"""Share of the memory left by weights that is left free, as a job does."""
 
 _MOST_PROMPTS, _MOST_IF_MEMORY_UNKNOWN = 1 << 16, 1 << 8
 
@@ -85,8 +87,7 @@ class Memory:
         weights = weight_bytes(spec, plan, spec.param_bytes)
         room = None
         if device is not None and device.memory_bytes is not None:
-            free = device.memory_bytes - device.reserved_bytes - weights
-            room = int(free * (1 - MARGIN))
+            room = room_bytes(device.memory_bytes - device.reserved_bytes - weights)
         return cls(
             weights,
             kv_bytes_per_token(spec, spec.param_bytes),
