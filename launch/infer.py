@@ -20,7 +20,7 @@ def main() -> int:
 def work(options: JobOptions, progress: Progress) -> int:
     """Does this rank's part of the job, in a process that is supervised; returns its exit code."""
     # torch, transformers, deepspeed: seconds, so after the arguments are known to be good.
-    from ds_moe_ep.engine.job import run_job
+    from ds_moe_ep.infer_job import run_job
 
     return run_job(options, progress)
 

@@ -30,7 +30,6 @@ from ds_moe_ep.errors import ConfigError, PlanError
 from ds_moe_ep.hostfile import local_cluster
 from ds_moe_ep.model_spec import ModelSpec, read_model_spec
 from ds_moe_ep.moe.dispatch import STATIC_SHAPES, TWO_LEVEL
-from ds_moe_ep.monitor.metrics_folder import check_metrics_folder
 from ds_moe_ep.placement import SlotPlacement
 from ds_moe_ep.plan import ParallelPlan, make_plan
 from ds_moe_ep.whole_file import check_writable
@@ -88,8 +87,6 @@ def prepare(options: JobOptions, job: Job) -> Work:
     if job.info.rank == 0:
         if not options.preflight:
             check_writable(options.output)
-        if options.metrics is not None:
-            check_metrics_folder(options.metrics)
         _warn_ignored(options)
     context_length = min(spec.max_position_embeddings, settings["max_out_tokens"])
     if options.input is None:

@@ -25,7 +25,7 @@ from ds_moe_ep.engine.decode_graph import DecodeGraph
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.moe.layer import ExpertParallelMoE
 
-__all__ = ["ForwardSync"]
+__all__ = ["ForwardSync", "shared_by_all"]
 
 _UNKNOWN = -1
 
@@ -146,6 +146,12 @@ class ForwardSync:
     def _tell_layers(self, told: _Told, live_T: Tensor | None = None) -> None:
         for layer in self._layers:
             layer.announce(told.tokens_of_rank, live_T)
+
+
+def shared_by_all(layers: Sequence[ExpertParallelMoE], world_size: int) -> SharedMemory | None:
+    """Returns the memory that all ranks of the job share, if its layers have one."""
+    shared = layers[0].deepspeed_moe.shared
+    return shared if shared is not None and shared.size == world_size else None
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from ds_moe_ep.checkpoint.megatron.stored import TorchDist, open_torch_dist
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.console import progress_bar
 from ds_moe_ep.engine.encode import check_tokens, encode, read_tokenizer
-from ds_moe_ep.engine.meeting import run_together
 from ds_moe_ep.engine.outputs import ScoreResult, write_results
 from ds_moe_ep.engine.prompts import read_prompts
 from ds_moe_ep.engine.supervisor import Progress
 from ds_moe_ep.engine.tasks import EncodedPrompt
+from ds_moe_ep.engine.together import run_together
 from ds_moe_ep.errors import MegatronError
 from ds_moe_ep.megatron.arguments import parse_arguments, read_arguments
 from ds_moe_ep.megatron.model import build_model, load_weights, start_model_parallel

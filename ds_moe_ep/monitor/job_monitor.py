@@ -11,7 +11,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -20,15 +19,10 @@ import torch
 import torch.distributed as dist
 
 from ds_moe_ep import __version__
-from ds_moe_ep.bringup.phases import BringUp
 from ds_moe_ep.config.plan_file import SizesSection
 from ds_moe_ep.dist.groups import Job
-from ds_moe_ep.engine.live_rows import LiveRows
-from ds_moe_ep.engine.loading import Engine
-from ds_moe_ep.engine.options import JobOptions
-from ds_moe_ep.engine.prepare import Work
+from ds_moe_ep.engine.loaded_job import LoadedJob
 from ds_moe_ep.engine.summary import RankSummary
-from ds_moe_ep.engine.supervisor import Progress
 from ds_moe_ep.monitor.deepspeed_events import DeepSpeedEvents
 from ds_moe_ep.monitor.figures import JobNow
 from ds_moe_ep.monitor.folder_writer import FolderWriter
@@ -41,70 +35,29 @@ from ds_moe_ep.placement import make_placement
 if TYPE_CHECKING:
     from ds_moe_ep.monitor.prometheus import Exporter
 
-__all__ = ["JobMonitor", "Watched", "watch"]
+__all__ = ["JobMonitor", "watch"]
 
 _LIBRARIES = ("torch", "deepspeed", "transformers", "accelerate")
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A job that is loaded and about to run, as one rank has it.
-
-    Attributes:
-        options: What the user asked for.
-        job: The job.
-        work: What was settled before loading.
-        engine: The loaded model.
-        bring_up: What was predicted of the memory.
-        progress: Where this rank is.
-        live_rows: Counts the tokens that passes give.
-        num_prompts: Prompts that this rank is to serve.
-    """
-
-    options: JobOptions
-    job: Job
-    work: Work
-    engine: Engine
-    bring_up: BringUp
-    progress: Progress
-    live_rows: LiveRows
-    num_prompts: int
-
-    @property
-    def is_asked_for(self) -> bool:
-        """Whether anybody wants to know."""
-        options = self.options
-        return bool(options.metrics or options.metrics_port or self.work.monitor_config)
-
-    @property
-    def counts_prompts(self) -> bool:
-        """Whether this rank's prompts are its own: those of a replicated batch are rank 0's."""
-        return self.options.batch_mode == "sharded" or self.job.info.rank == 0
-
-    @property
-    def counts_new_tokens(self) -> bool:
-        """Whether this rank generates tokens of its own."""
-        return self.counts_prompts and self.options.task == "generate"
 
 
 class JobMonitor:
     """What watches a job on this rank.
 
     Args:
-        watched: The job.
+        loaded: The job.
     """
 
-    def __init__(self, watched: Watched) -> None:
-        job = watched.job
-        self._watched = watched
+    def __init__(self, loaded: LoadedJob) -> None:
+        job = loaded.job
+        self._loaded = loaded
         self._num_begun, self._batch_size = 0, 0
         self._begun_s = time.perf_counter()
         self._usage = Usage(job.device)
         self._recorder = Recorder(
-            watched.engine.deepspeed_engine.module,
-            watched.engine.layers,
+            loaded.engine.deepspeed_engine.module,
+            loaded.engine.layers,
             device=job.device,
-            splits_decode=not (watched.options.cuda_graphs and job.device.type == "cuda"),
+            splits_decode=not (loaded.options.cuda_graphs and job.device.type == "cuda"),
         )
         self._folder: FolderWriter | None = None
         self._listeners: list[Callable[[JobNow], None]] = []
@@ -147,8 +100,8 @@ class JobMonitor:
             summary,
             self._recorder,
             self._sampler.utilisation,
-            [layer.deepspeed_moe for layer in self._watched.engine.layers],
-            _experts_here(self._watched),
+            [layer.deepspeed_moe for layer in self._loaded.engine.layers],
+            _experts_here(self._loaded),
         )
 
     def write(self, ranks: Sequence[RankRecord]) -> None:
@@ -163,9 +116,9 @@ class JobMonitor:
             each.close()
 
     def _listen(self) -> None:
-        options, work = self._watched.options, self._watched.work
+        options, work = self._loaded.options, self._loaded.work
         if options.metrics is not None:
-            self._folder = FolderWriter(options.metrics, _run(self._watched))
+            self._folder = FolderWriter(options.metrics, _run(self._loaded))
             self._listeners.append(self._folder.add)
         if options.metrics_port is not None:
             from ds_moe_ep.monitor.prometheus import Exporter  # one rank needs it, if any
@@ -176,20 +129,22 @@ class JobMonitor:
         self._listeners += [each.update for each in self._open]
 
     def _look(self) -> Sample:
-        watched = self._watched
-        where = str(watched.progress).partition(", step")[0].partition(" (")[0]
-        num_done, num_queued = 0, 0
-        if watched.counts_prompts:
+        loaded = self._loaded
+        where = str(loaded.progress).partition(", step")[0].partition(" (")[0]
+        num_done, num_queued, num_new_tokens = 0, 0, 0
+        if loaded.has_own_prompts:
             num_done = self._num_begun - self._batch_size
-            num_queued = watched.num_prompts - self._num_begun
+            num_queued = loaded.num_prompts - self._num_begun
+            if loaded.options.task == "generate":
+                num_new_tokens = loaded.live_rows.num_completing
         collectives, collectives_s = self._recorder.collectives()
         return Sample(
             t_s=time.perf_counter() - self._begun_s,
-            rank=watched.job.info.rank,
+            rank=loaded.job.info.rank,
             utilisation=self._usage.utilisation(),
             memory_bytes=self._usage.memory_bytes(),
-            step=watched.progress.step,
-            new_tokens=watched.live_rows.num_completing if watched.counts_new_tokens else 0,
+            step=loaded.progress.step,
+            new_tokens=num_new_tokens,
             prompts_done=num_done,
             prompts_queued=num_queued,
             batch_size=self._batch_size,
@@ -200,19 +155,19 @@ class JobMonitor:
 
 
 @contextlib.contextmanager
-def watch(watched: Watched) -> Iterator[JobMonitor | None]:
+def watch(loaded: LoadedJob) -> Iterator[JobMonitor | None]:
     """Yields what watches the job; None where nobody asked for metrics.
 
     Raises:
         ResourceError: On every rank: the folder cannot be written, or the port cannot be had.
     """
-    if not watched.is_asked_for:
+    if not _is_asked_for(loaded):
         yield None
         return
-    monitor = watched.job.all_or_none(
-        lambda: JobMonitor(watched),
+    monitor = loaded.job.all_or_none(
+        lambda: JobMonitor(loaded),
         what="opening the metrics",
-        timeout_s=watched.options.timeout_s,
+        timeout_s=loaded.options.timeout_s,
     )
     try:
         yield monitor
@@ -220,22 +175,27 @@ def watch(watched: Watched) -> Iterator[JobMonitor | None]:
         monitor.close()
 
 
+def _is_asked_for(loaded: LoadedJob) -> bool:
+    options = loaded.options
+    return bool(options.metrics or options.metrics_port or loaded.work.monitor_config)
+
+
 def _store(job: Job) -> dist.Store | None:
     return job.roll_call.store if job.roll_call is not None else None
 
 
-def _experts_here(watched: Watched) -> list[Sequence[int]]:
+def _experts_here(loaded: LoadedJob) -> list[Sequence[int]]:
     """Returns the experts that this rank holds, slot by slot, for each MoE layer."""
-    work = watched.work
-    ep_rank = work.plan.coordinates(watched.job.info.rank).ep_rank
+    work = loaded.work
+    ep_rank = work.plan.coordinates(loaded.job.info.rank).ep_rank
     if work.placement is not None:
         return [work.placement.local_experts(layer, ep_rank) for layer in work.spec.moe_layers]
     held = make_placement(work.plan, work.spec).local_experts(ep_rank)
     return [held] * len(work.spec.moe_layers)
 
 
-def _run(watched: Watched) -> Run:
-    options, job, work = watched.options, watched.job, watched.work
+def _run(loaded: LoadedJob) -> Run:
+    options, job, work = loaded.options, loaded.job, loaded.work
     is_gpu = job.device.type == "cuda"
     # Our own is not asked of what is installed: a checkout can be run that is not.
     versions = {"ds_moe_ep": __version__, **{name: version(name) for name in _LIBRARIES}}
@@ -249,7 +209,7 @@ def _run(watched: Watched) -> Run:
             "plan": SizesSection.of(work.plan),
             "task": options.task,
             "dtype": str(work.dtype).removeprefix("torch."),
-            "dispatcher": watched.engine.layers[0].deepspeed_moe.dispatcher_name,
+            "dispatcher": loaded.engine.layers[0].deepspeed_moe.dispatcher_name,
             "batch_mode": options.batch_mode,
             "hosts": list(job.hosts),
             "device": torch.cuda.get_device_name(job.device) if is_gpu else "cpu",
@@ -257,8 +217,8 @@ def _run(watched: Watched) -> Run:
             "moe_layers": list(work.spec.moe_layers),
             "num_experts": work.spec.num_experts,
             "top_k": work.spec.top_k,
-            "predicted_memory_bytes": watched.bring_up.predicted_bytes,
-            "available_memory_bytes": watched.bring_up.available_bytes,
+            "predicted_memory_bytes": loaded.predicted_bytes,
+            "available_memory_bytes": loaded.available_bytes,
             "slots_per_rank": work.placement and work.placement.slots_per_rank,
         }
     )

@@ -84,7 +84,7 @@ def rehearse(
     spec = read_model_spec(model)
     tell(f"plan     {plan} on {cluster.describe()}")
     small = _make_model(model, spec, folder / "model", tell)
-    modules = "ds_moe_ep.engine.job", f"transformers.models.{spec.model_type}"
+    modules = "ds_moe_ep.infer_job", f"transformers.models.{spec.model_type}"
     script, variables = shared_start(_INFER, *modules)
     with _stage(cluster, variables, tell) as stage:
         write_bundle(small, stage.cluster, plan, read_model_spec(small), folder / "config")

@@ -16,7 +16,7 @@ _INFER = REPO / "launch" / "infer.py"
 # infer.py, but another job takes the output while this one loads.
 _OVERTAKEN = """
 import runpy, sys
-from ds_moe_ep.engine import job
+from ds_moe_ep import infer_job as job
 from ds_moe_ep.engine.journal import Journal
 load, other = job.load_engine, []
 def load_slowly(options, *args):

@@ -12,7 +12,7 @@ os.environ.update(
 )
 
 for _name in (
-    "ds_moe_ep.engine.job",
+    "ds_moe_ep.infer_job",
     "ds_moe_ep.checkpoint.convert",
     "ds_moe_ep.bench.command",
     "transformers.models.olmoe",

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from ds_moe_ep import host_memory
+from ds_moe_ep.engine.loaded_job import LoadedJob
+from ds_moe_ep.engine.schedule import Batch
 from ds_moe_ep.monitor.figures import JobNow, figures
-from ds_moe_ep.monitor.job_monitor import JobMonitor, Watched
+from ds_moe_ep.monitor.job_monitor import JobMonitor
 from ds_moe_ep.monitor.sampler import Usage
 
 
@@ -20,18 +22,17 @@ class _Progress:
 
 def _sample(rank, batch_mode, task="generate"):
     """A rank that is in its second batch of four of twelve prompts."""
-    watched = Watched(
+    loaded = LoadedJob(
         options=SimpleNamespace(batch_mode=batch_mode, task=task),
         job=SimpleNamespace(info=SimpleNamespace(rank=rank)),
         work=None,
         engine=None,
-        bring_up=None,
+        batches=[Batch((first, first + 1, first + 2, first + 3)) for first in (0, 4, 8)],
         progress=_Progress(),
         live_rows=SimpleNamespace(num_completing=30),
-        num_prompts=12,
     )
     monitor = object.__new__(JobMonitor)
-    monitor._watched, monitor._begun_s = watched, 0.0
+    monitor._loaded, monitor._begun_s = loaded, 0.0
     monitor._num_begun, monitor._batch_size = 8, 4
     monitor._usage = SimpleNamespace(utilisation=lambda: 0.5, memory_bytes=lambda: 1000)
     monitor._recorder = SimpleNamespace(collectives=lambda: (6, 0.25))

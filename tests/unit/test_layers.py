@@ -5,8 +5,9 @@ sources first, so that a rule that finds nothing is known to look.
 """
 
 import ast
+import graphlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ _LAYER_OF_FOLDER = {
     "checkpoint": 4,
     "bringup": 5,
     "engine": 5,
+    "infer_job": 5,
     "monitor": 5,
     "bench": 5,
     "demo": 5,
@@ -243,6 +245,37 @@ def test_a_rule_finds_what_it_is_for(rule, module, source, expected):
 def test_a_folder_without_a_layer_is_found():
     with pytest.raises(AssertionError, match="give the folder misc a layer"):
         _layer("ds_moe_ep.misc.helpers")
+
+
+def _circle(sources: Mapping[str, str]) -> list[str]:
+    """Returns folders of the package that import each other in a circle; none if there are none."""
+    imported: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        package, folder, *rest = [*module.split("."), ""]
+        if package == "ds_moe_ep" and rest:  # a module at the top has a layer of its own
+            names = [name.split(".") for _, name in _imports(ast.parse(source))]
+            others = {name[1] for name in names if name[0] == package and len(name) > 2}
+            imported.setdefault(folder, set()).update(others - {folder})
+    try:
+        graphlib.TopologicalSorter(imported).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_folders_do_not_import_each_other_in_a_circle():
+    assert not _circle({_module_name(path): path.read_text() for path in _SOURCES})
+
+
+def test_a_circle_is_found():
+    sources = {
+        "ds_moe_ep.a.x": "from ds_moe_ep.b.y import f\n",
+        "ds_moe_ep.b.y": "def f():\n    from ds_moe_ep.c.z import g\n",
+        "ds_moe_ep.c.z": "from ds_moe_ep import plan\n",
+    }
+    assert not _circle(sources)
+    sources["ds_moe_ep.c.z"] = "import ds_moe_ep.a.x\n"
+    assert set(_circle(sources)) == {"a", "b", "c"}
 
 
 def test_code_is_ascii():

@@ -1,7 +1,7 @@
 """One inference job from options to outputs, as each rank runs it.
 
-prepare (all that can be refused before a weight is read, in prepare.py) -> load -> bring up (four
-phases that judge what there is, in ds_moe_ep/bringup) -> run -> gather -> write and report.
+prepare (all that can be refused before a weight is read, in engine/prepare.py) -> load -> bring up
+(four phases that judge what there is, in bringup/) -> run -> gather -> write and report.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import torch.distributed as dist
 from ds_moe_ep import host_memory
 from ds_moe_ep.bringup.phases import BringUp
 from ds_moe_ep.dist.groups import Job
-from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.engine.console import progress_bar
 from ds_moe_ep.engine.decode_graph import DecodeGraph
 from ds_moe_ep.engine.decoding import end_ids
 from ds_moe_ep.engine.journal import Journal, fingerprint
 from ds_moe_ep.engine.live_rows import LiveRows
+from ds_moe_ep.engine.loaded_job import LoadedJob
 from ds_moe_ep.engine.loading import Engine, load_engine
-from ds_moe_ep.engine.meeting import run_together
 from ds_moe_ep.engine.options import JobOptions
 from ds_moe_ep.engine.outputs import GenerateResult, Result, write_results
 from ds_moe_ep.engine.prepare import Work, prepare, replays_passes
-from ds_moe_ep.engine.schedule import Batch
 from ds_moe_ep.engine.summary import RankSummary, format_summary
 from ds_moe_ep.engine.supervisor import Progress
-from ds_moe_ep.engine.sync import ForwardSync
+from ds_moe_ep.engine.sync import ForwardSync, shared_by_all
 from ds_moe_ep.engine.tasks import (
     EncodedPrompt,
     GenerateSettings,
     generate_batch,
     score_batch,
 )
+from ds_moe_ep.engine.together import run_together
 from ds_moe_ep.errors import some
-from ds_moe_ep.monitor.job_monitor import JobMonitor, Watched, watch
+from ds_moe_ep.monitor.job_monitor import JobMonitor, watch
+from ds_moe_ep.monitor.metrics_folder import check_metrics_folder
 from ds_moe_ep.whole_file import remove_unfinished
 
 __all__ = ["run_job"]
@@ -66,7 +66,7 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
     """Runs the job once the ranks have met."""
     progress.enter("reading the input")
     work = job.all_or_none(
-        lambda: prepare(options, job), what="reading the input", timeout_s=options.timeout_s
+        lambda: _prepare(options, job), what="reading the input", timeout_s=options.timeout_s
     )
     journal = Journal(options.journal_folder, job.info.rank)
     earlier, left, settings = _left_to_do(options, job, work, journal)
@@ -79,20 +79,33 @@ def _run_joined(options: JobOptions, job: Job, progress: Progress) -> None:
     batches = bring_up.run(engine)
     if options.preflight:
         return
-    graph = _decode_graph(options, job, engine, bring_up, progress)
-    num_prompts = sum(len(batch.indices) for batch in batches)
-    live_rows = LiveRows(end_ids(engine.deepspeed_engine.module.generation_config), job.device)
-    watched = Watched(
-        options, job, work, engine, bring_up, progress, live_rows, num_prompts=num_prompts
+    loaded = LoadedJob(
+        options,
+        job,
+        work,
+        engine,
+        batches,
+        progress,
+        live_rows=LiveRows(end_ids(engine.deepspeed_engine.module.generation_config), job.device),
+        graph=_decode_graph(options, job, engine, bring_up, progress),
+        predicted_bytes=bring_up.predicted_bytes,
+        available_bytes=bring_up.available_bytes,
     )
-    _check_free(options, job, journal)
-    with watch(watched) as monitor:
-        _start_journal(options, job, journal, settings, has_batches=bool(batches))
-        results, summary = _run(
-            options, job, work, engine, batches, journal, progress, live_rows, graph, monitor
-        )
+    _check_free(loaded, journal)
+    with watch(loaded) as monitor:
+        _start_journal(loaded, journal, settings)
+        results, summary = _run(loaded, journal, monitor)
         progress.enter("writing the results")
-        _finish(options, job, work, earlier | results, summary, journal, monitor)
+        _finish(loaded, earlier | results, summary, journal, monitor)
+    if loaded.graph is not None:
+        loaded.graph.close()
+
+
+def _prepare(options: JobOptions, job: Job) -> Work:
+    work = prepare(options, job)
+    if job.info.rank == 0 and options.metrics is not None:
+        check_metrics_folder(options.metrics)
+    return work
 
 
 def _left_to_do(
@@ -121,19 +134,19 @@ def _left_to_do(
     return earlier, left, settings
 
 
-def _check_free(options: JobOptions, job: Job, journal: Journal) -> None:
+def _check_free(loaded: LoadedJob, journal: Journal) -> None:
     """Looks once more for another job that writes this output: it may write these metrics too."""
+    job = loaded.job
     job.all_or_none(
         lambda: journal.check_free() if job.info.rank == 0 else None,
         what="looking for another job",
-        timeout_s=options.timeout_s,
+        timeout_s=loaded.options.timeout_s,
     )
 
 
-def _start_journal(
-    options: JobOptions, job: Job, journal: Journal, settings: dict[str, Any], *, has_batches: bool
-) -> None:
+def _start_journal(loaded: LoadedJob, journal: Journal, settings: dict[str, Any]) -> None:
     """Lets go of what earlier runs have left, when nothing is left for which to refuse the job."""
+    options, job = loaded.options, loaded.job
 
     def start() -> None:
         if job.info.rank == 0:
@@ -141,7 +154,7 @@ def _start_journal(
             remove_unfinished(options.output)
 
     def join() -> None:
-        if job.info.rank != 0 and has_batches and options.batch_mode == "sharded":
+        if job.info.rank != 0 and loaded.batches and loaded.has_own_prompts:
             journal.join()
 
     for step in (start, join):
@@ -149,27 +162,17 @@ def _start_journal(
 
 
 def _run(
-    options: JobOptions,
-    job: Job,
-    work: Work,
-    engine: Engine,
-    batches: Sequence[Batch],
-    journal: Journal,
-    progress: Progress,
-    live_rows: LiveRows,
-    graph: DecodeGraph | None,
-    monitor: JobMonitor | None,
+    loaded: LoadedJob, journal: Journal, monitor: JobMonitor | None
 ) -> tuple[dict[int, Result], RankSummary]:
     """Serves this rank's batches and takes part in those of the others."""
-    serve = _server(options, work, engine, live_rows, graph)
-    results: dict[int, Result] = {}
+    job, work, engine, progress = loaded.job, loaded.work, loaded.engine, loaded.progress
 
     def start_step(step: int) -> None:
         progress.start_step(step)
         if monitor is not None:
             monitor.start_step(step)
 
-    job.wait_for_all(options.timeout_s, "starting the first batch")
+    job.wait_for_all(loaded.options.timeout_s, "starting the first batch")
     start = time.perf_counter()
     if monitor is not None:
         monitor.start()
@@ -181,33 +184,40 @@ def _run(
             top_k=work.spec.top_k,
             dtype=work.dtype,
             device=job.device,
-            shared=_shared_by_all(job, engine),
+            shared=shared_by_all(engine.layers, job.info.world_size),
             on_progress=show,
             on_step=start_step,
-            live_rows=live_rows,
-            graph=graph,
-            timeout_s=options.timeout_s,
+            live_rows=loaded.live_rows,
+            graph=loaded.graph,
+            timeout_s=loaded.options.timeout_s,
         )
-        for number, batch in enumerate(batches, start=1):
-            prompts = [work.prompts[index] for index in batch.indices]
-            ids = some([repr(each.prompt.id)[:_SHOWN_CHARS] for each in prompts])
-            progress.enter(f"batch {number} of {len(batches)} (prompts {ids})")
-            if monitor is not None:
-                monitor.start_batch(len(prompts))
-            done = dict(zip(batch.indices, serve(prompts), strict=True))
-            if options.batch_mode == "replicated" and job.info.rank != 0:
-                continue  # rank 0 has the same
-            journal.append(done)
-            results |= done
-            sync.finish(len(done))
+        results = _serve_batches(loaded, sync, journal, monitor)
         progress.enter("helping the others to their end")
         if monitor is not None:
             monitor.end_batches()
         sync.join_others()
     sync.close()
-    run_s = time.perf_counter() - start
-    num_replays = 0 if graph is None else graph.num_replays
-    return results, _summarise(job, work, engine, results, sync.num_steps, num_replays, run_s)
+    return results, _summarise(loaded, results, sync.num_steps, time.perf_counter() - start)
+
+
+def _serve_batches(
+    loaded: LoadedJob, sync: ForwardSync, journal: Journal, monitor: JobMonitor | None
+) -> dict[int, Result]:
+    """Returns the results of this rank's prompts, by index; of a replicated batch on rank 0."""
+    serve = _server(loaded)
+    results: dict[int, Result] = {}
+    for number, batch in enumerate(loaded.batches, start=1):
+        prompts = [loaded.work.prompts[index] for index in batch.indices]
+        ids = some([repr(each.prompt.id)[:_SHOWN_CHARS] for each in prompts])
+        loaded.progress.enter(f"batch {number} of {len(loaded.batches)} (prompts {ids})")
+        if monitor is not None:
+            monitor.start_batch(len(prompts))
+        done = dict(zip(batch.indices, serve(prompts), strict=True))
+        if loaded.has_own_prompts:
+            journal.append(done)
+            results |= done
+            sync.finish(len(done))
+    return results
 
 
 def _decode_graph(
@@ -227,22 +237,11 @@ def _decode_graph(
     )
 
 
-def _shared_by_all(job: Job, engine: Engine) -> SharedMemory | None:
-    """Returns the memory that all ranks of the job share, if the layers have one."""
-    shared = engine.layers[0].deepspeed_moe.shared
-    return shared if shared is not None and shared.size == job.info.world_size else None
-
-
-def _server(
-    options: JobOptions,
-    work: Work,
-    engine: Engine,
-    live_rows: LiveRows,
-    graph: DecodeGraph | None,
-) -> Callable[[list[EncodedPrompt]], Sequence[Result]]:
+def _server(loaded: LoadedJob) -> Callable[[list[EncodedPrompt]], Sequence[Result]]:
     """Returns what serves a batch of prompts under the user's task."""
+    options, work, engine = loaded.options, loaded.work, loaded.engine.deepspeed_engine
     if options.task == "score":
-        return lambda prompts: score_batch(engine.deepspeed_engine, prompts, live_rows)
+        return lambda prompts: score_batch(engine, prompts, loaded.live_rows)
     settings = GenerateSettings(
         max_new_tokens=options.max_new_tokens,
         context_length=work.context_length,
@@ -251,50 +250,42 @@ def _server(
         seed=options.seed,
     )
     return lambda prompts: generate_batch(
-        engine.deepspeed_engine, prompts, settings, work.tokenizer, live_rows, graph
+        engine, prompts, settings, work.tokenizer, loaded.live_rows, loaded.graph
     )
 
 
 def _summarise(
-    job: Job,
-    work: Work,
-    engine: Engine,
-    results: dict[int, Result],
-    num_steps: int,
-    num_replays: int,
-    run_s: float,
+    loaded: LoadedJob, results: dict[int, Result], num_steps: int, run_s: float
 ) -> RankSummary:
-    stats = [layer.deepspeed_moe.stats for layer in engine.layers]
+    job, layers = loaded.job, [layer.deepspeed_moe for layer in loaded.engine.layers]
+    prompts = loaded.work.prompts
     return RankSummary(
         rank=job.info.rank,
         host=job.info.host,
-        dispatcher=engine.layers[0].deepspeed_moe.describe_dispatch(),
+        dispatcher=layers[0].describe_dispatch(),
         num_prompts=len(results),
-        prompt_tokens=sum(len(work.prompts[index].token_ids) for index in results),
+        prompt_tokens=sum(len(prompts[index].token_ids) for index in results),
         new_tokens=sum(len(r.token_ids) for r in results.values() if isinstance(r, GenerateResult)),
-        expert_rows=sum(
-            int(layer.deepspeed_moe.tokens_per_expert.sum()) for layer in engine.layers
-        ),
-        load_s=engine.load_s,
+        expert_rows=sum(int(layer.tokens_per_expert.sum()) for layer in layers),
+        load_s=loaded.engine.load_s,
         run_s=run_s,
-        comm_s=sum(stat.seconds() for stat in stats),
-        comm_bytes=sum(stat.sent_bytes for stat in stats),
+        comm_s=sum(layer.stats.seconds() for layer in layers),
+        comm_bytes=sum(layer.stats.sent_bytes for layer in layers),
         num_steps=num_steps,
-        num_replays=num_replays,
+        num_replays=0 if loaded.graph is None else loaded.graph.num_replays,
         peak_memory_bytes=_peak_memory_bytes(job.device),
     )
 
 
 def _finish(
-    options: JobOptions,
-    job: Job,
-    work: Work,
+    loaded: LoadedJob,
     results: dict[int, Result],
     summary: RankSummary,
     journal: Journal,
     monitor: JobMonitor | None,
 ) -> None:
     """Brings the results of all ranks into one file, tells how it went, and clears up."""
+    options, job = loaded.options, loaded.job
     record = monitor.finish(summary) if monitor is not None else None
     gathered = job.gather((results, summary, record))
 
@@ -303,7 +294,7 @@ def _finish(
             return
         by_index = {index: result for own, _, _ in gathered for index, result in own.items()}
         ranks = [summary for _, summary, _ in gathered]
-        write_results(options.output, [by_index[i] for i in range(len(work.prompts))])
+        write_results(options.output, [by_index[i] for i in range(len(loaded.work.prompts))])
         if monitor is not None:
             monitor.write([record for _, _, record in gathered if record is not None])
         text = format_summary(ranks, task=options.task, output=options.output)
