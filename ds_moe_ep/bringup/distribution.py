@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ds_moe_ep.balance import balancedness
 from ds_moe_ep.bringup.report import PASS, WARN, Check
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.decoding import without_own_settings
@@ -22,7 +23,7 @@ from ds_moe_ep.moe.layer import ExpertParallelMoE
 
 __all__ = [
     "WorkCost",
-    "balance",
+    "balance_of_schedule",
     "check_balance",
     "check_dispatcher",
     "choose_dispatcher",
@@ -129,7 +130,9 @@ def _same_pass_on_all_ranks(
             layer.forget_counts()
 
 
-def balance(schedule: Sequence[Sequence[Batch]], cost_of: Callable[[int], float]) -> float:
+def balance_of_schedule(
+    schedule: Sequence[Sequence[Batch]], cost_of: Callable[[int], float]
+) -> float:
     """Returns the mean load of the ranks over the highest: 1 is perfect.
 
     Args:
@@ -139,14 +142,14 @@ def balance(schedule: Sequence[Sequence[Batch]], cost_of: Callable[[int], float]
     loads = [
         sum(cost_of(index) for batch in batches for index in batch.indices) for batches in schedule
     ]
-    return sum(loads) / len(loads) / max(loads) if any(loads) else 1.0
+    return balancedness(loads)
 
 
 def check_balance(share: float, num_prompts: int, num_ranks: int, cost: WorkCost | None) -> Check:
     """Judges how evenly prompts are spread.
 
     Args:
-        share: What `balance` says.
+        share: What `balance_of_schedule` says.
         num_prompts: Prompts to serve.
         num_ranks: Ranks that share them.
         cost: What was measured; None if work was estimated by tokens.

@@ -17,7 +17,7 @@ from ds_moe_ep.bringup.communication import (
 )
 from ds_moe_ep.bringup.distribution import (
     WorkCost,
-    balance,
+    balance_of_schedule,
     check_balance,
     check_dispatcher,
     choose_dispatcher,
@@ -180,7 +180,9 @@ class BringUp:
         batch_size, why = choose_batch_size(memory, self._needs(), max(1, most), asked)
         of_rank = self._spread(batch_size, cost)
         token_cost = cost.new_token_cost if cost else 1.0
-        share = balance(of_rank, lambda i: self._lengths[i] + token_cost * self._new_tokens)
+        share = balance_of_schedule(
+            of_rank, lambda i: self._lengths[i] + token_cost * self._new_tokens
+        )
         num_ranks = 1 if self._options.batch_mode == "replicated" else self._job.info.world_size
         checks = [
             check_balance(share, len(self._left), num_ranks, cost),

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_moe_ep.balance import balancedness
+
 __all__ = ["RankSummary", "format_summary"]
 
 
@@ -82,7 +84,7 @@ def format_summary(ranks: Sequence[RankSummary], *, task: str, output: Path) -> 
 
 def _balance(ranks: Sequence[RankSummary]) -> str:
     rows = [rank.expert_rows for rank in ranks]
-    return f"{sum(rows) / len(rows) / max(rows):.3f}" if max(rows) else "no rows"
+    return f"{balancedness(rows):.3f}" if any(rows) else "no rows"
 
 
 def _span(values: Sequence[float], unit: str) -> str:

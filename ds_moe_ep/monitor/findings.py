@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from ds_moe_ep.balance import balancedness
 from ds_moe_ep.monitor.metrics_folder import Metrics
 from ds_moe_ep.monitor.metrics_format import PARTS, PASS_KINDS, BalanceWindow, RankMetrics
 from ds_moe_ep.monitor.units import span, times
@@ -105,7 +106,7 @@ def balance_of(metrics: Metrics) -> Balance | None:
         min(windows, key=lambda window: window.overall),
         worst,
         by_layer[worst],
-        mean(rows) / max(rows) if any(rows) else 1.0,
+        balancedness(rows),
     )
 
 

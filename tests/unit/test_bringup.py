@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ds_moe_ep import host_memory
 from ds_moe_ep.bringup.distribution import (
     WorkCost,
-    balance,
+    balance_of_schedule,
     check_balance,
     check_dispatcher,
     choose_dispatcher,
@@ -188,8 +188,8 @@ def test_dear_new_tokens_even_out_the_number_of_prompts():
 
 def test_balance_is_the_mean_over_the_highest_load():
     schedule = [[Batch((0,)), Batch((1,))], [Batch((2,))]]
-    assert balance(schedule, [1.0, 2.0, 6.0].__getitem__) == pytest.approx(4.5 / 6)
-    assert balance([[], []], lambda index: 1.0) == 1.0
+    assert balance_of_schedule(schedule, [1.0, 2.0, 6.0].__getitem__) == pytest.approx(4.5 / 6)
+    assert balance_of_schedule([[], []], lambda index: 1.0) == 1.0
     assert check_balance(0.75, 3, 2, None).verdict == WARN
     assert check_balance(0.95, 3, 2, WorkCost(1.0, 2.0)).verdict == PASS
 
