@@ -8,12 +8,14 @@ results. What it is told is in decoding.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ds_moe_ep.engine.decode_graph import DecodeGraph
@@ -201,14 +203,11 @@ def pad_left(
     Returns:
         Token ids and attention mask (1 for tokens, 0 for padding), int64 ``[B, L]``.
     """
-    longest = max(len(row) for row in rows)
-    ids_BL = torch.tensor(
-        [[pad_token_id] * (longest - len(row)) + list(row) for row in rows], device=device
-    )
-    mask_BL = torch.tensor(
-        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device
-    )
-    return ids_BL, mask_BL
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    ids_BL = pad(ids, padding_value=pad_token_id)
+    mask_BL = pad([torch.ones_like(row) for row in ids])
+    return ids_BL.to(device), mask_BL.to(device)
 
 
 def _result(
