@@ -4,7 +4,8 @@ A message is shown as `ClassName: message` without a traceback, so it names the 
 and the way out. This module holds no text of its own and no error handling.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AdapterError",
@@ -19,6 +20,7 @@ __all__ = [
     "ModelSpecError",
     "PlanError",
     "ResourceError",
+    "nearest",
     "some",
 ]
 
@@ -83,3 +85,8 @@ def some(names: Sequence[str]) -> str:
     """Returns the first few of many names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns the known name most like another one; empty if none is."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), "")

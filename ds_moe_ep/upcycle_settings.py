@@ -6,12 +6,11 @@ Its config.json is that of the dense model and one field more, which only this p
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ds_moe_ep.errors import ModelSpecError
+from ds_moe_ep.errors import ModelSpecError, nearest
 
 __all__ = ["METHODS", "UPCYCLE_FIELD", "UpcycleSettings"]
 
@@ -66,8 +65,8 @@ class UpcycleSettings:
         known = [field.name for field in fields(UpcycleSettings)]
         for key in value:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+                close = nearest(str(key), known)
+                hint = f"did you mean {close}?" if close else f"known are {', '.join(known)}"
                 raise _malformed(source, f".{key}", value[key], f"there is no such setting; {hint}")
         for key in known:
             if key not in value:

@@ -4,12 +4,11 @@ A field is mapped to an argument, or has the only value that Megatron computes w
 result of a forward pass. Any other is refused by name. The values are mapped in megatron_model.py.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.errors import ConfigError, nearest
 
 __all__ = ["FIELDS", "Fate", "Mapped", "Only", "WithoutEffect", "check_fields"]
 
@@ -233,8 +232,8 @@ def check_fields(model_type: str, config: HfConfig) -> None:
     fates = FIELDS[model_type]
     for name, value in config.items():
         if name not in fates:
-            close = difflib.get_close_matches(name, fates, n=1)
-            hint = f"Did you mean {close[0]}? " if close else ""
+            close = nearest(name, fates)
+            hint = f"Did you mean {close}? " if close else ""
             raise ConfigError(
                 f"{name}={value!r} in config.json: what it means for a {model_type} model in "
                 f"Megatron is not known. {hint}Remove it if no result depends on it."

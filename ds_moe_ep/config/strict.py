@@ -3,18 +3,16 @@
 Which names are known is said by the sections in plan_file.py and run.py.
 """
 
-import difflib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.errors import ConfigError, nearest
 
-__all__ = ["Strict", "nearest", "parse", "read_json", "read_json_lines"]
+__all__ = ["Strict", "parse", "read_json", "read_json_lines"]
 
 
 class Strict(BaseModel):
@@ -64,13 +62,6 @@ def parse(section: type[Section], content: dict[str, Any], source: Path) -> Sect
         raise ConfigError(f"{source}: {'; '.join(faults)}.") from None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a question that names the known name most like this one, or else all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -112,7 +103,9 @@ def _fault(section: type[Strict], detail: ErrorDetails) -> str:
     known = _names(_section_at(section, detail["loc"][:-1]))
     if key in known:
         return f"{place} is there under both of its names; keep one"
-    return f"unknown key {place!r} ({nearest(key, known)})"
+    close = nearest(key, known)
+    hint = f"did you mean {close!r}?" if close else f"known here: {', '.join(sorted(known))}"
+    return f"unknown key {place!r} ({hint})"
 
 
 def _section_at(section: type[Strict], steps: tuple[int | str, ...]) -> type[Strict]:

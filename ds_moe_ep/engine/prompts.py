@@ -3,14 +3,13 @@
 It knows nothing of models: whether a prompt fits the context or the vocabulary is checked later.
 """
 
-import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_moe_ep.errors import InputError
+from ds_moe_ep.errors import InputError, nearest
 
 __all__ = ["Prompt", "read_prompts"]
 
@@ -93,8 +92,8 @@ def _from_text(line: str, where: str, index: int) -> Prompt:
 def _from_json(line: str, where: str, index: int) -> Prompt:
     record = _parse_object(line, where)
     for key in record.keys() - set(_KEYS):
-        near = difflib.get_close_matches(key, _KEYS, n=1)
-        hint = f'Did you mean "{near[0]}"? ' if near else ""
+        close = nearest(key, _KEYS)
+        hint = f'Did you mean "{close}"? ' if close else ""
         raise InputError(f'{where}: unknown key "{key}". {hint}Known: {", ".join(_KEYS)}.')
     given = [key for key in ("prompt", "prompt_token_ids") if key in record]
     if len(given) != 1:

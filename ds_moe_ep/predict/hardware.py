@@ -5,11 +5,10 @@ Figures that were measured take their place in calibration.py.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.errors import ConfigError, nearest
 from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.moe.cost_model import GroupPrices, LinkPrices, Price
 
@@ -272,8 +271,8 @@ def _group(size: int, link: Link, share: float) -> GroupPrices:
 
 def _unknown(option: str, name: str, known: Iterable[str]) -> ConfigError:
     names = list(known)
-    nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    close = nearest(name, names)
+    hint = f" Did you mean {close}?" if close else ""
     return ConfigError(
         f"{option} {name}: not one of {', '.join(names)}.{hint} For other hardware measure it: "
         "--calibration FILE, written by launch/bench.py predict, replay or collectives."

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.errors import ConfigError, nearest
 from ds_moe_ep.predict.passes import Deployment
 from ds_moe_ep.predict.throughput import (
     Sequences,
@@ -73,8 +72,8 @@ def parse_targets(text: str, default_seq_len: int) -> Targets:
     for item in text.split(","):
         name, _, value = (part.strip() for part in item.partition("="))
         if name not in _KINDS:
-            nearest = difflib.get_close_matches(name, _KINDS, n=1)
-            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            close = nearest(name, _KINDS)
+            hint = f" Did you mean {close}?" if close else ""
             raise ConfigError(
                 f"--targets: {name or item!r} is not one of {', '.join(_KINDS)}.{hint} "
                 f"Write them like {_EXAMPLE}"
