@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from ds_moe_ep.config.strict import Strict
+from ds_moe_ep.config.strict import Strict, faults
 from ds_moe_ep.errors import CheckpointError
 
 __all__ = [
@@ -153,10 +153,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        first, *others = error.errors(include_url=False)
-        place = ".".join(str(step) for step in first["loc"]) or "the manifest"
+        first, *others = faults(Manifest, error)
         more = f" (and {len(others)} more faults)" if others else ""
-        raise CheckpointError(f"{path}: {place}: {first['msg']}{more}. {_AGAIN}") from error
+        raise CheckpointError(f"{path}: {first}{more}. {_AGAIN}") from error
 
 
 def refuse_newer(path: Path, content: object, known: int) -> None:

@@ -1,4 +1,5 @@
-"""Every file that `ds-moe-ep config` writes, and reading the configuration of a run back.
+"""The files that `ds-moe-ep config` and `ds-moe-ep balance` write, and reading them back.
 
-Each module here owns one format; bundle.py puts the files into a folder.
+Each module owns one format, Megatron's three (megatron*.py) share one; bundle.py puts the files of
+a run into a folder, and strict.py reads JSON, for other packages too.
 """

@@ -1,18 +1,18 @@
 """Reads JSON strictly: an unknown key is refused, with the file, its place and the nearest name.
 
-Which names are known is said by the sections in plan_file.py and run.py.
+Which keys are known is said by subclasses of `Strict`, here and in other packages.
 """
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from ds_moe_ep.errors import ConfigError, nearest
 
-__all__ = ["Strict", "parse", "read_json", "read_json_lines"]
+__all__ = ["Strict", "faults", "parse", "parse_json", "read_json", "read_json_lines"]
 
 
 class Strict(BaseModel):
@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file cannot be read, is no JSON object, or says a key twice.
     """
-    return _loads(_read_text(path), path)
+    return parse_json(_read_text(path), path)
 
 
 def read_json_lines(path: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -41,7 +41,30 @@ def read_json_lines(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """
     lines = enumerate(_read_text(path).splitlines(), start=1)
     places = [(Path(f"{path}:{number}"), line) for number, line in lines if line.strip()]
-    return [(place, _loads(line, place)) for place, line in places]
+    return [(place, parse_json(line, place)) for place, line in places]
+
+
+def parse_json(text: str | bytes, source: Path) -> dict[str, Any]:
+    """Return the JSON object in a text.
+
+    Args:
+        text: the text.
+        source: where it was read, for messages.
+
+    Raises:
+        ConfigError: if it is no JSON object, or says a key twice.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{source}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})."
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source}: a JSON object ({{...}}) is needed, found {_shown(content)}.")
+    return content
 
 
 def parse(section: type[Section], content: dict[str, Any], source: Path) -> Section:
@@ -58,8 +81,17 @@ def parse(section: type[Section], content: dict[str, Any], source: Path) -> Sect
     try:
         return section.model_validate(content)
     except ValidationError as error:
-        faults = [_fault(section, detail) for detail in error.errors(include_url=False)]
-        raise ConfigError(f"{source}: {'; '.join(faults)}.") from None
+        raise ConfigError(f"{source}: {'; '.join(faults(section, error))}.") from None
+
+
+def faults(section: type[Strict], error: ValidationError) -> list[str]:
+    """Return what is wrong, each with its place; of an unknown key also the nearest known one.
+
+    Args:
+        section: what was to be read.
+        error: what `section.model_validate` raised.
+    """
+    return [_fault(section, detail) for detail in error.errors(include_url=False)]
 
 
 def _read_text(path: Path) -> str:
@@ -69,20 +101,6 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
-
-
-def _loads(text: str, source: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{source}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})."
-        ) from None
-    except (RecursionError, ValueError) as error:
-        raise ConfigError(f"{source}: {error}.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{source}: a JSON object ({{...}}) is needed, found {_shown(content)}.")
-    return content
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,6 +113,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _fault(section: type[Strict], detail: ErrorDetails) -> str:
     place = ".".join(str(step) for step in detail["loc"])
+    if not place:  # no value is at fault by itself
+        return detail["msg"]
     if detail["type"] == "missing":
         return f"{place} is missing"
     if detail["type"] != "extra_forbidden":
@@ -109,11 +129,18 @@ def _fault(section: type[Strict], detail: ErrorDetails) -> str:
 
 
 def _section_at(section: type[Strict], steps: tuple[int | str, ...]) -> type[Strict]:
+    """Return the section at a place, in lists and dictionaries of sections too."""
     for step in steps:
         for name, field in section.model_fields.items():
-            if step in (name, field.alias) and isinstance(field.annotation, type):
-                section = field.annotation
+            if step in (name, field.alias):
+                kinds = get_args(field.annotation) or (field.annotation,)
+                section = next((kind for kind in kinds if _is_section(kind)), section)
     return section
+
+
+def _is_section(kind: object) -> TypeGuard[type[Strict]]:
+    # Of list[...] Python 3.10 says that it is a type.
+    return isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, Strict)
 
 
 def _names(section: type[Strict]) -> set[str]:

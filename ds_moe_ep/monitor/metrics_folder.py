@@ -6,17 +6,16 @@ What stands in it is in metrics_format.py; what the figures say is not decided h
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from ds_moe_ep.bringup.report import BRINGUP_JSONL, PHASES
-from ds_moe_ep.config.strict import Strict, parse, read_json, read_json_lines
+from ds_moe_ep.config.strict import Strict, parse, parse_json, read_json, read_json_lines
 from ds_moe_ep.errors import ConfigError, InputError
 from ds_moe_ep.monitor.metrics_format import (
     BALANCE_JSONL,
@@ -188,13 +187,7 @@ class GrowingFile(Generic[_Line]):
     def _parse(self, line: bytes) -> _Line:
         self._line += 1
         source = Path(f"{self._path}:{self._line}")
-        try:
-            content: Any = json.loads(line)
-        except (RecursionError, ValueError) as error:
-            raise ConfigError(f"{source}: not valid JSON ({error}).") from None
-        if not isinstance(content, dict):
-            raise ConfigError(f"{source}: a JSON object ({{...}}) is needed.")
-        parsed = parse(self._section, content, source)
+        parsed = parse(self._section, parse_json(line, source), source)
         _check_line(source, parsed, self._run)
         return parsed
 

@@ -149,9 +149,9 @@ def test_a_corrupt_manifest(checkpoint, content):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
-        ({"version": "1"}, "version: Input should be 1"),
-        ({"plan": {}}, "plan.ep_size: Field required (and 3 more faults)"),
+        ({"colour": "red"}, "unknown key 'colour' (known here: files, format, plan, source, "),
+        ({"version": "1"}, "version='1': Input should be 1"),
+        ({"plan": {}}, "plan.ep_size is missing (and 3 more faults)"),
         ({"tensors": {}}, "the tensors are not those of the source's files"),
         ({"files": {}}, f"tensors lie in {_A}, which is not among the files"),
     ],
@@ -159,6 +159,13 @@ def test_a_corrupt_manifest(checkpoint, content):
 def test_a_manifest_that_does_not_hang_together(checkpoint, change, expected):
     folder, content = checkpoint
     assert expected in _refused(folder, content | change)
+
+
+def test_what_may_be_said_of_a_file_is_named(checkpoint):
+    folder, content = checkpoint
+    content["files"][_A]["md5"] = "0"
+    message = _refused(folder, content)
+    assert f"unknown key 'files.{_A}.md5' (known here: num_bytes, sha256). Copy" in message
 
 
 @pytest.mark.parametrize("name", ["../w.safetensors", "/etc/passwd", "..", "a\\b", ""])

@@ -41,7 +41,7 @@ def test_a_placement_comes_back_from_its_file(tmp_path):
         ({"version": 2}, "version=2"),
         ({"num_rank": 2}, "unknown key 'num_rank' (did you mean 'num_ranks'?)"),
         ({"num_ranks": 3}, "layer 1 fills 6 slots, num_ranks=3 with slots_per_rank=3 have 9"),
-        ({"num_experts": 5}, "layer 1 has no slot with expert 4"),
+        ({"num_experts": 5}, "placement.json: Value error, layer 1 has no slot with expert 4"),
         ({"num_experts": 2**70}, "is more than the 6 slots of num_ranks=2 with slots_per_rank=3"),
         ({"num_experts": 3}, "layer 1 has expert 3, num_experts=3 are numbered from 0"),
         ({"layers": []}, "layers=[]"),

@@ -95,6 +95,10 @@ _FAULTS = {
         lambda files: files["run.json"].update(dipatcher="x"),
         "run.json: unknown key 'dipatcher' (did you mean 'dispatcher'?)",
     ),
+    "unknown key in a list": (
+        lambda files: files["bringup.jsonl"][0]["checks"][0].update(verdikt="pass"),
+        "bringup.jsonl:1: unknown key 'checks.0.verdikt' (did you mean 'verdict'?)",
+    ),
     "missing key": (
         lambda files: files["metrics.jsonl"][1].pop("comm_s"),
         "metrics.jsonl:2: comm_s is missing",

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ValidationError
 
 from ds_moe_ep.checkpoint.manifest import FileEntry, SourceSection, is_file_name, refuse_newer
-from ds_moe_ep.config.strict import Strict
+from ds_moe_ep.config.strict import Strict, faults
 from ds_moe_ep.errors import CheckpointError
 
 __all__ = ["RECORD_JSON", "Record", "read_record"]
@@ -58,9 +58,8 @@ def read_record(folder: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        first, *_ = error.errors(include_url=False)
-        place = ".".join(str(step) for step in first["loc"]) or "the record"
-        raise CheckpointError(f"{path}: {place}: {first['msg']}. {_AGAIN}") from error
+        first, *_ = faults(Record, error)
+        raise CheckpointError(f"{path}: {first}. {_AGAIN}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). {_AGAIN}") from error
 
