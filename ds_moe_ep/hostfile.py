@@ -33,6 +33,11 @@ class Host:
     name: str
     slots: tuple[int, ...]
 
+    @property
+    def slot_filter(self) -> str:
+        """The host and its slots as `--include` spells them: "worker-0:0,2"."""
+        return f"{self.name}:{','.join(map(str, self.slots))}"
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -47,11 +52,16 @@ class Cluster:
         return sum(len(host.slots) for host in self.hosts)
 
     @property
+    def is_local(self) -> bool:
+        """Whether it is this machine alone, called localhost: nothing goes through ssh then."""
+        return [host.name for host in self.hosts] == ["localhost"]
+
+    @property
     def include_filter(self) -> str:
         """The `--include` text needed next to `to_hostfile()`; empty if all slots take part."""
         if all(host.slots == tuple(range(len(host.slots))) for host in self.hosts):
             return ""
-        return "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in self.hosts)
+        return "@".join(host.slot_filter for host in self.hosts)
 
     def describe(self) -> str:
         """Return hosts, slots and source for messages: "8 hosts x 8 slots, hostfile.8x8"."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_moe_ep.bringup.report import PHASES, Check, write_jsonl
-from ds_moe_ep.bringup.survey import THIS_MACHINE, Survey, is_local, survey
+from ds_moe_ep.bringup.survey import THIS_MACHINE, Survey, survey
 from ds_moe_ep.errors import BringUpError, ConfigError
 from ds_moe_ep.hostfile import Cluster
 from ds_moe_ep.local_machine import free_port
@@ -132,17 +132,16 @@ def launch_command(cluster: Cluster, launch: Launch) -> list[str]:
     """Returns the command that starts the ranks, as run.sh of `ds-moe-ep config` does."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
     address = launch.master_addr
-    if is_local(cluster):
-        slots = ",".join(map(str, cluster.hosts[0].slots))
-        is_all = cluster.hosts[0].slots == tuple(range(cluster.num_gpus))
-        which = ["--num_gpus", str(cluster.num_gpus)] if is_all else ["-i", f"localhost:{slots}"]
+    if cluster.is_local:
+        used = cluster.include_filter
+        which = ["-i", used] if used else ["--num_gpus", str(cluster.num_gpus)]
         command += ["--hostfile", os.devnull, *which]
         address = address or "127.0.0.1"
     else:
         command += ["--hostfile", str(launch.hostfile)]
         command += ["--launcher", "pdsh"]
         command += ["--force_multi"] if len(cluster.hosts) == 1 else []
-        whole = "@".join(f"{h.name}:{','.join(map(str, h.slots))}" for h in cluster.hosts)
+        whole = "@".join(host.slot_filter for host in cluster.hosts)
         command += ["--include", whole]
     command += ["--master_addr", address] if address else []
     command += ["--master_port", str(launch.master_port or free_port())]
@@ -154,7 +153,7 @@ def _refuse_unquotable(cluster: Cluster, command: list[str]) -> None:
 
     Host names are left to the survey, which names all that are none.
     """
-    if is_local(cluster):
+    if cluster.is_local:
         return
     words = [os.getcwd(), sys.executable, *command[command.index(str(_INFER)) :]]
     if bad := [word for word in words if not _PLAIN_WORD.fullmatch(word)]:

@@ -28,7 +28,7 @@ from ds_moe_ep.bringup.report import FAIL, Check, PhaseReport
 from ds_moe_ep.errors import BringUpError
 from ds_moe_ep.hostfile import Cluster, Host
 
-__all__ = ["THIS_MACHINE", "Survey", "is_local", "survey"]
+__all__ = ["THIS_MACHINE", "Survey", "survey"]
 
 THIS_MACHINE = "this machine"
 """The check of what the machine that starts the job lacks; no host can have this name."""
@@ -69,11 +69,6 @@ class Survey:
     timeout_s: float = 60.0
 
 
-def is_local(cluster: Cluster) -> bool:
-    """Returns whether a cluster is this machine alone, called localhost: no ssh then."""
-    return [host.name for host in cluster.hosts] == ["localhost"]
-
-
 def survey(cluster: Cluster, asked: Survey) -> PhaseReport:
     """Asks all hosts, in parallel, and compares them with this machine.
 
@@ -96,7 +91,7 @@ def survey(cluster: Cluster, asked: Survey) -> PhaseReport:
         "whole_files": asked.whole_files,
         "places": list(needed),
     }
-    names = [] if is_local(cluster) else [host.name for host in cluster.hosts]
+    names = [] if cluster.is_local else [host.name for host in cluster.hosts]
     with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
         answers = {name: pool.submit(_ask, name, request, _patience_s(asked)) for name in names}
         own = _own_answer(request, _patience_s(asked))
@@ -113,7 +108,7 @@ def survey(cluster: Cluster, asked: Survey) -> PhaseReport:
     how = "whole" if asked.whole_files else "by size and header"
     good = f"{software(own)}, same code, {num_files} model files compared {how}"
     checks = host_checks(told, good)
-    if not is_local(cluster) and shutil.which("pdsh") is None:
+    if not cluster.is_local and shutil.which("pdsh") is None:
         reason = "pdsh is missing: apt-get install -y pdsh"
         checks.append(Check(THIS_MACHINE, FAIL, reason))
     return PhaseReport(1, tuple(checks), time.monotonic() - start_s, part="hosts")

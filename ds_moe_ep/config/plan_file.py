@@ -97,7 +97,7 @@ def make_plan_file(plan: ParallelPlan, spec: ModelSpec, cluster: Cluster) -> Pla
         version=1,
         plan=SizesSection.of(plan),
         identities=list(plan.identities()),
-        hosts=[f"{host.name}:{','.join(map(str, host.slots))}" for host in cluster.hosts],
+        hosts=[host.slot_filter for host in cluster.hosts],
         model=ModelSection(
             name=spec.name,
             model_type=spec.model_type,

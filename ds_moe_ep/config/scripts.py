@@ -138,7 +138,7 @@ def run_sh(model: Path, cluster: Cluster) -> str:
         cluster: the hosts. For this machine alone nothing goes through ssh.
     """
     used = ["--include", cluster.include_filter] if cluster.include_filter else []
-    if [host.name for host in cluster.hosts] == ["localhost"]:
+    if cluster.is_local:
         about = pdsh = survey = ""
         launcher = ["--no_ssh_check", "--master_addr", "127.0.0.1", *used]
     else:
