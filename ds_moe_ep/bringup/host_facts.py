@@ -62,13 +62,11 @@ def read_facts(
         except OSError:
             has_folder = False
     return {
-        "host": platform.node(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "code_sha256": _code_sha256() if code else None,
         "has_folder": has_folder,
         "num_gpus": _num_gpus(),
-        "num_cores": len(os.sched_getaffinity(0)),
         "free_bytes": {place: free_bytes(place) for place in places},
         "model_files": model_files(model, whole_files) if model is not None else {},
     }

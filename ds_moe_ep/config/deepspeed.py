@@ -100,9 +100,7 @@ def inference_config(
     }
 
 
-def autoep_config(
-    plan: ParallelPlan, spec: ModelSpec, *, dtype: str | None = None
-) -> dict[str, Any]:
+def autoep_config(plan: ParallelPlan, spec: ModelSpec) -> dict[str, Any]:
     """Return what `deepspeed.initialize(model, config=...)` takes to fine-tune with AutoEP.
 
     The batch size and the learning rate are a place to start, not advice.
@@ -110,7 +108,6 @@ def autoep_config(
     Args:
         plan: sizes with tp_size = pp_size = 1.
         spec: the model.
-        dtype: type to train in; by default the model's own.
 
     Raises:
         ConfigError: if AutoEP has no preset for this family, or the plan is not one for expert
@@ -131,7 +128,7 @@ def autoep_config(
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 1},
     }
-    precision = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype_name(dtype or spec.dtype))
+    precision = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype_name(spec.dtype))
     if precision is not None:
         config[precision] = {"enabled": True}
     return config

@@ -1,8 +1,11 @@
 """Phase 2 on real ranks: right values pass, wrong ones are named by collective, group and rank."""
 
+from unittest import mock
+
 import torch
 
-from ds_moe_ep.bringup.communication import DecodeSize, check_latency, check_values, wrong_values
+from ds_moe_ep.bringup import communication
+from ds_moe_ep.bringup.communication import DecodeSize, check_values, wrong_values
 from ds_moe_ep.bringup.host_pairs import check_pairs
 from ds_moe_ep.bringup.report import FAIL, PASS, WARN
 from ds_moe_ep.dist.collectives import Communicator
@@ -22,6 +25,11 @@ class _Broken(Communicator):
         return (rows_RC * (torch.arange(len(rows_RC))[:, None] < len(rows_RC) - self.rank),)
 
 
+def _latency(target_ms, *args, **kwargs):
+    with mock.patch.object(communication, "TARGET_MS", target_ms):
+        return communication.check_latency(*args, **kwargs)
+
+
 def _phase_2(rank, world_size):
     group = torch.distributed.group.WORLD
     hosts, nodes = tuple(f"h{r // 2}" for r in range(world_size)), tuple(range(world_size))
@@ -34,8 +42,8 @@ def _phase_2(rank, world_size):
         "alone": wrong_values(Communicator(None), job.device),
         "good": check_values(job, good),
         "broken": check_values(job, broken),
-        "slow": check_latency(job, good, size, target_ms=0.0, thorough=False),
-        "quick": check_latency(job, good, size, target_ms=1e6, thorough=True),
+        "slow": _latency(0.0, job, good, size, thorough=False),
+        "quick": _latency(1e6, job, good, size, thorough=True),
         "pairs": check_pairs(job, 64, thorough=True),
     }
 

@@ -156,5 +156,6 @@ def test_autoep_refuses_a_size_that_does_not_fit_so_the_test_above_can_fail():
     ("dtype", "section"), [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", None)]
 )
 def test_training_precision_follows_the_dtype(dtype, section):
-    config = autoep_config(EP64, spec("qwen3-30b-a3b-ep64"), dtype=dtype)
+    of_dtype = dataclasses.replace(spec("qwen3-30b-a3b-ep64"), dtype=dtype)
+    config = autoep_config(EP64, of_dtype)
     assert [name for name in ("bf16", "fp16") if name in config] == ([section] if section else [])
