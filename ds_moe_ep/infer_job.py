@@ -189,7 +189,6 @@ def _run(
             on_step=start_step,
             live_rows=loaded.live_rows,
             graph=loaded.graph,
-            timeout_s=loaded.options.timeout_s,
         )
         results = _serve_batches(loaded, sync, journal, monitor)
         progress.enter("helping the others to their end")

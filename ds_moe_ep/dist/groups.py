@@ -20,7 +20,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
-from ds_moe_ep.dist.group_timeout import same_timeout_for_new_groups, timeout_of
+from ds_moe_ep.dist.group_timeout import (
+    WATCHDOG_MARGIN_S,
+    same_timeout_for_new_groups,
+    timeout_of,
+)
 from ds_moe_ep.dist.node_groups import nodes_of
 from ds_moe_ep.dist.rank_info import RankInfo, read_rank_info
 from ds_moe_ep.dist.rendezvous import RollCall, join_process_group
@@ -38,9 +42,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-# NCCL's watchdog ends a process without a word. A rank that has waited for as long as it may for the
-# others before a pass says who does not answer, which takes some seconds more.
-_WATCHDOG_MARGIN_S = 30.0
 # DeepSpeed's shared-memory all-reduce for CPUs. Its op is built with a C++ compiler the first time
 # (40 to 90 s), and a build that was killed leaves a lock on which every later job waits for ever.
 _JIT_BUILT_OP = "deepspeed_shm_comm"
@@ -169,7 +170,7 @@ def init_distributed(
             info.world_size,
             backend="nccl" if on_gpu else "gloo",
             start_timeout_s=start_timeout_s or timeout_s,
-            timeout_s=timeout_s + _WATCHDOG_MARGIN_S if on_gpu else timeout_s,
+            timeout_s=timeout_s + WATCHDOG_MARGIN_S if on_gpu else timeout_s,
         )
     control = dist.group.WORLD
     if on_gpu:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.dist.comm_stats import CommStats
+from ds_moe_ep.dist.group_timeout import patience_of
 from ds_moe_ep.dist.moments import now, wait_within
 from ds_moe_ep.dist.shared_memory import SharedMemory
 from ds_moe_ep.errors import DistributedError
@@ -56,29 +57,23 @@ class Transport:
         # and 21 for all-reduce (2 shared cores, torch 2.13).
         self._only_exchanges = group is not None and dist.get_backend(group) == "gloo"
 
-    def gather_ints(
-        self, values: Sequence[int], device: torch.device, timeout_s: float | None = None
-    ) -> list[list[int]]:
+    def gather_ints(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
         """Tells every rank a few integers of each (a device-to-host sync on a GPU).
 
         Args:
             values: Those of this rank, as many on every rank.
             device: Where the group's tensors live.
-            timeout_s: How long a GPU may wait for the other ranks; by default for as long as its
-                watchdog lets it. On a CPU the group has a bound of its own.
 
         Returns:
             The values of each rank.
 
         Raises:
-            DistributedError: They did not come in time.
+            DistributedError: On a GPU: they did not come in time.
         """
         if self.size == 1:
             return [list(values)]
-        told_WC = self.gather(torch.tensor([values], device=device), [1] * self.size)
-        if told_WC.is_cuda and timeout_s is not None:
-            told_WC = _to_host(told_WC, timeout_s)
-        return told_WC.tolist()
+        row_1C = torch.tensor([values], device=device)
+        return self._to_host(self.gather(row_1C, [1] * self.size)).tolist()
 
     def exchange_counts(self, send_counts_W: Tensor) -> tuple[list[int], list[int]]:
         """Tells every rank how many rows it will get from this one.
@@ -90,13 +85,16 @@ class Transport:
         Returns:
             Rows to send to and to receive from each rank, as host integers (a device-to-host sync
             on a GPU).
+
+        Raises:
+            DistributedError: On a GPU: the others did not come in time.
         """
         if self.size == 1:
             counts = send_counts_W.tolist()
             return counts, counts
         ones = [1] * self.size
         recv_counts_W = self.exchange(send_counts_W[:, None], ones, ones, kind="counts")[:, 0]
-        send, recv = torch.stack((send_counts_W, recv_counts_W)).tolist()
+        send, recv = self._to_host(torch.stack((send_counts_W, recv_counts_W))).tolist()
         return send, recv
 
     def exchange(
@@ -196,6 +194,20 @@ class Transport:
         shares = [end - start for start, end in zip(borders, borders[1:], strict=False)]
         return self.gather(self.reduce(partial_TC, shares, meanwhile), shares)
 
+    def _to_host(self, rows: Tensor) -> Tensor:
+        """Copies rows for which a GPU waits, and does not wait for it without a bound."""
+        if not rows.is_cuda:
+            return rows
+        copied = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        copied.copy_(rows, non_blocking=True)
+        timeout_s = patience_of(self.group)
+        if not wait_within(now(rows.device), timeout_s):
+            raise DistributedError(
+                f"a message of all ranks was not there within {timeout_s:g} s: another rank is "
+                "hung, has ended, or is much slower than this one."
+            )
+        return copied
+
     def _run(self, start: Callable[..., dist.Work | None], meanwhile: Meanwhile | None) -> None:
         """Runs a collective, and something else while it is on its way."""
         work = start(group=self.group, async_op=meanwhile is not None)
@@ -207,18 +219,6 @@ class Transport:
     def _timed(self, kind: str, rows: Tensor, rows_sent: int) -> AbstractContextManager[None]:
         num_bytes = rows_sent * rows.shape[1] * rows.element_size()
         return self.stats.timed(kind, rows.device, num_bytes)
-
-
-def _to_host(rows: Tensor, timeout_s: float) -> Tensor:
-    """Copies rows that a GPU waits for, and waits for it no longer than this."""
-    copied = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-    copied.copy_(rows, non_blocking=True)
-    if not wait_within(now(rows.device), timeout_s):
-        raise DistributedError(
-            f"a message of all ranks was not there within {timeout_s:g} s: another rank is hung, "
-            "has ended, or is much slower than this one."
-        )
-    return copied
 
 
 def _pad(rows_TC: Tensor, num_rows: int) -> Tensor:

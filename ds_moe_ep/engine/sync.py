@@ -47,7 +47,6 @@ class ForwardSync:
         on_step: Called at the start of each pass with its number, from 1 on.
         live_rows: Knows which rows of a pass need experts; without, all do.
         graph: Replays the passes that all ranks can replay; each has one, or none has.
-        timeout_s: How long an announcement may wait for the other ranks on a GPU.
     """
 
     def __init__(
@@ -64,7 +63,6 @@ class ForwardSync:
         on_step: Callable[[int], None] | None = None,
         live_rows: LiveRows | None = None,
         graph: DecodeGraph | None = None,
-        timeout_s: float | None = None,
     ) -> None:
         self._layers = layers
         self._comm = Communicator(group, shared=shared)
@@ -75,7 +73,7 @@ class ForwardSync:
         self._on_progress = on_progress if self._comm.rank == 0 else None
         self._on_step = on_step
         self._live_rows = live_rows
-        self._graph, self._timeout_s = graph, timeout_s
+        self._graph = graph
         self.num_finished = 0
         self.num_steps = 0
         self._hook = model.register_forward_pre_hook(
@@ -131,9 +129,7 @@ class ForwardSync:
             num_tokens: Its tokens.
             fits: Whether it is ready to replay a pass, if all are.
         """
-        told = self._comm.gather_ints(
-            [num_tokens, self.num_finished, int(fits)], self._device, self._timeout_s
-        )
+        told = self._comm.gather_ints([num_tokens, self.num_finished, int(fits)], self._device)
         tokens_of_rank = [tokens for tokens, _, _ in told]
         if self._on_progress:
             self._on_progress(sum(finished for _, finished, _ in told))

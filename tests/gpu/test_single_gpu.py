@@ -14,7 +14,7 @@ from ds_moe_ep.checkpoint import load_expert_parallel_model
 from ds_moe_ep.config.deepspeed import inference_config
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.groups import RankInfo, init_distributed
-from ds_moe_ep.dist.transport import Transport, _to_host
+from ds_moe_ep.dist.transport import Transport
 from ds_moe_ep.engine.decode_graph import DecodeGraph, capture
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.loading import init_inference
@@ -173,7 +173,8 @@ def test_nccl_brings_rows(device, way) -> None:
 
 def test_what_a_gpu_has_gathered_comes_to_the_host(device) -> None:
     rows = torch.arange(12, device=device).view(4, 3)
-    torch.testing.assert_close(_to_host(rows * 2, 5.0), rows.cpu() * 2)
+    transport = Transport(torch.distributed.group.WORLD)
+    torch.testing.assert_close(transport._to_host(rows * 2), rows.cpu() * 2)
 
 
 @pytest.mark.parametrize("way", ["gather", "reduce", "sum"])
