@@ -7,6 +7,7 @@ handed on as arguments.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -164,6 +165,7 @@ def init_distributed(
         RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size)
     )
     roll_call = None
+    num_gpus = accelerator.device_count() if on_gpu else 0
     if not dist.is_initialized():
         roll_call = join_process_group(
             info.rank,
@@ -171,6 +173,8 @@ def init_distributed(
             backend="nccl" if on_gpu else "gloo",
             start_timeout_s=start_timeout_s or timeout_s,
             timeout_s=timeout_s + WATCHDOG_MARGIN_S if on_gpu else timeout_s,
+            told=json.dumps([info.host, info.local_rank, num_gpus]),
+            check=_check_gpus,
         )
     control = dist.group.WORLD
     if on_gpu:
@@ -181,13 +185,17 @@ def init_distributed(
     if start_timeout_s is not None and start_timeout_s > timeout_s:
         starting = dist.new_group(backend="gloo", timeout=timedelta(seconds=start_timeout_s))
     job = Job(info, device, control, roll_call, starting=starting)
-    num_gpus = accelerator.device_count() if on_gpu else None
-    gathered = job.all_gather((info.host, info.local_rank, num_gpus))
-    hosts, local_ranks, gpus = zip(*gathered, strict=True)
     if on_gpu:
-        refuse_missing_gpus(hosts, local_ranks, gpus)
         accelerator.set_device(info.local_rank)
+    hosts, local_ranks = zip(*job.all_gather((info.host, info.local_rank)), strict=True)
     return replace(job, nodes=tuple(nodes_of(hosts, local_ranks)), hosts=hosts)
+
+
+def _check_gpus(told: Sequence[str]) -> None:
+    """Refuses a job before its ranks wait for each other in groups of different kinds."""
+    hosts, local_ranks, num_gpus = zip(*map(json.loads, told), strict=True)
+    if any(num_gpus):  # else it runs on CPUs
+        refuse_missing_gpus(hosts, local_ranks, num_gpus)
 
 
 def refuse_missing_gpus(
@@ -212,7 +220,8 @@ def refuse_missing_gpus(
         told = "; ".join(f"{host}: {there[host]} GPUs for {slots[host]} slots" for host in short)
         raise PlanError(
             f"{told}. Write in the hostfile how many slots each host has, or leave hosts out "
-            "(--exclude); CUDA_VISIBLE_DEVICES may hide GPUs, and `nvidia-smi -L` lists them."
+            "(--exclude); CUDA_VISIBLE_DEVICES may hide GPUs or their driver may be broken, and "
+            "`nvidia-smi -L` lists them."
         )
 
 

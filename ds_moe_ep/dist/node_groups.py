@@ -42,16 +42,22 @@ class NodeGroups:
 
 
 def nodes_of(hosts: Sequence[str], local_ranks: Sequence[int]) -> list[int]:
-    """Numbers the node of every rank: a node ends where the host changes or local ranks restart.
+    """Numbers the node of every rank: a node ends where the host changes or a local rank is back.
 
     Args:
         hosts: Name of every rank's host, by rank. Hosts may share a name.
-        local_ranks: Its number on that host.
+        local_ranks: Its number on that host. DeepSpeed counts from the rank modulo the ranks there,
+            so with other slots on the hosts before it need not begin at 0.
     """
-    nodes = [0]
-    for rank in range(1, len(hosts)):
-        is_new = hosts[rank] != hosts[rank - 1] or local_ranks[rank] <= local_ranks[rank - 1]
-        nodes.append(nodes[-1] + is_new)
+    nodes: list[int] = []
+    here: set[int] = set()
+    for rank, (host, local_rank) in enumerate(zip(hosts, local_ranks, strict=True)):
+        if rank == 0 or host != hosts[rank - 1] or local_rank in here:
+            nodes.append(nodes[-1] + 1 if nodes else 0)
+            here = set()
+        else:
+            nodes.append(nodes[-1])
+        here.add(local_rank)
     return nodes
 
 

@@ -10,6 +10,14 @@ from ds_moe_ep.errors import ConfigError
 
 __all__ = ["RankInfo", "read_rank_info"]
 
+# By which srun and mpirun (also behind `deepspeed --launcher slurm` and others) count processes.
+_COUNTED_BY_OTHERS = (
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -29,12 +37,14 @@ def read_rank_info() -> RankInfo:
     """Reads RANK, LOCAL_RANK and WORLD_SIZE; without a launcher this is the only rank of one.
 
     Raises:
-        ConfigError: Some of them are set and others not, one is not a number, or MASTER_ADDR and
-            MASTER_PORT do not say where several ranks meet.
+        ConfigError: Some of them are set and others not, one is not a number, MASTER_ADDR and
+            MASTER_PORT do not say where several ranks meet, or a launcher that sets none of them
+            has started several processes.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     values = [os.environ.get(name) for name in names]
     if values == [None, None, None]:
+        _refuse_other_launchers()
         return RankInfo(rank=0, local_rank=0, world_size=1)
     if not all(value is not None and value.isdigit() for value in values):
         found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
@@ -50,3 +60,15 @@ def read_rank_info() -> RankInfo:
             "launch/infer.py ...`, or the run.sbatch that ds-moe-ep config writes."
         )
     return RankInfo(rank, local_rank, world_size)
+
+
+def _refuse_other_launchers() -> None:
+    """Refuses to be one of several processes, each of which would take itself for the only rank."""
+    for name in _COUNTED_BY_OTHERS:
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            raise ConfigError(
+                f"{name}={count}, but RANK, LOCAL_RANK and WORLD_SIZE do not say which rank this "
+                "is. Start with `deepspeed --launcher pdsh launch/infer.py ...`, or with the "
+                "run.sbatch that ds-moe-ep config writes, which sets them for srun."
+            )

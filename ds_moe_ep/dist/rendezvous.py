@@ -6,9 +6,13 @@ bound of its own, longer than that of any later one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
 import socket
+import struct
 import sys
 import threading
 import time
@@ -30,10 +34,18 @@ _LOOK_S = 0.1
 _KNOCK_S = 0.5
 # Rank 0 says that it is there as soon as it listens; it may have to wait for a core to do so.
 _RANK_0_S = 20.0
+_SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
 
 
 def join_process_group(
-    rank: int, world_size: int, *, backend: str, start_timeout_s: float, timeout_s: float
+    rank: int,
+    world_size: int,
+    *,
+    backend: str,
+    start_timeout_s: float,
+    timeout_s: float,
+    told: str = "",
+    check: Callable[[list[str]], None] = lambda told: None,
 ) -> RollCall:
     """Waits for all ranks at MASTER_ADDR:MASTER_PORT, then starts the default process group.
 
@@ -43,6 +55,8 @@ def join_process_group(
         backend: ``gloo`` or ``nccl``.
         start_timeout_s: How long to wait for the last rank to come up.
         timeout_s: How long any later wait in the group may last.
+        told: What this rank tells the others when it comes.
+        check: Is given what each has told before the group starts, on every rank.
 
     Returns:
         What tells the ranks of each other if the job breaks.
@@ -52,8 +66,11 @@ def join_process_group(
     """
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        store = _open_store(rank, world_size, start_timeout_s)
+        store = _open_store(rank, world_size, start_timeout_s, told)
         _wait_for_all(store, world_size, start_timeout_s)
+        keys = [_told(each) for each in range(world_size)]
+        check([words.decode() for words in store.multi_get(keys)])
+        _name_interface()
         dist.init_process_group(
             backend,
             store=store,
@@ -66,7 +83,8 @@ def join_process_group(
             f"[rank {rank} {os.uname().nodename}] the {world_size} ranks did not meet at "
             f"{where}: {str(error).rstrip('.')}. Look for a rank that did not start, a port in "
             "use (deepspeed --master_port P, or MASTER_PORT=P for run.sh and run.sbatch) or a "
-            "wrong network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."
+            "wrong network (deepspeed --master_addr A, or MASTER_ADDR=A for run.sh; "
+            "GLOO_SOCKET_IFNAME=I and NCCL_SOCKET_IFNAME=I as lines of ~/.deepspeed_env)."
         ) from error
     return RollCall(store, rank, world_size)
 
@@ -153,7 +171,7 @@ class _NotMetError(Exception):
     """Some ranks did not come, or somebody else was there."""
 
 
-def _open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
+def _open_store(rank: int, world_size: int, timeout_s: float, told: str) -> dist.Store:
     """Opens the store that torch's own rendezvous would, but one that can say who is missing."""
     # Under torch's elastic agent, which accelerate uses, the agent holds the store.
     agent_holds_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -172,6 +190,7 @@ def _open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = dist.PrefixStore(f"ds_moe_ep/{_command_digest()}/{attempt}", store)
+        own.set(_told(rank), told.encode())
         own.set(_arrived(rank), b"")
         if not agent_holds_it:
             own.wait([_arrived(0)], timedelta(seconds=_RANK_0_S))
@@ -206,6 +225,10 @@ def _arrived(rank: int) -> str:
     return f"arrived/{rank}"
 
 
+def _told(rank: int) -> str:
+    return f"told/{rank}"
+
+
 def _command_digest() -> str:
     """Tells this job from another one that has taken the port and is still gathering its ranks."""
     words = [word for word in sys.argv if not word.startswith("--local_rank=")]
@@ -222,3 +245,36 @@ def _wait_for_all(store: dist.Store, world_size: int, timeout_s: float) -> None:
         raise _NotMetError(
             f"{len(missing)} of {world_size} ranks did not come within {timeout_s:.0f} s: {shown}"
         ) from error
+
+
+def _name_interface() -> None:
+    """Tells gloo by which interface other hosts reach this one, where its name does not.
+
+    gloo takes the address that the host's own name has, which on Debian is 127.0.1.1.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or not _is_loopback(socket.gethostname()):
+        return
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as towards_rank_0:
+        towards_rank_0.connect((os.environ["MASTER_ADDR"], 1))  # nothing is sent
+        address = towards_rank_0.getsockname()[0]
+        if not _is_loopback(address):
+            os.environ["GLOO_SOCKET_IFNAME"] = _interface_of(address)
+
+
+def _is_loopback(name: str) -> bool:
+    """Returns whether a name has an address of this machine alone, or none."""
+    try:
+        return socket.gethostbyname(name).startswith("127.")
+    except OSError:
+        return True
+
+
+def _interface_of(address: str) -> str:
+    """Returns the interface that has an IPv4 address; OSError if none has."""
+    with socket.socket(type=socket.SOCK_DGRAM) as asks:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                found = fcntl.ioctl(asks, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    raise OSError(errno.ENODEV, f"no interface has {address}")

@@ -1,10 +1,11 @@
 """What is refused before ranks touch their GPUs (the groups work: tests/dist)."""
 
+import json
 import sys
 
 import pytest
 
-from ds_moe_ep.dist.groups import refuse_missing_gpus
+from ds_moe_ep.dist.groups import _check_gpus, refuse_missing_gpus
 from ds_moe_ep.dist.rank_info import read_rank_info
 from ds_moe_ep.errors import ConfigError, PlanError
 from tests.helpers.launch import REPO, run_command
@@ -21,6 +22,13 @@ def test_all_hosts_with_fewer_gpus_than_slots_are_named():
 @pytest.mark.parametrize("num_gpus", [[2] * 6, [2, 2, 8, 8, 4, 4]])
 def test_as_many_gpus_as_slots_or_more_are_enough(num_gpus):
     refuse_missing_gpus(_HOSTS, [0, 1, 0, 1, 0, 1], num_gpus)
+
+
+def test_a_host_without_a_gpu_is_named_before_its_ranks_wait_for_others_on_cpus():
+    told = [json.dumps([host, rank % 2, 2 * (host != "b")]) for rank, host in enumerate(_HOSTS)]
+    with pytest.raises(PlanError, match=r"^b: 0 GPUs for 2 slots\. Write"):
+        _check_gpus(told)
+    _check_gpus([json.dumps([host, 0, 0]) for host in _HOSTS])  # a job on CPUs
 
 
 _LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
@@ -45,6 +53,17 @@ def test_variables_of_half_a_launcher_are_refused(monkeypatch, changed, told):
     with pytest.raises(ConfigError) as refused:
         read_rank_info()
     assert str(refused.value).startswith(told)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_one_of_several_processes_is_not_taken_for_the_only_rank(monkeypatch, name):
+    for each in _LAUNCHED:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "1")
+    assert read_rank_info().world_size == 1
+    monkeypatch.setenv(name, "64")
+    with pytest.raises(ConfigError, match=f"{name}=64, but RANK, .* --launcher pdsh launch"):
+        read_rank_info()
 
 
 def test_a_rank_of_half_a_launcher_ends_with_one_line(monkeypatch):

@@ -13,10 +13,11 @@ from ds_moe_ep.dist.node_groups import first_ranks, nodes_of, ranks_per_node
         ("aaaa", [0, 1, 0, 1], [0, 0, 1, 1]),  # containers that share a name
         ("aabb", [0, 1, 2, 3], [0, 0, 1, 1]),
         ("abc", [0, 0, 0], [0, 1, 2]),
+        ("aaabbbb", [0, 1, 2, 3, 0, 1, 2], [0, 0, 0, 1, 1, 1, 1]),  # DeepSpeed, uneven slots
         ("aaa", [0, 2, 5], [0, 0, 0]),  # slots that a hostfile left out
     ],
 )
-def test_a_node_ends_where_the_host_changes_or_local_ranks_restart(hosts, local_ranks, nodes):
+def test_a_node_ends_where_the_host_changes_or_a_local_rank_is_back(hosts, local_ranks, nodes):
     assert nodes_of(hosts, local_ranks) == nodes
 
 

@@ -1,17 +1,20 @@
 """What a rank on another host finds where rank 0 should listen, and how long it takes to say so."""
 
 import contextlib
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from ds_moe_ep.dist import rendezvous
-from ds_moe_ep.errors import DistributedError
+from ds_moe_ep.errors import DistributedError, PlanError
+from ds_moe_ep.local_machine import free_port
 
 _STRANGER = "what listens there does not answer as rank 0 of this job does"
 
@@ -88,9 +91,85 @@ def test_rank_0_may_come_late(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     stores = []
-    late = threading.Timer(1.0, lambda: stores.append(rendezvous._open_store(0, 2, 60)))
+    late = threading.Timer(1.0, lambda: stores.append(rendezvous._open_store(0, 2, 60, "")))
     late.start()
-    store = rendezvous._open_store(1, 2, 60)
+    store = rendezvous._open_store(1, 2, 60, "")
     late.join()
     store.wait(["arrived/0", "arrived/1"], timedelta(seconds=30))
     rendezvous._wait_for_all(stores[0], 2, 30)
+
+
+def test_what_all_ranks_have_told_is_checked_before_their_group_starts(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    heard = []
+
+    def refuse(told: list[str]) -> None:
+        heard.append(told)
+        raise PlanError("b has no GPU")
+
+    def join(rank: int) -> None:
+        with pytest.raises(PlanError, match="b has no GPU"):
+            rendezvous.join_process_group(
+                rank,
+                2,
+                backend="gloo",
+                start_timeout_s=30,
+                timeout_s=1,
+                told=f"rank {rank}",
+                check=refuse,
+            )
+
+    with ThreadPoolExecutor(2) as ranks:
+        list(ranks.map(join, range(2)))
+    assert heard == [["rank 0", "rank 1"]] * 2
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("own", "towards_rank_0", "named"),
+    [
+        ("127.0.1.1", "10.0.0.7", "eth7"),  # Debian's
+        (None, "10.0.0.7", "eth7"),  # a name that nobody knows
+        ("10.0.0.7", "10.0.0.7", None),  # gloo finds it by itself
+        ("127.0.1.1", "127.0.0.1", None),  # all ranks are on this machine
+    ],
+)
+def test_gloo_is_told_the_interface_where_the_hosts_name_leads_to_itself(
+    monkeypatch, own, towards_rank_0, named
+):
+    def resolve(name: str) -> str:
+        if name == towards_rank_0:
+            return name
+        if own is None:
+            raise socket.gaierror("unknown")
+        return own
+
+    class Towards:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def connect(self, where):
+            assert where == ("rank-0", 1)
+
+        def getsockname(self):
+            return towards_rank_0, 12345
+
+    # Set, so that it is put back; then taken away.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("MASTER_ADDR", "rank-0")
+    monkeypatch.setattr(rendezvous.socket, "gethostbyname", resolve)
+    monkeypatch.setattr(rendezvous.socket, "socket", lambda type: Towards())
+    monkeypatch.setattr(rendezvous, "_interface_of", {"10.0.0.7": "eth7"}.__getitem__)
+    rendezvous._name_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == named
+
+
+def test_an_address_has_its_interface():
+    assert rendezvous._interface_of("127.0.0.1") == "lo"
+    with pytest.raises(OSError, match=r"no interface has 192\.0\.2\.1"):
+        rendezvous._interface_of("192.0.2.1")
