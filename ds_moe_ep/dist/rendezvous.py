@@ -68,8 +68,7 @@ def join_process_group(
     try:
         store = _open_store(rank, world_size, start_timeout_s, told)
         _wait_for_all(store, world_size, start_timeout_s)
-        keys = [_told(each) for each in range(world_size)]
-        check([words.decode() for words in store.multi_get(keys)])
+        check(_hear_all(store, rank, world_size))
         _name_interface()
         dist.init_process_group(
             backend,
@@ -227,6 +226,17 @@ def _arrived(rank: int) -> str:
 
 def _told(rank: int) -> str:
     return f"told/{rank}"
+
+
+def _hear_all(store: dist.Store, rank: int, world_size: int) -> list[str]:
+    """Returns what each rank has told, on rank 0 once all have heard it: the store is there."""
+    told = store.multi_get([_told(each) for each in range(world_size)])
+    store.set(f"heard/{rank}", b"")
+    if rank == 0:
+        heard = [f"heard/{each}" for each in range(world_size)]
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait(heard, timedelta(seconds=_RANK_0_S))
+    return [words.decode() for words in told]
 
 
 def _command_digest() -> str:
