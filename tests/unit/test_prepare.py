@@ -13,9 +13,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from ds_moe_ep import infer_job
 from ds_moe_ep.dist.groups import Job, RankInfo
 from ds_moe_ep.engine.options import DISPATCHER_NAMES, JobOptions
-from ds_moe_ep.engine.prepare import prepare
 from ds_moe_ep.errors import ConfigError, DsMoeEpError, InputError, PlanError
 from ds_moe_ep.moe.dispatch import DISPATCHERS
 from ds_moe_ep.plan import ParallelPlan
@@ -44,7 +44,7 @@ def options(model, tmp_path):
 def _prepare(options, *, num_ranks=2, rank=0, device="cpu", nodes=(0, 0)):
     info = RankInfo(rank, rank, num_ranks, "here")
     job = Job(info, torch.device(device), control=None, nodes=nodes)
-    return prepare(options, job)
+    return infer_job._prepare(options, job)
 
 
 def _with_config(options, tmp_path, **settings):
