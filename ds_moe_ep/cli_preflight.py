@@ -4,7 +4,6 @@ import argparse
 import functools
 import os
 import signal
-import sys
 from pathlib import Path
 
 from ds_moe_ep.engine.options import describe_options
@@ -76,7 +75,7 @@ def _preflight(args: argparse.Namespace) -> int:
     from ds_moe_ep.plan import make_plan
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # clean up first
-        signal.signal(number, lambda caught, frame: sys.exit(128 + caught))
+        signal.signal(number, signal.default_int_handler)
     arguments = ["--preflight", "--model", str(args.model.absolute())]
     for name in (*_SAME_AS_INFER, "ep_size", *_TIMEOUTS):
         arguments += _given(name, getattr(args, name))

@@ -2,7 +2,6 @@
 
 import argparse
 import signal
-import sys
 from pathlib import Path
 
 from ds_moe_ep.hostfile import read_hostfile
@@ -50,7 +49,7 @@ def _rehearse(args: argparse.Namespace) -> int:
     ep_size = args.ep_size
     dp_size = max(1, cluster.num_gpus // ep_size) if ep_size and ep_size > 0 else 1
     plan = make_plan(cluster, read_model_spec(args.model), ep_size=ep_size, dp_size=dp_size)
-    signal.signal(signal.SIGTERM, lambda caught, frame: sys.exit(128 + caught))  # clean up first
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up first
     folder = go_on_guarded("ds-moe-ep-rehearsal-")
     rehearse(
         args.model,

@@ -70,17 +70,19 @@ def _software_problems(host: str, facts: Facts, wanted: Wanted) -> list[str]:
         if name == "ds_moe_ep":
             install = shlex.join([wanted.python, "-m", "pip", "install", "-e", wanted.folder])
         found.append(f"{what}: {_on(host, install)}")
+    copy_code = _copy(wanted.folder, f"{host}:{wanted.folder}")
     if not facts["has_folder"]:
-        found.append(f"no folder {wanted.folder}: {_copy(wanted.folder, host)}")
+        found.append(f"no folder {wanted.folder}: {copy_code}")
     elif facts["code_sha256"] != wanted.facts["code_sha256"]:
         what = "no ds_moe_ep" if facts["code_sha256"] is None else "other code of ds_moe_ep"
-        found.append(f"{what}: {_copy(wanted.folder, host)}")
+        found.append(f"{what}: {copy_code}")
     return found
 
 
 def _model_problems(host: str, facts: Facts, wanted: Wanted) -> list[str]:
+    way_out = _copy_model(wanted.model, f"{host}:{wanted.model}")
     if facts["model_files"] is None:
-        return [f"no model folder {wanted.model}: {_copy(wanted.model, host)}"]
+        return [f"no model folder {wanted.model}: {way_out}"]
     here, there = wanted.facts["model_files"] or {}, facts["model_files"]
     kinds = {
         "missing": sorted(here.keys() - there.keys()),
@@ -92,7 +94,10 @@ def _model_problems(host: str, facts: Facts, wanted: Wanted) -> list[str]:
     told = [f"{len(names)} {kind} ({some(names)})" for kind, names in kinds.items() if names]
     if not told:
         return []
-    return [f"model files {', '.join(told)}: {_copy(wanted.model, host, delete=True)}"]
+    if kinds["not here"]:  # and this may be the copy that lacks something
+        back = _copy_model(f"{host}:{wanted.model}", wanted.model)
+        way_out = f"if all of them belong to the model, {back}; else remove them there"
+    return [f"model files {', '.join(told)}: {way_out}"]
 
 
 def _hardware_problems(host: str, facts: Facts, wanted: Wanted) -> list[str]:
@@ -136,7 +141,9 @@ def _on(host: str, command: str) -> str:
     return shlex.join(["ssh", host, command])
 
 
-def _copy(folder: str, host: str, *, delete: bool = False) -> str:
-    source = folder.rstrip("/") + "/"
-    options = ["-a", "--delete"] if delete else ["-a"]
-    return shlex.join(["rsync", *options, source, f"{host}:{source}"])
+def _copy(source: str, target: str, options: str = "-a") -> str:
+    return shlex.join(["rsync", options, f"{source.rstrip('/')}/", f"{target.rstrip('/')}/"])
+
+
+def _copy_model(source: str, target: str) -> str:
+    return _copy(source, target, "-aL")  # in the hub's cache all files are links

@@ -291,11 +291,16 @@ def _packages(**changes) -> dict:
         ({"code_sha256": "d"}, "other code of ds_moe_ep: rsync -a '/my repo/' 'h:/my repo/'"),
         ({"code_sha256": None}, "no ds_moe_ep: rsync"),
         ({"has_folder": False}, "no folder /my repo"),
-        ({"model_files": None}, "no model folder /m: rsync -a /m/ h:/m/"),
+        ({"model_files": None}, "no model folder /m: rsync -aL /m/ h:/m/"),
         ({"model_files": {"config.json": [2, "a"]}}, "1 missing (model.safetensors)"),
         (
             {"model_files": {"config.json": [2, "x"], "model.safetensors": [9, "b"]}},
-            "model files 1 different (config.json): rsync -a --delete /m/ h:/m/",
+            "model files 1 different (config.json): rsync -aL /m/ h:/m/",
+        ),
+        (
+            {"model_files": _facts()["model_files"] | {"model-2.safetensors": [9, "c"]}},
+            "model files 1 not here (model-2.safetensors): if all of them belong to the model, "
+            "rsync -aL h:/m/ /m/; else remove them there",
         ),
         ({"num_gpus": 3}, "3 GPUs for 8 slots: write 'h slots=3' in the hostfile"),
         ({"free_bytes": {"/tmp": 5 << 20}}, "5 MiB free in /tmp, 100 are needed"),
