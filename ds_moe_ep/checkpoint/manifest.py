@@ -27,6 +27,7 @@ __all__ = [
     "INDEX_JSON",
     "MANIFEST_JSON",
     "MODEL_SAFETENSORS",
+    "RECORD_JSON",
     "FileEntry",
     "Manifest",
     "PlanSection",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 MANIFEST_JSON = "manifest.json"
+RECORD_JSON = "ds_moe_ep.json"  # in place of it, beside a Megatron checkpoint
 INDEX_JSON = "model.safetensors.index.json"
 MODEL_SAFETENSORS = "model.safetensors"
 

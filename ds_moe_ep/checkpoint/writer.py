@@ -25,8 +25,7 @@ from pydantic import ValidationError
 from ds_moe_ep.checkpoint.content import copy_content, fingerprint, source_states
 from ds_moe_ep.checkpoint.header import FileState
 from ds_moe_ep.checkpoint.layout import PlannedFile
-from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, FileEntry
-from ds_moe_ep.checkpoint.megatron.record import RECORD_JSON
+from ds_moe_ep.checkpoint.manifest import MANIFEST_JSON, RECORD_JSON, FileEntry
 from ds_moe_ep.checkpoint.streams import HashingSink, Progress, hash_file, in_threads
 from ds_moe_ep.errors import CheckpointError, some
 from ds_moe_ep.file_lock import open_locked

@@ -21,7 +21,7 @@ from ds_moe_ep.checkpoint.header import StoredTensor
 from ds_moe_ep.checkpoint.hub_folder import beside_the_weights, describe_layout
 from ds_moe_ep.checkpoint.layout import PlannedFile, hugging_face_files, model_files
 from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config
-from ds_moe_ep.checkpoint.manifest import FileEntry, SourceFile, SourceSection
+from ds_moe_ep.checkpoint.manifest import RECORD_JSON, FileEntry, SourceFile, SourceSection
 from ds_moe_ep.checkpoint.mapping import rows_of
 from ds_moe_ep.checkpoint.megatron.names import (
     MegatronTensor,
@@ -31,7 +31,7 @@ from ds_moe_ep.checkpoint.megatron.names import (
     megatron_tensors,
     possible_layouts,
 )
-from ds_moe_ep.checkpoint.megatron.record import RECORD_JSON, Record, read_record
+from ds_moe_ep.checkpoint.megatron.record import Record, read_record
 from ds_moe_ep.checkpoint.megatron.stored import TorchDist, open_torch_dist
 from ds_moe_ep.checkpoint.megatron.torch_dist import (
     MAX_CHUNK_BYTES,

@@ -12,13 +12,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ValidationError
 
-from ds_moe_ep.checkpoint.manifest import FileEntry, SourceSection, is_file_name, refuse_newer
+from ds_moe_ep.checkpoint.manifest import (
+    RECORD_JSON,
+    FileEntry,
+    SourceSection,
+    is_file_name,
+    refuse_newer,
+)
 from ds_moe_ep.config.strict import Strict, faults
 from ds_moe_ep.errors import CheckpointError
 
-__all__ = ["RECORD_JSON", "Record", "read_record"]
-
-RECORD_JSON = "ds_moe_ep.json"
+__all__ = ["Record", "read_record"]
 
 
 def _relative(name: str) -> str:
