@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from ds_moe_ep.checkpoint.header import ByteRange, FileState, Piece, make_header
 from ds_moe_ep.checkpoint.manifest import INDEX_JSON, SourceSection
-from ds_moe_ep.errors import CheckpointError
 
 if TYPE_CHECKING:  # it takes transformers to say which tensor is an expert's, but not to place it
     from ds_moe_ep.checkpoint.mapping import ExpertTensor
@@ -25,7 +23,6 @@ __all__ = [
     "ProducedBytes",
     "Tensors",
     "aligned",
-    "check_experts",
     "copied_file",
     "hugging_face_files",
     "model_files",
@@ -128,35 +125,6 @@ def shard_tensors(
     return {name: aligned(held) for name, held in files.items()}
 
 
-def check_experts(of_experts: Mapping[str, ExpertTensor], layers: Iterable[str]) -> None:
-    """Refuses a checkpoint that lacks experts.
-
-    Args:
-        of_experts: The tensors that hold experts.
-        layers: Names of the layers that must have experts.
-
-    Raises:
-        CheckpointError: With the layer and the experts at fault.
-    """
-    by_layer: dict[str, list[ExpertTensor]] = defaultdict(list)
-    for found in of_experts.values():
-        by_layer[found.layer.name].append(found)
-    for name in layers:
-        if not by_layer[name]:
-            raise CheckpointError(f"no tensor holds the experts of {name}. {_NOT_OF_THIS_CONFIG}")
-        single = Counter(found.expert for found in by_layer[name] if found.expert is not None)
-        if not single:
-            continue
-        num_experts = by_layer[name][0].layer.num_experts
-        most = max(single.values())
-        if lacking := [expert for expert in range(num_experts) if single[expert] < most]:
-            raise CheckpointError(
-                f"{name}: expert {lacking[0]} has {single[lacking[0]]} tensors where others have "
-                f"{most}; so it is with {len(lacking)} of {num_experts} experts. "
-                f"{_NOT_OF_THIS_CONFIG}"
-            )
-
-
 def hugging_face_files(source: SourceSection, tensors: Tensors) -> list[PlannedFile]:
     """Plans the weight files and the index of a Hugging Face directory.
 
@@ -232,6 +200,3 @@ def aligned(tensors: Tensors) -> Tensors:
         return first.num_bytes > 0, -first.element_bytes, first.path, first.start
 
     return dict(sorted(tensors.items(), key=order))
-
-
-_NOT_OF_THIS_CONFIG = "The weights are not those of this config."

@@ -7,8 +7,8 @@ model family.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -22,7 +22,14 @@ from ds_moe_ep.checkpoint.transform import ModelNames
 from ds_moe_ep.errors import CheckpointError, some
 from ds_moe_ep.moe.experts import expert_parameters
 
-__all__ = ["ExpertTensor", "OwnTensors", "expert_tensors", "own_tensors", "rows_of"]
+__all__ = [
+    "ExpertTensor",
+    "OwnTensors",
+    "check_experts",
+    "expert_tensors",
+    "own_tensors",
+    "rows_of",
+]
 
 _ANY = "*"  # stands for the expert in a name
 _LAST_NUMBER = re.compile(r"(.*\.)(\d+)(?=\.|$)(.*)")  # greedy: the last that fits
@@ -100,9 +107,38 @@ def _expert_tensors(
     ]:
         raise CheckpointError(
             f"{len(too_many)} tensors are of experts that config.json does not have "
-            f"({some(too_many)}). The weights are not those of this config."
+            f"({some(too_many)}). {_NOT_OF_THIS_CONFIG}"
         )
     return found
+
+
+def check_experts(of_experts: Mapping[str, ExpertTensor], layers: Iterable[str]) -> None:
+    """Refuses a checkpoint that lacks experts.
+
+    Args:
+        of_experts: The tensors that hold experts.
+        layers: Names of the layers that must have experts.
+
+    Raises:
+        CheckpointError: With the layer and the experts at fault.
+    """
+    by_layer: dict[str, list[ExpertTensor]] = defaultdict(list)
+    for found in of_experts.values():
+        by_layer[found.layer.name].append(found)
+    for name in layers:
+        if not by_layer[name]:
+            raise CheckpointError(f"no tensor holds the experts of {name}. {_NOT_OF_THIS_CONFIG}")
+        single = Counter(found.expert for found in by_layer[name] if found.expert is not None)
+        if not single:
+            continue
+        num_experts = by_layer[name][0].layer.num_experts
+        most = max(single.values())
+        if lacking := [expert for expert in range(num_experts) if single[expert] < most]:
+            raise CheckpointError(
+                f"{name}: expert {lacking[0]} has {single[lacking[0]]} tensors where others have "
+                f"{most}; so it is with {len(lacking)} of {num_experts} experts. "
+                f"{_NOT_OF_THIS_CONFIG}"
+            )
 
 
 @dataclass(frozen=True)
@@ -213,6 +249,9 @@ def _take_out_expert(key: str) -> tuple[str, int]:
 def _check_fused(key: str, num_experts: int, layer: SwappedLayer) -> None:
     if num_experts != layer.num_experts:
         raise CheckpointError(
-            f"{key} holds {num_experts} experts, config.json says {layer.num_experts}. The "
-            "weights are not those of this config."
+            f"{key} holds {num_experts} experts, config.json says {layer.num_experts}. "
+            f"{_NOT_OF_THIS_CONFIG}"
         )
+
+
+_NOT_OF_THIS_CONFIG = "The weights are not those of this config."

@@ -19,9 +19,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from ds_moe_ep.adapter.replace import SwappedLayer, check_ep_size, shard_experts
 from ds_moe_ep.checkpoint.files import CheckpointFiles, open_checkpoint
 from ds_moe_ep.checkpoint.header import joined_shape
-from ds_moe_ep.checkpoint.layout import check_experts
 from ds_moe_ep.checkpoint.load import build_on_meta, read_model_config, refuse_incomplete
-from ds_moe_ep.checkpoint.mapping import ExpertTensor, expert_tensors
+from ds_moe_ep.checkpoint.mapping import ExpertTensor, check_experts, expert_tensors
 
 __all__ = ["Source", "open_source"]
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from ds_moe_ep.adapter.replace import SwappedLayer, shard_experts
 from ds_moe_ep.checkpoint.files import CheckpointFiles
 from ds_moe_ep.checkpoint.header import StoredTensor, make_header, read_header
-from ds_moe_ep.checkpoint.layout import check_experts, shard_tensors
-from ds_moe_ep.checkpoint.mapping import ExpertTensor, expert_tensors
+from ds_moe_ep.checkpoint.layout import shard_tensors
+from ds_moe_ep.checkpoint.mapping import ExpertTensor, check_experts, expert_tensors
 from ds_moe_ep.errors import CheckpointError
 from tests.helpers.families import FAMILIES, NUM_EXPERTS
 
