@@ -1,7 +1,7 @@
 """Tensors that are made from others while they are written: copied, cut, scaled, with noise; drawn.
 
 They are made a few megabytes at a time, and from the same source and seed always the same bytes.
-Which tensors an upcycled model needs is decided in upcycle.py.
+Which tensors an upcycled model needs is decided in upcycled_tensors.py.
 """
 
 from __future__ import annotations
@@ -9,26 +9,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from ds_moe_ep.checkpoint.header import ByteRange, StoredTensor
 from ds_moe_ep.checkpoint.layout import ProducedBytes
+from ds_moe_ep.checkpoint.reader import DTYPES
+from ds_moe_ep.checkpoint.streams import read_exactly
 from ds_moe_ep.errors import CheckpointError
 
 __all__ = ["DerivedTensor", "DrawnValues", "Noise", "changed", "torch_dtype"]
 
 _CHUNK_BYTES = 2 << 20  # several times that is in use while a chunk is computed, by each thread
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
 
 @dataclass(frozen=True)
@@ -181,22 +178,22 @@ class _Changed(ProducedBytes):
             generator.manual_seed(_seed(self.noise.seed, self.noise.stream))
         with self.taken.path.open("rb", buffering=0) as file:
             for rows in _in_chunks(self._num_rows, self._row_bytes):
-                values = torch.frombuffer(self._read(file.fileno(), rows), dtype=dtype).double()
+                values = torch.frombuffer(self._read(file, rows), dtype=dtype).double()
                 values *= self.scale
                 if std:
                     values += std * torch.randn(len(values), generator=generator)
                 yield _to_bytes(values.to(dtype))
 
-    def _read(self, descriptor: int, rows: range) -> bytearray:
+    def _read(self, file: IO[bytes], rows: range) -> bytearray:
         """Reads some rows: in one go, or where columns are left out, one by one."""
         taken = self.taken.cut(rows)
         if self.columns is None:
-            return _pread(descriptor, taken.start, taken.num_bytes, taken.path)
+            return _bytes_of(file, taken.start, taken.num_bytes)
         stride = taken.num_bytes // (len(rows) or 1)
         start = taken.start + self.columns.start * taken.element_bytes
         found = bytearray()
         for row in range(len(rows)):
-            found += _pread(descriptor, start + row * stride, self._row_bytes, taken.path)
+            found += _bytes_of(file, start + row * stride, self._row_bytes)
         return found
 
 
@@ -259,13 +256,9 @@ def _seed(seed: int, stream: str) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def _pread(descriptor: int, start: int, num_bytes: int, path: Path) -> bytearray:
-    found = bytearray()
-    while len(found) < num_bytes:
-        chunk = os.pread(descriptor, num_bytes - len(found), start + len(found))
-        if not chunk:
-            raise CheckpointError(f"{path} became shorter while it was read.")
-        found += chunk
+def _bytes_of(file: IO[bytes], start: int, num_bytes: int) -> bytearray:
+    found = bytearray(num_bytes)
+    read_exactly(file, start, memoryview(found))
     return found
 
 
@@ -277,8 +270,7 @@ def _std(tensor: StoredTensor) -> float:
     with tensor.path.open("rb", buffering=0) as file:
         for items in _in_chunks(count, tensor.element_bytes):
             start = tensor.start + items.start * tensor.element_bytes
-            num_bytes = len(items) * tensor.element_bytes
-            data = _pread(file.fileno(), start, num_bytes, tensor.path)
+            data = _bytes_of(file, start, len(items) * tensor.element_bytes)
             values = torch.frombuffer(data, dtype=dtype).double()
             total += float(values.sum())
             total_of_squares += float(values.square().sum())

@@ -7,7 +7,6 @@ are is decided in mapping.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +14,7 @@ from typing import IO, Any
 import torch
 
 from ds_moe_ep.checkpoint.header import StoredTensor, joined_shape
+from ds_moe_ep.checkpoint.streams import read_exactly
 from ds_moe_ep.errors import CheckpointError
 
 __all__ = ["DTYPES", "StoredSlice", "TensorReader"]
@@ -67,14 +67,8 @@ class TensorReader:
         return data.view(dtype).reshape(joined_shape(pieces))
 
     def _fill(self, view: memoryview, piece: StoredTensor) -> None:
-        start = piece.start
         try:
-            descriptor = self._open(piece.path).fileno()
-            while view:
-                num_bytes = os.preadv(descriptor, [view], start)
-                if num_bytes == 0:
-                    raise CheckpointError(f"{piece.path} became shorter while it was read.")
-                view, start = view[num_bytes:], start + num_bytes
+            read_exactly(self._open(piece.path), piece.start, view)
         except OSError as error:
             raise CheckpointError(f"{piece.path} cannot be read: {error}.") from error
 

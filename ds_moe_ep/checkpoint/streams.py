@@ -1,4 +1,4 @@
-"""Bytes on their way: hashed and counted, several files at a time.
+"""Bytes on their way: read, hashed and counted, several files at a time.
 
 Which bytes these are is decided elsewhere.
 """
@@ -13,7 +13,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO, TypeVar
 
-__all__ = ["CHUNK_BYTES", "HashingSink", "Progress", "hash_file", "hash_files", "in_threads"]
+from ds_moe_ep.errors import CheckpointError
+
+__all__ = [
+    "CHUNK_BYTES",
+    "HashingSink",
+    "Progress",
+    "hash_file",
+    "hash_files",
+    "in_threads",
+    "read_exactly",
+]
 
 CHUNK_BYTES = 8 << 20
 """How much is read at a time."""
@@ -60,6 +70,20 @@ class HashingSink:
     def flush(self) -> None:
         """Writes what is still in memory."""
         self._out.flush()
+
+
+def read_exactly(file: IO[bytes], start: int, view: memoryview) -> None:
+    """Fills memory with the bytes of a file from a place on; where the file stands does not count.
+
+    Raises:
+        CheckpointError: The file is not that long.
+        OSError: It cannot be read.
+    """
+    while view:
+        num_bytes = os.preadv(file.fileno(), [view], start)
+        if num_bytes == 0:
+            raise CheckpointError(f"{file.name} became shorter while it was read.")
+        view, start = view[num_bytes:], start + num_bytes
 
 
 def hash_files(

@@ -2,7 +2,7 @@
 
 The experts follow transformers' experts contract, so that all that works on the experts of a
 Hugging Face MoE model works on them. Where they go is settled in adapter/upcycle.py, what their
-weights are in checkpoint/upcycle.py.
+weights are in checkpoint/upcycled_tensors.py.
 
 Source: sparse upcycling, https://arxiv.org/abs/2212.05055
 """
