@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ds_moe_ep.checkpoint.files import PICKLED_INDEX, CheckpointFiles
 from ds_moe_ep.checkpoint.header import read_header
-from ds_moe_ep.checkpoint.layout import PlannedFile, aligned, copied_file
+from ds_moe_ep.checkpoint.layout import PlannedFile, Tensors, copied_file, new_layout
 from ds_moe_ep.checkpoint.manifest import (
     INDEX_JSON,
     MANIFEST_JSON,
@@ -63,13 +63,13 @@ def describe_layout(files: CheckpointFiles) -> SourceSection:
 
     Pickled ones are described as the safetensors that are to be made of them.
     """
+    name = folder_name(files.folder)
     if files.is_pickled:
-        layouts, index = _unpickled(files)
-    else:
-        layouts, index = _stored(files), _read_index(files)
-        if index is not None:
-            del index["weight_map"]
-    return SourceSection(name=folder_name(files.folder), files=layouts, index=index)
+        return new_layout(name, _by_file(files))
+    index = _read_index(files)
+    if index is not None:
+        del index["weight_map"]
+    return SourceSection(name=name, files=_stored(files), index=index)
 
 
 def folder_name(folder: Path) -> str:
@@ -87,19 +87,11 @@ def _stored(files: CheckpointFiles) -> dict[str, SourceFile]:
     return layouts
 
 
-def _unpickled(files: CheckpointFiles) -> tuple[dict[str, SourceFile], dict[str, object] | None]:
-    paths = _paths(files)
-    layouts = {}
-    for number, path in enumerate(paths, start=1):
-        own = {key: pieces for key, pieces in files.tensors.items() if pieces[0].path == path}
-        part = f"-{number:05d}-of-{len(paths):05d}" if len(paths) > 1 else ""
-        layouts[f"model{part}.safetensors"] = SourceFile(
-            metadata={"format": "pt"}, tensors=list(aligned(own))
-        )
-    if len(paths) == 1:
-        return layouts, None
-    total = sum(piece.num_bytes for (piece,) in files.tensors.values())
-    return layouts, {"metadata": {"total_size": total}}
+def _by_file(files: CheckpointFiles) -> list[Tensors]:
+    return [
+        {key: pieces for key, pieces in files.tensors.items() if pieces[0].path == path}
+        for path in _paths(files)
+    ]
 
 
 def _paths(files: CheckpointFiles) -> list[Path]:

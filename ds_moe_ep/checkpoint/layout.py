@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from ds_moe_ep.checkpoint.header import ByteRange, FileState, Piece, make_header
-from ds_moe_ep.checkpoint.manifest import INDEX_JSON, SourceSection
+from ds_moe_ep.checkpoint.manifest import INDEX_JSON, SourceFile, SourceSection
 
 if TYPE_CHECKING:  # it takes transformers to say which tensor is an expert's, but not to place it
     from ds_moe_ep.checkpoint.mapping import ExpertTensor
@@ -22,10 +22,10 @@ __all__ = [
     "PlannedFile",
     "ProducedBytes",
     "Tensors",
-    "aligned",
     "copied_file",
     "hugging_face_files",
     "model_files",
+    "new_layout",
     "safetensors_file",
     "shard_tensors",
 ]
@@ -122,7 +122,7 @@ def shard_tensors(
             shard[key] = (tensor.cut(rows),)
     files = _numbered("dense", list(_split(dense, max_dense_bytes)))
     files |= _numbered("experts", shards, always=True)
-    return {name: aligned(held) for name, held in files.items()}
+    return {name: _aligned(held) for name, held in files.items()}
 
 
 def hugging_face_files(source: SourceSection, tensors: Tensors) -> list[PlannedFile]:
@@ -151,17 +151,24 @@ def model_files(tensors: Tensors, *, max_file_bytes: int) -> list[PlannedFile]:
         tensors: All tensors.
         max_file_bytes: Size at which another file begins.
     """
-    shards = _numbered("model", list(_split(tensors, max_file_bytes)))
-    files = [
-        safetensors_file(name, {"format": "pt"}, aligned(held)) for name, held in shards.items()
-    ]
-    if len(shards) > 1:
-        weight_map = {key: name for name, held in shards.items() for key in held}
-        size = sum(piece.num_bytes for pieces in tensors.values() for piece in pieces)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True)
-        files.append(PlannedFile(INDEX_JSON, f"{text}\n".encode()))
-    return files
+    groups = list(_split(tensors, max_file_bytes))
+    return hugging_face_files(new_layout("", groups), tensors)
+
+
+def new_layout(name: str, groups: Sequence[Tensors]) -> SourceSection:
+    """Describes the weight files of a new Hugging Face directory.
+
+    Args:
+        name: Its name.
+        groups: The tensors of each file.
+    """
+    files = {
+        file: SourceFile(metadata={"format": "pt"}, tensors=list(_aligned(held)))
+        for file, held in _numbered("model", groups).items()
+    }
+    size = sum(piece.num_bytes for held in groups for pieces in held.values() for piece in pieces)
+    index = {"metadata": {"total_size": size}} if len(groups) > 1 else None
+    return SourceSection(name=name, files=files, index=index)
 
 
 def _split(tensors: Tensors, max_bytes: int) -> Iterator[Tensors]:
@@ -179,7 +186,7 @@ def _split(tensors: Tensors, max_bytes: int) -> Iterator[Tensors]:
         yield group
 
 
-def _numbered(stem: str, groups: list, *, always: bool = False) -> dict[str, Tensors]:
+def _numbered(stem: str, groups: Sequence[Tensors], *, always: bool = False) -> dict[str, Tensors]:
     if len(groups) == 1 and not always:
         return {f"{stem}.safetensors": groups[0]}
     return {
@@ -188,7 +195,7 @@ def _numbered(stem: str, groups: list, *, always: bool = False) -> dict[str, Ten
     }
 
 
-def aligned(tensors: Tensors) -> Tensors:
+def _aligned(tensors: Tensors) -> Tensors:
     """Orders tensors so that each begins at a multiple of its element's size.
 
     safetensors cannot read them otherwise. Among equal sizes the source is read in order; tensors
