@@ -19,6 +19,7 @@ __all__ = [
     "check_plan",
     "make_plan",
     "nearest_plans",
+    "uneven_experts",
     "valid_ep_sizes",
 ]
 
@@ -149,6 +150,21 @@ def valid_ep_sizes(num_experts: int, at_most: int | None = None) -> list[int]:
     return [size for size in _divisors(num_experts) if size <= limit]
 
 
+def uneven_experts(ep_size: int, num_experts: int, where: str, ep_note: str = "") -> str:
+    """Return why an ep_size that does not divide num_experts is refused, without a full stop.
+
+    Args:
+        ep_size: ranks that the experts of a layer were to be spread over.
+        num_experts: experts of the layer.
+        where: the layer.
+        ep_note: what is to be said of ep_size.
+    """
+    return (
+        f"ep_size={ep_size}{ep_note} does not divide num_experts={num_experts} ({where}): every "
+        f"rank must own the same number of experts. Use ep_size in {valid_ep_sizes(num_experts)}"
+    )
+
+
 def make_plan(
     cluster: Cluster,
     spec: ModelSpec | None = None,
@@ -269,11 +285,8 @@ def _ep_misfits(plan: ParallelPlan, spec: ModelSpec, ep_note: str = "") -> Itera
                 f"layer, so there are no experts to spread. {HOW_TO_UPCYCLE}"
             )
     elif spec.num_experts % plan.ep_size:
-        yield (
-            f"ep_size={plan.ep_size}{ep_note} does not divide num_experts={spec.num_experts} "
-            f"(layer {spec.moe_layers[0]} of {spec.name}): every rank must own the same number of "
-            f"experts. Use ep_size in {valid_ep_sizes(spec.num_experts)}"
-        )
+        where = f"layer {spec.moe_layers[0]} of {spec.name}"
+        yield uneven_experts(plan.ep_size, spec.num_experts, where, ep_note)
 
 
 def _split_misfits(plan: ParallelPlan, spec: ModelSpec) -> Iterator[str]:

@@ -26,7 +26,7 @@ from ds_moe_ep.moe.probe import measure_links
 from ds_moe_ep.moe.shared_expert import EarlySharedExpert
 from ds_moe_ep.moe.slots import ExpertSlots
 from ds_moe_ep.placement import SlotPlacement
-from ds_moe_ep.plan import HOW_TO_UPCYCLE, ParallelPlan, valid_ep_sizes
+from ds_moe_ep.plan import HOW_TO_UPCYCLE, ParallelPlan, uneven_experts
 
 __all__ = [
     "AdaptReport",
@@ -177,11 +177,7 @@ def check_ep_size(layer: str, num_experts: int, ep_size: int) -> None:
         AdapterError: With those that do.
     """
     if num_experts % ep_size:
-        raise AdapterError(
-            f"ep_size={ep_size} does not divide num_experts={num_experts} ({layer}): every rank "
-            "must own the same number of "
-            f"experts. Use ep_size in {valid_ep_sizes(num_experts)}."
-        )
+        raise AdapterError(f"{uneven_experts(ep_size, num_experts, layer)}.")
 
 
 def bind_expert_groups(
