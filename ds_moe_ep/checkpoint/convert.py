@@ -46,8 +46,8 @@ from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 __all__ = [
     "MAX_DENSE_BYTES",
     "Conversion",
+    "choose_ep_size",
     "compare_files",
-    "default_ep_size",
     "describe",
     "to_deepspeed",
     "to_expert_sharded",
@@ -109,8 +109,6 @@ def to_expert_sharded(
     # Seconds, which going back and checking need not wait for.
     from ds_moe_ep.checkpoint.source import open_source
 
-    if ep_size is not None and ep_size < 1:
-        raise PlanError(f"ep_size={ep_size}: at least 1 is needed.")
     opened = open_source(source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if opened.files.manifest is not None:
         raise CheckpointError(
@@ -118,8 +116,7 @@ def to_expert_sharded(
             f"other files first go back: ds-moe-ep convert {shlex.quote(str(source))} DST "
             "--to hf."
         )
-    if ep_size is None:
-        ep_size = default_ep_size(math.gcd(*(layer.num_experts for layer in opened.layers)))
+    ep_size = choose_ep_size(ep_size, math.gcd(*(layer.num_experts for layer in opened.layers)))
     of_experts = opened.find_experts(ep_size)
     others, not_copied = beside_the_weights(source, opened.files, with_code=trust_remote_code)
     write_expert_sharded(
@@ -323,9 +320,17 @@ def _unpickle(
     return describe(folder, not_copied)
 
 
-def default_ep_size(num_experts: int) -> int:
-    """Returns into how many files experts go where nobody says: up to 64, equally many in each."""
-    return max(valid_ep_sizes(num_experts, at_most=_MAX_EXPERT_FILES))
+def choose_ep_size(ep_size: int | None, num_experts: int) -> int:
+    """Returns into how many files experts go: as asked, or up to 64, equally many in each.
+
+    Raises:
+        PlanError: ep_size is below 1.
+    """
+    if ep_size is None:
+        return max(valid_ep_sizes(num_experts, at_most=_MAX_EXPERT_FILES))
+    if ep_size < 1:
+        raise PlanError(f"ep_size={ep_size}: at least 1 is needed.")
+    return ep_size
 
 
 def _tensor_entries(shards: Mapping[str, Tensors]) -> dict[str, TensorEntry]:

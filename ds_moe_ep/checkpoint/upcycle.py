@@ -20,7 +20,7 @@ from ds_moe_ep.checkpoint.architectures import architecture_for, moe_config
 from ds_moe_ep.checkpoint.convert import (
     MAX_DENSE_BYTES,
     Conversion,
-    default_ep_size,
+    choose_ep_size,
     describe,
     write_expert_sharded,
 )
@@ -33,7 +33,7 @@ from ds_moe_ep.checkpoint.source import open_source
 from ds_moe_ep.checkpoint.transform import ModelNames
 from ds_moe_ep.checkpoint.upcycled_tensors import UpcycledTensors, UpcycleRequest
 from ds_moe_ep.checkpoint.writer import ShowProgress, silently, write_folder
-from ds_moe_ep.errors import AdapterError, PlanError
+from ds_moe_ep.errors import AdapterError
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.plan import ParallelPlan, valid_ep_sizes
 from ds_moe_ep.upcycle_settings import METHODS, UPCYCLE_FIELD, UpcycleSettings
@@ -69,10 +69,7 @@ def upcycle_to_expert_sharded(
         CheckpointError: The source is not whole, or `folder` cannot be written.
     """
     _, made = _read(source, request, allow_pickle)
-    if ep_size is None:
-        ep_size = default_ep_size(request.num_experts)
-    elif ep_size < 1:
-        raise PlanError(f"ep_size={ep_size}: at least 1 is needed.")
+    ep_size = choose_ep_size(ep_size, request.num_experts)
     check_ep_size(made.ffns[0].name, request.num_experts, ep_size)
     experts, of_experts = made.experts_fused()
     tensors = {**made.dense(), **made.routers("{slot}.router.weight"), **experts}
