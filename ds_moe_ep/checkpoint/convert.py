@@ -48,7 +48,6 @@ __all__ = [
     "Conversion",
     "choose_ep_size",
     "compare_files",
-    "describe",
     "to_deepspeed",
     "to_expert_sharded",
     "to_hugging_face",
@@ -76,6 +75,17 @@ class Conversion:
     num_files: int
     num_bytes: int
     not_copied: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, folder: Path, not_copied: tuple[str, ...] = ()) -> Conversion:
+        """Counts what a conversion wrote.
+
+        Args:
+            folder: What was written.
+            not_copied: Names in the source that were left out.
+        """
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        return cls(folder, len(sizes), sum(sizes), not_copied)
 
 
 def to_expert_sharded(
@@ -127,7 +137,7 @@ def to_expert_sharded(
         source=describe_layout(opened.files),
         show_progress=show_progress,
     )
-    return describe(folder, not_copied)
+    return Conversion.of(folder, not_copied)
 
 
 def write_expert_sharded(
@@ -216,7 +226,7 @@ def to_hugging_face(
     held = {name for entry in manifest.tensors.values() for name in entry.files}
     others = [copied_file(source / name) for name in manifest.files if name not in held]
     write_folder(folder, weights, others, show_progress=show_progress)
-    return describe(folder)
+    return Conversion.of(folder)
 
 
 def to_deepspeed(
@@ -251,7 +261,7 @@ def to_deepspeed(
     weights = deepspeed_files(opened.model, opened.files.tensors, opened.layers, of_experts)
     others, not_copied = beside_the_weights(source, opened.files, with_code=trust_remote_code)
     write_folder(folder, weights, others, show_progress=show_progress)
-    return describe(folder, not_copied)
+    return Conversion.of(folder, not_copied)
 
 
 def verify(folder: Path, *, show_progress: ShowProgress = silently) -> Conversion:
@@ -317,7 +327,7 @@ def _unpickle(
     weights = hugging_face_files(describe_layout(opened.files), opened.files.tensors)
     others, not_copied = beside_the_weights(source, opened.files, with_code=trust_remote_code)
     write_folder(folder, weights, others, show_progress=show_progress)
-    return describe(folder, not_copied)
+    return Conversion.of(folder, not_copied)
 
 
 def choose_ep_size(ep_size: int | None, num_experts: int) -> int:
@@ -346,14 +356,3 @@ def _tensor_entries(shards: Mapping[str, Tensors]) -> dict[str, TensorEntry]:
         )
         for key, pieces in pieces_of.items()
     }
-
-
-def describe(folder: Path, not_copied: tuple[str, ...] = ()) -> Conversion:
-    """Counts what a conversion wrote.
-
-    Args:
-        folder: What was written.
-        not_copied: Names in the source that were left out.
-    """
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    return Conversion(folder, len(sizes), sum(sizes), not_copied)

@@ -21,7 +21,6 @@ from ds_moe_ep.checkpoint.convert import (
     MAX_DENSE_BYTES,
     Conversion,
     choose_ep_size,
-    describe,
     write_expert_sharded,
 )
 from ds_moe_ep.checkpoint.files import CheckpointFiles
@@ -84,7 +83,7 @@ def upcycle_to_expert_sharded(
         source=SourceSection(name=folder_name(source), files={}, index=None),
         show_progress=show_progress,
     )
-    return describe(folder, not_copied)
+    return Conversion.of(folder, not_copied)
 
 
 def upcycle_to_hugging_face(
@@ -124,7 +123,7 @@ def upcycle_to_hugging_face(
     others, not_copied = _beside(source, made.files, config)
     weights = model_files(tensors, max_file_bytes=max_file_bytes)
     write_folder(folder, weights, others, show_progress=show_progress)
-    return describe(folder, not_copied)
+    return Conversion.of(folder, not_copied)
 
 
 def _read(

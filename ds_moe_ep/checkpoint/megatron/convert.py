@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from ds_moe_ep.checkpoint.convert import MAX_DENSE_BYTES, Conversion, compare_files, describe
+from ds_moe_ep.checkpoint.convert import MAX_DENSE_BYTES, Conversion, compare_files
 from ds_moe_ep.checkpoint.files import MEGATRON_METADATA, MEGATRON_TRACKER, CheckpointFiles
 from ds_moe_ep.checkpoint.header import StoredTensor
 from ds_moe_ep.checkpoint.hub_folder import beside_the_weights, describe_layout
@@ -104,7 +104,7 @@ def to_megatron(
     )
     if left_out:
         not_copied += (f"{len(left_out)} tensors that transformers ignores ({some(left_out)})",)
-    return describe(folder, not_copied)
+    return Conversion.of(folder, not_copied)
 
 
 def from_megatron(
@@ -152,7 +152,7 @@ def from_megatron(
     # Of the checkpoint itself, and of others beside it, nothing was to be copied.
     not_copied = tuple(name for name in not_copied if not _is_checkpoint(source / name))
     write_folder(folder, weights, others, show_progress=show_progress)
-    return describe(folder, not_copied if config_from is None else ())
+    return Conversion.of(folder, not_copied if config_from is None else ())
 
 
 def verify_megatron(folder: Path, *, show_progress: ShowProgress = silently) -> Conversion:
