@@ -102,6 +102,7 @@ def _preflight(args: argparse.Namespace) -> int:
         Launch(
             tuple(arguments),
             hostfile=Path(args.hostfile).absolute() if args.hostfile else None,
+            is_filtered=bool(args.include or args.exclude),
             master_addr=args.master_addr,
             master_port=args.master_port,
         ),

@@ -58,9 +58,28 @@ class Cluster:
 
     @property
     def include_filter(self) -> str:
-        """The `--include` text needed next to `to_hostfile()`; empty if all slots take part."""
+        """The `--include` text needed next to `to_hostfile()`; empty if all slots take part.
+
+        Raises:
+            HostfileError: as `spell_out`.
+        """
         if all(host.slots == tuple(range(len(host.slots))) for host in self.hosts):
             return ""
+        return self.spell_out()
+
+    def spell_out(self) -> str:
+        """Return the `--include` text that names every host and slot.
+
+        Raises:
+            HostfileError: if DeepSpeed cannot tell a name from what is around it there.
+        """
+        for host in self.hosts:
+            if set(host.name) & set("@:"):
+                raise HostfileError(
+                    f"{host.name}: DeepSpeed takes --include and --exclude apart at '@' and ':'. "
+                    "Name hosts without them (user and address in ~/.ssh/config), or use all slots "
+                    "of all hosts."
+                )
         return "@".join(host.slot_filter for host in self.hosts)
 
     def describe(self) -> str:

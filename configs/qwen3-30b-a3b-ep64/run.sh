@@ -4,6 +4,7 @@
 # Start it from the folder that holds launch/infer.py. All hosts must see that folder, this one and
 # the model under the same paths. MODEL and INFER name another model folder or another infer.py,
 # MASTER_PORT another port for the ranks to meet at (29500); one that the shell has set counts.
+# They meet at the first address of the first host; MASTER_ADDR names another one of that host.
 # All hosts are asked over ssh for what they have before a rank starts; SURVEY=no leaves that out.
 set -euo pipefail
 here="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -40,6 +41,7 @@ set -m
   [ "${SURVEY-}" = no ] || ds-moe-ep preflight --hosts-only --quick \
     --hostfile "$here/hostfile" --model "$model"
   exec deepspeed --hostfile "$here/hostfile" --launcher pdsh \
+    ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
     --master_port "$port" "$infer" --model "$model" --config "$here" "$@"
 } < /dev/null &
 job=$! signals=

@@ -40,12 +40,14 @@ class Launch:
     Attributes:
         arguments: Those of launch/infer.py.
         hostfile: The file that the hosts were read from, if they were.
+        is_filtered: Whether some of its slots were left out.
         master_addr: Where ranks meet; None leaves it to DeepSpeed.
         master_port: And the port; None is one that is free on this machine.
     """
 
     arguments: tuple[str, ...]
     hostfile: Path | None = None
+    is_filtered: bool = False
     master_addr: str | None = None
     master_port: int | None = None
 
@@ -141,8 +143,7 @@ def launch_command(cluster: Cluster, launch: Launch) -> list[str]:
         command += ["--hostfile", str(launch.hostfile)]
         command += ["--launcher", "pdsh"]
         command += ["--force_multi"] if len(cluster.hosts) == 1 else []
-        whole = "@".join(host.slot_filter for host in cluster.hosts)
-        command += ["--include", whole]
+        command += ["--include", cluster.spell_out()] if launch.is_filtered else []
     command += ["--master_addr", address] if address else []
     command += ["--master_port", str(launch.master_port or free_port())]
     return [*command, str(_INFER), *launch.arguments]

@@ -37,7 +37,7 @@ port="${MASTER_PORT:-29500}"
 set -m
 {
 @SURVEY@  exec deepspeed --hostfile "$here/hostfile" @LAUNCHER@ \
-    --master_port "$port" "$infer" --model "$model" --config "$here" "$@"
+    @ADDRESS@--master_port "$port" "$infer" --model "$model" --config "$here" "$@"
 } < /dev/null &
 job=$! signals=
 for signal in INT TERM HUP; do
@@ -75,9 +75,12 @@ for word in "$PWD" "$here" "$infer" "$model" "$@"; do
 done
 """
 
-_ABOUT_SURVEY = """\
+_ABOUT_HOSTS = """\
+# They meet at the first address of the first host; MASTER_ADDR names another one of that host.
 # All hosts are asked over ssh for what they have before a rank starts; SURVEY=no leaves that out.
 """
+
+_ADDRESS = '${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \\\n    '
 
 _SURVEY = r"""  [ "${SURVEY-}" = no ] || ds-moe-ep preflight --hosts-only --quick \
     --hostfile "$here/hostfile" @FILTER@--model "$model"
@@ -89,6 +92,7 @@ _RUN_SBATCH = r"""#!/usr/bin/env bash
 #SBATCH --ntasks=@RANKS@
 #SBATCH --ntasks-per-node=@SLOTS@
 #SBATCH --gpus-per-node=@SLOTS@
+#SBATCH --exclusive
 # Runs launch/infer.py on @GPUS@ under Slurm without ssh. Written by `ds-moe-ep config`.
 #   @SETTING@sbatch [--partition P --time T] run.sbatch --input IN.jsonl --output OUT.jsonl [...]
 # Submit it from the folder that holds launch/infer.py. MODEL and INFER name another model folder or
@@ -122,8 +126,8 @@ read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_PORT="$port"
 WORLD_SIZE="$SLURM_NTASKS"
 export MASTER_ADDR MASTER_PORT WORLD_SIZE
-# Consecutive ranks share a node, as the plan has it.
-exec srun --kill-on-bad-exit=1 --distribution=block bash -c \
+# Consecutive ranks share a node, as the plan has it, and its cores: srun would give each task one.
+exec srun --kill-on-bad-exit=1 --distribution=block --cpu-bind=none bash -c \
   'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"; exec "$@"' task \
   "${PYTHON:-python}" -u "$infer" --model "$model" --config "$here" "$@"
 """
@@ -139,13 +143,13 @@ def run_sh(model: Path, cluster: Cluster) -> str:
     """
     used = ["--include", cluster.include_filter] if cluster.include_filter else []
     if cluster.is_local:
-        about = pdsh = survey = ""
+        about = pdsh = survey = address = ""
         launcher = ["--no_ssh_check", "--master_addr", "127.0.0.1", *used]
     else:
         # DeepSpeed would run a hostfile of one host on the machine at hand unless forced not to.
         alone = ["--force_multi"] if len(cluster.hosts) == 1 else []
         launcher = ["--launcher", "pdsh", *alone, *used]
-        about, pdsh = _ABOUT_SURVEY, _PDSH
+        about, pdsh, address = _ABOUT_HOSTS, _PDSH, _ADDRESS
         survey = _fill(_SURVEY, FILTER="".join(f"{shlex.quote(word)} " for word in used))
     return _fill(
         _RUN_SH,
@@ -157,6 +161,7 @@ def run_sh(model: Path, cluster: Cluster) -> str:
         PDSH=pdsh,
         SURVEY=survey,
         LAUNCHER=shlex.join(launcher),
+        ADDRESS=address,
     )
 
 

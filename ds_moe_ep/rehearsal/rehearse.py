@@ -32,6 +32,8 @@ __all__ = ["rehearse"]
 _INFER = Path(__file__).resolve().parents[2] / "launch" / "infer.py"
 _NEW_TOKENS = 8
 _LOOK_S = 3.0  # between two looks at the memory
+# What run.sh heeds, and a user may have set for jobs of their own.
+_OF_USERS_JOBS = {"MODEL", "MASTER_ADDR", "MASTER_PORT", "SURVEY", "PDSH_SSH_ARGS_APPEND"}
 _TAIL_LINES = 30
 _GIB = 1 << 30
 # Of the bring-up, as infer.py shows it.
@@ -158,7 +160,8 @@ def _launch(stage: _Stage, folder: Path, script: Path, options: Sequence[str]) -
     job += ["--max-new-tokens", _NEW_TOKENS, *options]
     command = stage.command(["bash", str(folder / "config" / "run.sh"), *map(str, job)])
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    env = {**os.environ, "PATH": path, "INFER": str(script)}
+    env = {name: value for name, value in os.environ.items() if name not in _OF_USERS_JOBS}
+    env |= {"PATH": path, "INFER": str(script)}
     start_s, most_bytes = time.monotonic(), 0
     log = folder / "launch.log"
     with log.open("w", encoding="utf-8") as output:

@@ -190,6 +190,15 @@ def test_deepspeed_reads_the_port_that_run_sh_is_given(sandbox, model, cluster):
         assert (args.master_port, args.user_script) == (port, "launch/infer.py")
 
 
+def test_deepspeed_reads_the_address_that_run_sh_is_given(sandbox, model):
+    from deepspeed.launcher.runner import parse_args
+
+    for env, address in (({}, ""), ({"MASTER_ADDR": "10.0.0.7"}, "10.0.0.7")):
+        sandbox.run(run_sh(model, EIGHT), *IO, **env)
+        args = parse_args(sandbox.recorded())
+        assert (args.master_addr, args.user_script) == (address, "launch/infer.py")
+
+
 def test_run_sbatch_takes_another_port(sandbox, model):
     sandbox.slurm(run_sbatch(model, EIGHT), *IO, MASTER_PORT="29611")
     assert sandbox.recorded()[3:5] == ["node3", "29611"]
@@ -258,7 +267,9 @@ def test_what_run_sh_lets_pass_survives_deepspeeds_pdsh_launcher(sandbox, model)
     assert printed.stdout.split("\0")[-len(words) - 1 : -1] == words
 
 
-@pytest.mark.parametrize("name", ["a;touch${IFS}pwned", "$(touch$IFS/pwned)", NASTY])
+@pytest.mark.parametrize(
+    "name", ["a;touch${IFS}pwned", "$(touch$IFS/pwned)", NASTY.replace("@", "")]
+)
 def test_host_names_in_run_sh_are_quoted(sandbox, model, name):
     cluster = Cluster((Host(name, (0, 2)), Host("b", (0, 1))), "hostfile")
     done = sandbox.run(run_sh(model, cluster), *IO)
@@ -281,7 +292,8 @@ def test_deepspeed_reads_the_include_filter_as_it_was_meant(sandbox, model):
 def test_run_sbatch_starts_every_task_as_a_rank(sandbox, model):
     done = sandbox.slurm(run_sbatch(model, EIGHT), *IO)
     assert (done.returncode, done.stderr) == (0, "")
-    assert sandbox.recorded(".srun") == ["--kill-on-bad-exit=1", "--distribution=block"]
+    options = ["--kill-on-bad-exit=1", "--distribution=block", "--cpu-bind=none"]
+    assert sandbox.recorded(".srun") == options
     assert sandbox.recorded() == [
         *["11", "3", "64", "node3", "24242"],
         *["-u", "launch/infer.py", "--model", str(model), "--config", str(sandbox.bundle), *IO],
@@ -295,7 +307,8 @@ def test_run_sbatch_asks_slurm_for_what_the_plan_needs(model):
         if line.startswith("#SBATCH")
     ]
     assert directives == [
-        *["job-name=ds_moe_ep", "nodes=8", "ntasks=64", "ntasks-per-node=8", "gpus-per-node=8"]
+        *["job-name=ds_moe_ep", "nodes=8", "ntasks=64", "ntasks-per-node=8", "gpus-per-node=8"],
+        "exclusive",
     ]
 
 

@@ -290,3 +290,11 @@ def test_more_slots_than_there_are_or_none_are_refused(num_slots):
     cluster = parse_hostfile("a slots=2\nb slots=4\n", "f")
     with pytest.raises(HostfileError, match=f"{num_slots} ranks are asked for.*Ask for 1 to 6"):
         first_slots(cluster, num_slots)
+
+
+@pytest.mark.parametrize("name", ["root@worker", "fe80::2%eth0"])
+def test_a_host_that_a_filter_cannot_name_takes_part_with_all_slots_or_is_refused(name):
+    whole = Cluster((Host(name, (0, 1)),), "hostfile")
+    assert whole.include_filter == ""
+    with pytest.raises(HostfileError, match=f"^{name}: DeepSpeed takes --include and --exclude"):
+        _ = Cluster((Host(name, (0, 2)),), "hostfile").include_filter

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,7 +221,9 @@ def test_ranks_are_started_by_deepspeeds_launcher():
     launch = Launch(("--preflight",), Path("/hosts"), master_port=7)
     several = launch_command(_cluster("a", "b"), launch)
     assert several[several.index("--hostfile") + 1] == "/hosts"
-    assert several[several.index("--include") + 1] == "a:0,1@b:0,1"
+    assert "--include" not in several
+    filtered = launch_command(_cluster("a", "b"), replace(launch, is_filtered=True))
+    assert filtered[filtered.index("--include") + 1] == "a:0,1@b:0,1"
     assert "--force_multi" not in several
     assert "--force_multi" in launch_command(_cluster("a"), launch)
     local = launch_command(local_cluster(3), launch)
