@@ -112,7 +112,6 @@ def from_megatron(
     folder: Path,
     config_from: Path | None = None,
     *,
-    max_file_bytes: int = MAX_DENSE_BYTES,
     show_progress: ShowProgress = silently,
 ) -> Conversion:
     """Writes a Hugging Face directory from a Megatron checkpoint.
@@ -124,7 +123,6 @@ def from_megatron(
         folder: What to write.
         config_from: Hugging Face directory whose config.json describes the model, and whose
             tokenizer and other small files are to be beside it; by default `source`.
-        max_file_bytes: Size at which another weight file begins, where Megatron wrote the source.
         show_progress: Opens the progress bar.
 
     Raises:
@@ -147,7 +145,7 @@ def from_megatron(
     if record is not None and _names(record.source) == found.keys():
         weights = hugging_face_files(record.source, found)
     else:
-        weights = model_files(found, max_file_bytes=max_file_bytes)
+        weights = model_files(found, max_file_bytes=MAX_DENSE_BYTES)
     others, not_copied = _beside(beside, CheckpointFiles(beside, {}))
     # Of the checkpoint itself, and of others beside it, nothing was to be copied.
     not_copied = tuple(name for name in not_copied if not _is_checkpoint(source / name))
