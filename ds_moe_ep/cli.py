@@ -159,11 +159,12 @@ def _cluster(args: argparse.Namespace) -> tuple[Cluster, list[str]]:
     if args.hostfile is not None:
         return read_hostfile(args.hostfile, include=args.include, exclude=args.exclude), []
     remarks = []
-    num_slots = args.num_gpus
+    num_slots, slots = args.num_gpus, ()
     if num_slots is None:
-        from ds_moe_ep.local_machine import count_local_gpus
+        from ds_moe_ep.local_machine import local_gpus
 
-        num_slots = count_local_gpus()
+        slots = local_gpus()
+        num_slots = len(slots)
         if num_slots == 0:
             num_slots = 1
             remarks.append(
@@ -174,8 +175,8 @@ def _cluster(args: argparse.Namespace) -> tuple[Cluster, list[str]]:
             remarks.append("No hostfile: planned for the GPUs of this machine.")
     elif num_slots < 1:
         raise PlanError(f"--num-gpus {num_slots}: at least 1 is needed.")
-    cluster = filter_cluster(local_cluster(num_slots), include=args.include, exclude=args.exclude)
-    return cluster, remarks
+    cluster = local_cluster(num_slots, slots)
+    return filter_cluster(cluster, include=args.include, exclude=args.exclude), remarks
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -121,8 +121,8 @@ def _cluster(args: argparse.Namespace) -> tuple[Cluster, bool | None]:
     if args.hostfile is not None:
         return read_hostfile(args.hostfile, include=args.include, exclude=args.exclude), on_gpus
     from ds_moe_ep.hostfile import filter_cluster
-    from ds_moe_ep.local_machine import count_local_gpus
+    from ds_moe_ep.local_machine import local_gpus
 
-    num_slots = count_local_gpus() or 1 if args.num_gpus is None else args.num_gpus
-    cluster = local_cluster(num_slots)
+    slots = local_gpus() if args.num_gpus is None else ()
+    cluster = local_cluster(len(slots) or 1 if args.num_gpus is None else args.num_gpus, slots)
     return filter_cluster(cluster, include=args.include, exclude=args.exclude), on_gpus

@@ -115,15 +115,19 @@ class Cluster:
         return "".join(f"{host.name} slots={max(host.slots) + 1}\n" for host in self.hosts)
 
 
-def local_cluster(num_slots: int) -> Cluster:
+def local_cluster(num_slots: int, slots: tuple[int, ...] = ()) -> Cluster:
     """Return this machine as a cluster of one host, "localhost".
+
+    Args:
+        num_slots: how many of its slots take part.
+        slots: which; by default the first.
 
     Raises:
         HostfileError: if num_slots is not positive.
     """
     if num_slots < 1:
         raise HostfileError(f"num_slots={num_slots} on the local machine: at least 1 is needed.")
-    return Cluster((Host("localhost", tuple(range(num_slots))),), "local machine")
+    return Cluster((Host("localhost", slots or tuple(range(num_slots))),), "local machine")
 
 
 def read_hostfile(path: str | Path, *, include: str = "", exclude: str = "") -> Cluster:

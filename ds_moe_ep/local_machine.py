@@ -1,5 +1,6 @@
 """What this machine has to offer a job: GPUs, counted without importing torch, and a port."""
 
+import itertools
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 __all__ = [
     "count_local_gpus",
     "free_port",
+    "local_gpus",
     "num_usable_cores",
     "one_thread_each",
     "threads_of_rank",
@@ -16,18 +18,35 @@ __all__ = [
 
 
 def count_local_gpus() -> int:
-    """Return how many NVIDIA GPUs a job started here would see; 0 if there are none.
+    """Return how many NVIDIA GPUs a job started here is to use; 0 if there are none.
 
-    `CUDA_VISIBLE_DEVICES` narrows the number as it does for the job.
+    `CUDA_VISIBLE_DEVICES` narrows the number.
     """
     num_gpus = _count_device_files() or _count_by_nvidia_smi()
+    named = _named_gpus()
+    return num_gpus if named is None else min(num_gpus, len(named))
+
+
+def local_gpus() -> tuple[int, ...]:
+    """Return the numbers of the GPUs that `count_local_gpus` counts.
+
+    DeepSpeed's launcher does not heed `CUDA_VISIBLE_DEVICES`, but takes numbers. By other names
+    than numbers a GPU cannot be asked for; then they are the first ones.
+    """
+    named, num_gpus = _named_gpus() or [], count_local_gpus()
+    if named and all(entry.isdigit() for entry in named):
+        return tuple(map(int, named[:num_gpus]))
+    return tuple(range(num_gpus))
+
+
+def _named_gpus() -> list[str] | None:
+    """Return what CUDA_VISIBLE_DEVICES names; None if it is not set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return num_gpus
+        return None
     # CUDA ignores everything from the first entry on that names no device, such as -1.
     entries = [entry.strip() for entry in visible.split(",")]
-    num_named = next((i for i, entry in enumerate(entries) if entry in ("", "-1")), len(entries))
-    return min(num_gpus, num_named)
+    return list(itertools.takewhile(lambda entry: entry not in ("", "-1"), entries))
 
 
 def free_port() -> int:

@@ -61,7 +61,11 @@ ds-moe-ep plan --model "$OUT/model" --hostfile "$OUT/hostfile"
 if [ "$kind" = CPU ]; then
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 fi
-job=(deepspeed --quiet --num_gpus "$ranks" launch/infer.py --model "$OUT/model"
+where=(--num_gpus "$ranks")
+if [ "$kind" = GPU ] && [[ "${CUDA_VISIBLE_DEVICES-}" =~ ^[0-9,]+$ ]]; then # it heeds numbers alone
+    where=(--include "localhost:$(cut -d, -f "1-$ranks" <<< "$CUDA_VISIBLE_DEVICES")")
+fi
+job=(deepspeed --quiet "${where[@]}" launch/infer.py --model "$OUT/model"
     --input ds_moe_ep/demo/prompts.jsonl --output "$OUT/outputs.jsonl" --metrics "$OUT")
 step "${job[*]}"
 bounded "$JOB_LIMIT_S" "${job[@]}"

@@ -331,7 +331,15 @@ def test_by_default_the_gpus_of_this_machine(num_gpus, title, remark, monkeypatc
 
 @pytest.mark.parametrize(
     ("visible", "expected"),
-    [(None, 4), ("0,2", 2), ("", 0), ("-1", 0), ("0,-1,2", 1), ("0,1,2,3,4,5", 4)],
+    [
+        (None, (0, 1, 2, 3)),
+        ("2,0", (2, 0)),
+        ("", ()),
+        ("-1", ()),
+        ("3,-1,2", (3,)),
+        ("0,1,2,3,4,5", (0, 1, 2, 3)),
+        ("GPU-8932f937,GPU-45c2", (0, 1)),  # which DeepSpeed's launcher does not take
+    ],
 )
 def test_visible_devices_narrow_the_gpus(visible, expected, monkeypatch):
     names = ["nvidia0", "nvidia1", "nvidia2", "nvidia10", "nvidiactl", "nvidia-uvm", "null"]
@@ -339,7 +347,15 @@ def test_visible_devices_narrow_the_gpus(visible, expected, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert count_local_gpus() == expected
+    assert local_machine.local_gpus() == expected
+    assert count_local_gpus() == len(expected)
+
+
+def test_the_gpus_that_are_visible_are_those_of_the_job(monkeypatch, tmp_path):
+    monkeypatch.setattr(local_machine, "count_local_gpus", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert cli.main(["config", "--model", str(_MODEL), "--out", str(tmp_path / "run")]) == 0
+    assert "--include localhost:4,5,6,7" in (tmp_path / "run" / "run.sh").read_text()
 
 
 @pytest.mark.parametrize(
