@@ -159,7 +159,7 @@ def _cluster(args: argparse.Namespace) -> tuple[Cluster, list[str]]:
     if args.hostfile is not None:
         return read_hostfile(args.hostfile, include=args.include, exclude=args.exclude), []
     remarks = []
-    num_slots, slots = args.num_gpus, ()
+    num_slots, slots = args.num_gpus, tuple[int, ...]()
     if num_slots is None:
         from ds_moe_ep.local_machine import local_gpus
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.bench import deepspeed_shm
@@ -23,10 +24,11 @@ from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.collectives import Communicator
 from ds_moe_ep.dist.groups import Job, create_expert_groups
 from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
-from ds_moe_ep.moe.dispatch import make_links
+from ds_moe_ep.dist.shared_memory import SharedMemory
+from ds_moe_ep.moe.dispatch import Links, make_links
 from ds_moe_ep.moe.probe import measure_links
 
-__all__ = ["TABLE"]
+__all__ = ["TABLE", "open_links"]
 
 _MS = 1000.0
 _MB = 1_000_000
@@ -101,12 +103,17 @@ def _prepare(args: argparse.Namespace, work: Path) -> None:
         deepspeed_shm.build()
 
 
-@torch.no_grad()
-def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
+def open_links(job: Job, timeout_s: float) -> tuple[dist.ProcessGroup, SharedMemory | None, Links]:
+    """Returns a group of all ranks, the memory they share, and how rows go between them."""
     size = job.info.world_size
     group, node_groups = create_expert_groups(size), create_node_groups(size, job.nodes)
-    shared = open_within_nodes(group, node_groups, job.nodes, timeout_s=args.timeout)
-    links = make_links(group, node_groups, shared=shared)
+    shared = open_within_nodes(group, node_groups, job.nodes, timeout_s=timeout_s)
+    return group, shared, make_links(group, node_groups, shared=shared)
+
+
+@torch.no_grad()
+def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
+    group, shared, links = open_links(job, args.timeout)
     ways = {_FLAT: [Communicator(group)]}
     if links.across is not None and links.within is not None:
         ways[_TWO_LEVEL] = [links.across, links.within]
@@ -124,7 +131,7 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     local_s_per_byte = prices.pop("local_s_per_byte")
     return [
         {
-            "world_size": size,
+            "world_size": job.info.world_size,
             "num_nodes": len(set(job.nodes)),
             "times": times,
             "layers": layers,

@@ -28,7 +28,7 @@ from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.engine.decode_graph import DecodeGraph
 from ds_moe_ep.engine.live_rows import LiveRows
 from ds_moe_ep.engine.options import positive
-from ds_moe_ep.engine.sync import ForwardSync
+from ds_moe_ep.engine.sync import ForwardSync, shared_by_all
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.local_machine import num_usable_cores
 from ds_moe_ep.plan import ParallelPlan
@@ -135,7 +135,6 @@ def load_ours(
     bind_expert_groups(model, nodes=job.nodes, device=job.device)
     prepare_for_inference(model)
     layers = moe_layers(model)
-    shared = layers[0].deepspeed_moe.shared
     live_rows = LiveRows([], job.device)
     graph = None
     if captured is not None:
@@ -150,7 +149,7 @@ def load_ours(
         top_k=model.config.num_experts_per_tok,
         dtype=model.dtype,
         device=job.device,
-        shared=shared if shared is not None and shared.size == info.world_size else None,
+        shared=shared_by_all(layers, info.world_size),
         live_rows=live_rows,
         graph=graph,
     )

@@ -28,7 +28,7 @@ from ds_moe_ep.bench.layer_sides import (
 )
 from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.report import markdown_table, with_range
-from ds_moe_ep.bench.routing import ROUTINGS, tokens_with_logits
+from ds_moe_ep.bench.routing import ROUTINGS, routed_tokens
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.errors import ConfigError
@@ -127,12 +127,7 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
 
 
 def _own_tokens(job: Job, model: Any, routing: str, num_tokens: int) -> Tensor:
-    generator = torch.Generator().manual_seed(num_tokens)
-    num_all = num_tokens * job.info.world_size
-    sizes = model.config
-    logits_NE = ROUTINGS[routing](num_all, sizes.num_experts, sizes.num_experts_per_tok, generator)
-    router_EH = model.model.layers[0].mlp.gate.weight
-    x_NH = tokens_with_logits(logits_NE, router_EH, generator)
+    _, x_NH = routed_tokens(model, routing, num_tokens * job.info.world_size, seed=num_tokens)
     return x_NH.split(num_tokens)[job.info.rank]
 
 

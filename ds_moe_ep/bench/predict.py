@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ds_moe_ep import heap
+from ds_moe_ep.bench.collectives import open_links
 from ds_moe_ep.bench.generate_sides import (
     GenerateSide,
     add_batch_arguments,
@@ -27,11 +28,9 @@ from ds_moe_ep.bench.models import SHAPES, write_model
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.bench.timing import Spread, time_in_turn
-from ds_moe_ep.dist.groups import Job, create_expert_groups
-from ds_moe_ep.dist.node_groups import create_node_groups, open_within_nodes
+from ds_moe_ep.dist.groups import Job
 from ds_moe_ep.model_spec import read_model_spec
 from ds_moe_ep.moe.cost_model import LinkPrices
-from ds_moe_ep.moe.dispatch import Links, make_links
 from ds_moe_ep.moe.probe import measure_links
 from ds_moe_ep.plan import ParallelPlan
 from ds_moe_ep.predict.passes import Deployment, Pass, PassTimes, predict_pass
@@ -73,7 +72,7 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     loaded = _load(args, job, folder, batch=most)
     model, side = loaded.model, loaded.side
     held_bytes, cache_bytes = job.all_gather(_held_bytes(model)), _cache_bytes(model, job, args)
-    links = _links(args, job)
+    _, _, links = open_links(job, args.timeout)
     times: dict[int, dict[str, list[float]]] = {b: {"first": [], "step": []} for b in args.batch}
     prices = []
     for _ in range(args.rounds):
@@ -148,13 +147,6 @@ def _cache_bytes(model: PreTrainedModel, job: Job, args: argparse.Namespace) -> 
     ids_1S = torch.full((1, args.prompt_tokens), 3, device=job.device)
     cache = model(ids_1S, use_cache=True).past_key_values
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
-def _links(args: argparse.Namespace, job: Job) -> Links:
-    size = job.info.world_size
-    group, node_groups = create_expert_groups(size), create_node_groups(size, job.nodes)
-    shared = open_within_nodes(group, node_groups, job.nodes, timeout_s=args.timeout)
-    return make_links(group, node_groups, shared=shared)
 
 
 def _middle(prices: Sequence[LinkPrices]) -> LinkPrices:
@@ -275,7 +267,7 @@ def _pass_cells(one: Result) -> list[str]:
     shares = one["predicted_shares"]
     names = ("dense weights", "attention", "experts", "communication", "launching")
     return [
-        "first" if one["pass"] == "first" else "step",
+        one["pass"],
         f"{one['predicted_s'] * _MS:,.1f}",
         with_range(one["seconds"], scale=_MS, digits=1),
         f"{off_by(one['predicted_s'], one['seconds']['median']):+.0%}",

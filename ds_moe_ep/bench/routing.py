@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM
 
 from ds_moe_ep.demo import MODEL_DIR
 from ds_moe_ep.errors import ConfigError
 
-__all__ = ["ROUTINGS", "tokens_with_logits"]
+__all__ = ["ROUTINGS", "routed_tokens", "tokens_with_logits"]
 
 _ZIPF_EXPONENT = 1.2
 _TEXT = MODEL_DIR.with_name("alice.txt")
@@ -99,3 +99,19 @@ ROUTINGS: dict[str, Callable[[int, int, int, torch.Generator], Tensor]] = {
 Every expert is as likely as another; expert i in proportion to ``(i + 1) ** -1.2``; all tokens
 choose the first experts, which share a rank; what a layer of the bundled model says to its book.
 """
+
+
+def routed_tokens(
+    model: Qwen3MoeForCausalLM, routing: str, num_tokens: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Makes tokens that the first router of a model sends to experts in a way of `ROUTINGS`.
+
+    Returns:
+        Their logits ``[N, E]``, and the tokens ``[N, H]``.
+    """
+    generator, sizes = torch.Generator().manual_seed(seed), model.config
+    logits_NE = ROUTINGS[routing](
+        num_tokens, sizes.num_experts, sizes.num_experts_per_tok, generator
+    )
+    router_EH = model.model.layers[0].mlp.gate.weight
+    return logits_NE, tokens_with_logits(logits_NE, router_EH, generator)

@@ -21,7 +21,7 @@ from ds_moe_ep.bench.layer_sides import (
 )
 from ds_moe_ep.bench.models import SHAPES
 from ds_moe_ep.bench.report import markdown_table, with_range
-from ds_moe_ep.bench.routing import ROUTINGS, tokens_with_logits
+from ds_moe_ep.bench.routing import routed_tokens
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import Job
 
@@ -89,12 +89,9 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
     ranks_share_cores = is_one_machine and job.device.type != "cuda"
     results = []
     for fixed, total in works:
-        shape, generator = SHAPES[args.shape], torch.Generator().manual_seed(total)
-        logits_NE = ROUTINGS["uniform"](total, shape.num_experts, shape.top_k, generator)
-        router_EH = model.model.layers[0].mlp.gate.weight
-        parts = tokens_with_logits(logits_NE, router_EH, generator).tensor_split(
-            job.info.world_size
-        )
+        shape = SHAPES[args.shape]
+        logits_NE, x_NH = routed_tokens(model, "uniform", total, seed=total)
+        parts = x_NH.tensor_split(job.info.world_size)
         announced[:] = map(len, parts)
         x_TH, expected_TH = parts[job.info.rank], reference(parts[job.info.rank])
         sent = {n: _sent_bytes(job, n, side, x_TH, expected_TH) for n, side in sides.items()}
