@@ -5,7 +5,7 @@ files, cores and memory, and reach each other, but nothing else.
 
 Nothing of the hosts is left behind, however this process ends: they live in namespaces of one
 process that waits for the end of its input. With that process the kernel ends all others there, and
-with the last of them go the networks, the mounts over ``/run``, ``/etc/hosts`` and ssh's
+with the last of them go the networks, the mounts over ``/run``, files of ``/etc`` and ssh's
 configuration, and the files on them. The machine's own are never written. A command that is run
 where the hosts can be reached is no process of theirs: who starts it ends it.
 """
@@ -230,11 +230,21 @@ def _write_files(hosts: SimulatedHosts) -> None:
     (run / "ssh_config").write_text(_SSH_CONFIG)
     (run / "ds_env").write_text("".join(f"{k}={v}\n" for k, v in hosts.variables.items()))
     (run / "nsswitch.conf").write_text(_NSSWITCH)
-    for place in ("/etc/hosts", "/etc/nsswitch.conf", "/etc/ssh/ssh_config"):
+    places = ["/etc/hosts", "/etc/nsswitch.conf", "/etc/ssh/ssh_config"]
+    with contextlib.suppress(FileNotFoundError):
+        (run / "shadow").write_text(_unlocked(Path("/etc/shadow").read_text()))
+        (run / "shadow").chmod(0o600)
+        places.append("/etc/shadow")
+    for place in places:
         _run([*enter, "mount", "--bind", f"/run/{Path(place).name}", place])
     own = Path.home() / ".ssh"
     if own.is_dir():  # its settings would go before ours
         _run([*enter, "mount", "-t", "tmpfs", "tmpfs", str(own)])
+
+
+def _unlocked(shadow: str) -> str:
+    """Returns /etc/shadow with a root that has no password: sshd lets no locked account in."""
+    return re.sub(r"^root:[^:]*:", "root:*:", shadow, flags=re.MULTILINE)
 
 
 def _connect(hosts: SimulatedHosts) -> None:

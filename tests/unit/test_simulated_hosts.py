@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from ds_moe_ep.rehearsal.hosts import why_no_hosts
+from ds_moe_ep.rehearsal.hosts import _unlocked, why_no_hosts
 from tests import conftest
 from tests.helpers import hosts
 from tests.helpers.hosts import REQUIRE_HOSTS
@@ -67,3 +67,8 @@ def _play_machine(folder, monkeypatch, missing, user, unshare) -> None:
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(os, "geteuid", lambda: user)
+
+
+def test_a_locked_root_is_let_in_on_the_hosts_and_nobody_else():
+    shadow = "daemon:!:20000::::::\nroot:!$y$j9T$abc:20000:0:99999:7:::\nrootless:!:20000::::::\n"
+    assert _unlocked(shadow) == shadow.replace("root:!$y$j9T$abc:", "root:*:")
