@@ -42,6 +42,7 @@ __all__ = [
     "build_one_layer",
     "check_equal",
     "deepspeed_moe",
+    "on_rows",
     "time_sides",
     "transformers_block",
     "tutel",
@@ -78,7 +79,7 @@ def build_one_layer(shape: Shape) -> Qwen3MoeForCausalLM:
 
 def transformers_block(model: Qwen3MoeForCausalLM) -> LayerSide:
     """Returns the block of a whole model in this process: what all sides are compared with."""
-    return _on_rows(_block(model))
+    return on_rows(_block(model))
 
 
 class OurLayer:
@@ -107,7 +108,7 @@ class OurLayer:
         bind_expert_groups(model, nodes=job.nodes, device=job.device)
         prepare_for_inference(model)
         (self._layer,) = moe_layers(model)
-        self._block = _on_rows(_block(model))
+        self._block = on_rows(_block(model))
         self._num_tokens = num_tokens
 
     @property
@@ -173,12 +174,7 @@ def autoep(model: Qwen3MoeForCausalLM, job: Job) -> LayerSide:
     (spec,) = AutoEP(model, settings).ep_parser()
     layer = AutoEPMoELayer(spec, _block(model), job.info.world_size, job.info.rank, settings).eval()
     layer.set_deepspeed_parallelism()
-
-    def run(x_TH: Tensor) -> Tensor:
-        output = layer(x_TH[None])
-        return cast(Tensor, output[0] if isinstance(output, tuple) else output).view_as(x_TH)
-
-    return run
+    return on_rows(layer)
 
 
 def tutel(model: Qwen3MoeForCausalLM, job: Job) -> LayerSide:
@@ -269,7 +265,9 @@ def _block(model: Qwen3MoeForCausalLM) -> nn.Module:
     return cast(nn.Module, model.model.layers[0].mlp)
 
 
-def _on_rows(block: nn.Module) -> LayerSide:
+def on_rows(block: nn.Module) -> LayerSide:
+    """Returns a block of a transformers model, which takes batches, as a function of tokens."""
+
     def run(x_TH: Tensor) -> Tensor:
         output = block(x_TH[None])
         return cast(Tensor, output[0] if isinstance(output, tuple) else output).view_as(x_TH)

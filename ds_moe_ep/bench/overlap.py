@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from ds_moe_ep.adapter import adapt, bind_expert_groups, moe_layers, prepare_for_inference
-from ds_moe_ep.bench.layer_sides import LayerSide, check_equal, time_sides
+from ds_moe_ep.bench.layer_sides import LayerSide, check_equal, on_rows, time_sides
 from ds_moe_ep.bench.report import markdown_table, with_range
 from ds_moe_ep.bench.table import Result, Table
 from ds_moe_ep.dist.groups import Job
@@ -51,7 +51,7 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
         for links in (_SHARED, _NETWORK)
         for when in (_AFTER, _MEANWHILE)
     }
-    reference = _on_rows(model)
+    reference = on_rows(model.model.layers[0].mlp)
     generator = torch.Generator().manual_seed(job.info.rank)
     results = []
     for num_tokens in args.tokens:
@@ -107,21 +107,11 @@ def _side(
     (layer,) = moe_layers(model)
     if when == _AFTER:
         layer.deepspeed_moe.shared_expert = None
-    on_rows = _on_rows(model)
+    block = on_rows(model.model.layers[0].mlp)
 
     def run(x_TH: Tensor) -> Tensor:
         layer.announce([len(x_TH)] * job.info.world_size)
-        return on_rows(x_TH)
-
-    return run
-
-
-def _on_rows(model: DeepseekV3ForCausalLM) -> LayerSide:
-    block = model.model.layers[0].mlp
-
-    def run(x_TH: Tensor) -> Tensor:
-        output: Tensor = block(x_TH[None])[0]
-        return output
+        return block(x_TH)
 
     return run
 
