@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from ds_moe_ep.host_memory import proportional_bytes
@@ -22,16 +21,20 @@ class PeakMemory:
     10 ms, or as often as takes a tenth of the time, so do not time what runs meanwhile.
     """
 
-    def __init__(self, sample: Callable[[], int] | None = None) -> None:
+    def __init__(self) -> None:
         self.num_bytes = 0
-        self._sample = sample or _proportional_bytes
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     @staticmethod
     def now() -> int:
         """Returns what this process holds at this moment."""
-        return _proportional_bytes()
+        found = proportional_bytes()
+        if found is None:
+            raise RuntimeError(
+                "/proc/self/smaps_rollup, which tells a process's memory, is not there"
+            )
+        return found
 
     def __enter__(self) -> PeakMemory:
         self._thread.start()
@@ -52,7 +55,7 @@ class PeakMemory:
             took_s = time.perf_counter() - start_s
 
     def _look(self) -> None:
-        self.num_bytes = max(self.num_bytes, self._sample())
+        self.num_bytes = max(self.num_bytes, self.now())
 
 
 def read_bytes_so_far() -> int:
@@ -62,10 +65,3 @@ def read_bytes_so_far() -> int:
     """
     lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     return int(dict(line.split(": ") for line in lines)["rchar"])
-
-
-def _proportional_bytes() -> int:
-    found = proportional_bytes()
-    if found is None:
-        raise RuntimeError("/proc/self/smaps_rollup, which tells a process's memory, is not there")
-    return found

@@ -48,7 +48,7 @@ def test_a_time_is_that_of_the_slowest_rank():
     assert spreads["a"] == Spread(7.0, 7.0, 7.0, 2)
 
 
-def test_the_peak_is_found_between_start_and_end():
+def test_the_peak_is_found_between_start_and_end(monkeypatch):
     high_seen = threading.Event()
     held = iter([5, 9])
 
@@ -58,7 +58,8 @@ def test_the_peak_is_found_between_start_and_end():
             high_seen.set()
         return value
 
-    with PeakMemory(sample) as peak:
+    monkeypatch.setattr(PeakMemory, "now", staticmethod(sample))
+    with PeakMemory() as peak:
         assert high_seen.wait(60)
     assert peak.num_bytes == 9
 
@@ -95,8 +96,8 @@ def test_the_large_shape_is_at_least_2_gb(tmp_path):
 
 
 def test_a_model_is_the_same_each_time(tmp_path):
-    sizes = {write_model(SHAPES["tiny"], tmp_path / name) for name in ("a", "b")}
-    assert len(sizes) == 1
+    for name in ("a", "b"):
+        write_model(SHAPES["tiny"], tmp_path / name)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second
 
