@@ -11,6 +11,7 @@ import argparse
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from ds_moe_ep.bench.generate_sides import (
     GenerateSide,
     add_batch_arguments,
     check_batches,
+    load_ours,
     one_process,
-    ours,
     transformers_ep,
 )
 from ds_moe_ep.bench.memory import PeakMemory
@@ -84,7 +85,7 @@ def _measure(args: argparse.Namespace, job: Job, work: Path) -> list[Result]:
         shares = 1 if args.dispatcher == "allreduce" else job.info.world_size
         captured = args.batch[0] // shares, args.prompt_tokens + 1 + args.new_tokens
     build: dict[str, Callable[[], GenerateSide]] = {
-        _OURS: lambda: ours(folder, job, args.dispatcher, dtype, captured=captured),
+        _OURS: lambda: load_ours(folder, job, args.dispatcher, dtype, captured=captured)[1],
         _PEERS[0]: lambda: transformers_ep(folder, job, dtype),
         _PEERS[1]: lambda: one_process(folder, job, "grouped_mm", dtype),
         _PEERS[2]: lambda: one_process(folder, job, "eager", dtype),
@@ -293,12 +294,9 @@ TABLE = Table(
     variant=_variant,
 )
 
-UNEVEN = Table(
+UNEVEN = replace(
+    TABLE,
     name="uneven",
     heading="Generation from prompts of many lengths",
     add_arguments=_add_uneven_arguments,
-    prepare=_prepare,
-    measure=_measure,
-    to_markdown=_to_markdown,
-    variant=_variant,
 )

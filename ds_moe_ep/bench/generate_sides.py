@@ -41,7 +41,6 @@ __all__ = [
     "complete",
     "load_ours",
     "one_process",
-    "ours",
     "transformers_ep",
 ]
 
@@ -91,18 +90,6 @@ def check_batches(batches: Sequence[int], worlds: Sequence[int]) -> None:
                 )
 
 
-def ours(
-    folder: Path,
-    job: Job,
-    dispatcher: str,
-    dtype: torch.dtype = torch.float32,
-    *,
-    captured: tuple[int, int] | None = None,
-) -> GenerateSide:
-    """Returns generation with experts spread over all ranks, as infer.py runs it."""
-    return load_ours(folder, job, dispatcher, dtype, captured=captured)[1]
-
-
 def load_ours(
     folder: Path,
     job: Job,
@@ -113,7 +100,8 @@ def load_ours(
 ) -> tuple[PreTrainedModel, GenerateSide]:
     """Returns a rank's part of a model with experts spread over all ranks, and its generation.
 
-    With the allreduce dispatcher every rank does the whole batch, and rank 0 returns it.
+    It generates as infer.py does. With the allreduce dispatcher every rank does the whole batch,
+    and rank 0 returns it.
 
     Args:
         folder: The model.
