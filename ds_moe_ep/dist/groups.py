@@ -28,7 +28,7 @@ from ds_moe_ep.dist.group_timeout import (
 )
 from ds_moe_ep.dist.node_groups import nodes_of
 from ds_moe_ep.dist.rank_info import RankInfo, read_rank_info
-from ds_moe_ep.dist.rendezvous import RollCall, join_process_group
+from ds_moe_ep.dist.rendezvous import RollCall, join_process_group, told_if_not_met
 from ds_moe_ep.errors import DistributedError, DsMoeEpError, PlanError
 from ds_moe_ep.local_machine import free_port
 
@@ -178,7 +178,8 @@ def init_distributed(
         )
     control = dist.group.WORLD
     if on_gpu:
-        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        with told_if_not_met(info.rank, info.world_size):
+            control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     with _without_jit_build():
         deepspeed.init_distributed(verbose=False)
     starting = None

@@ -16,7 +16,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from ds_moe_ep.errors import DistributedError
 
-__all__ = ["RollCall", "join_process_group"]
+__all__ = ["RollCall", "join_process_group", "told_if_not_met"]
 
 T = TypeVar("T")
 
@@ -34,6 +34,8 @@ _LOOK_S = 0.1
 _KNOCK_S = 0.5
 # Rank 0 says that it is there as soon as it listens; it may have to wait for a core to do so.
 _RANK_0_S = 20.0
+# An address that nobody has (RFC 5737): the way there is the default route.
+_ANYWHERE = "192.0.2.1"
 _SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
 
 
@@ -64,8 +66,7 @@ def join_process_group(
     Raises:
         DistributedError: Some ranks did not come; it names them. Or something else listens there.
     """
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
+    with told_if_not_met(rank, world_size):
         store = _open_store(rank, world_size, start_timeout_s, told)
         _wait_for_all(store, world_size, start_timeout_s)
         check(_hear_all(store, rank, world_size))
@@ -77,6 +78,19 @@ def join_process_group(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
+    return RollCall(store, rank, world_size)
+
+
+@contextlib.contextmanager
+def told_if_not_met(rank: int, world_size: int) -> Iterator[None]:
+    """Makes of what keeps ranks from connecting to each other an error that says where to look.
+
+    Raises:
+        DistributedError: They did not.
+    """
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        yield
     except (dist.DistError, RuntimeError, _NotMetError) as error:
         raise DistributedError(
             f"[rank {rank} {os.uname().nodename}] the {world_size} ranks did not meet at "
@@ -85,7 +99,6 @@ def join_process_group(
             "wrong network (deepspeed --master_addr A, or MASTER_ADDR=A for run.sh; "
             "GLOO_SOCKET_IFNAME=I and NCCL_SOCKET_IFNAME=I as lines of ~/.deepspeed_env)."
         ) from error
-    return RollCall(store, rank, world_size)
 
 
 class RollCall:
@@ -260,15 +273,20 @@ def _wait_for_all(store: dist.Store, world_size: int, timeout_s: float) -> None:
 def _name_interface() -> None:
     """Tells gloo by which interface other hosts reach this one, where its name does not.
 
-    gloo takes the address that the host's own name has, which on Debian is 127.0.1.1.
+    gloo takes the address that the host's own name has, which on Debian is 127.0.1.1. Where rank 0
+    is reached by such a name and is here, others come by the default route.
     """
-    if "GLOO_SOCKET_IFNAME" in os.environ or not _is_loopback(socket.gethostname()):
+    rank_0 = os.environ["MASTER_ADDR"]
+    are_all_here = rank_0 == "localhost" or rank_0.startswith("127.")
+    if are_all_here or "GLOO_SOCKET_IFNAME" in os.environ or not _is_loopback(socket.gethostname()):
         return
-    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as towards_rank_0:
-        towards_rank_0.connect((os.environ["MASTER_ADDR"], 1))  # nothing is sent
-        address = towards_rank_0.getsockname()[0]
-        if not _is_loopback(address):
-            os.environ["GLOO_SOCKET_IFNAME"] = _interface_of(address)
+    for place in (rank_0, _ANYWHERE):
+        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as towards_it:
+            towards_it.connect((place, 1))  # nothing is sent
+            address = towards_it.getsockname()[0]
+            if not _is_loopback(address):
+                os.environ["GLOO_SOCKET_IFNAME"] = _interface_of(address)
+                return
 
 
 def _is_loopback(name: str) -> bool:

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from ds_moe_ep.dist import groups
 from ds_moe_ep.dist.groups import _check_gpus, refuse_missing_gpus
-from ds_moe_ep.dist.rank_info import read_rank_info
+from ds_moe_ep.dist.rank_info import RankInfo, read_rank_info
 from ds_moe_ep.errors import ConfigError, PlanError
 from tests.helpers.launch import REPO, run_command
 
@@ -29,6 +30,23 @@ def test_a_host_without_a_gpu_is_named_before_its_ranks_wait_for_others_on_cpus(
     with pytest.raises(PlanError, match=r"^b: 0 GPUs for 2 slots\. Write"):
         _check_gpus(told)
     _check_gpus([json.dumps([host, 0, 0]) for host in _HOSTS])  # a job on CPUs
+
+
+def test_ranks_tell_each_other_of_their_gpus_when_they_meet(monkeypatch):
+    met = {}
+
+    def join(*ranks, **how):
+        met.update(how)
+        raise LookupError
+
+    monkeypatch.setattr(groups, "join_process_group", join)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "set, so that it is put back")
+    with pytest.raises(LookupError):
+        groups.init_distributed(RankInfo(5, 1, 8, "b"), timeout_s=1)
+    assert json.loads(met["told"]) == ["b", 1, 0]
+    assert met["check"] is _check_gpus
 
 
 _LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}

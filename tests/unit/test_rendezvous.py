@@ -127,19 +127,20 @@ def test_what_all_ranks_have_told_is_checked_before_their_group_starts(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("own", "towards_rank_0", "named"),
+    ("own", "rank_0", "towards_rank_0", "named"),
     [
-        ("127.0.1.1", "10.0.0.7", "eth7"),  # Debian's
-        (None, "10.0.0.7", "eth7"),  # a name that nobody knows
-        ("10.0.0.7", "10.0.0.7", None),  # gloo finds it by itself
-        ("127.0.1.1", "127.0.0.1", None),  # all ranks are on this machine
+        ("127.0.1.1", "rank-0", "10.0.0.7", "eth7"),  # Debian's
+        (None, "rank-0", "10.0.0.7", "eth7"),  # a name that nobody knows
+        ("10.0.0.7", "rank-0", "10.0.0.7", None),  # gloo finds it by itself
+        ("127.0.1.1", "rank-0", "127.0.1.1", "eth0"),  # rank 0 is here, by a name
+        ("127.0.1.1", "127.0.0.1", "127.0.0.1", None),  # all ranks are on this machine
     ],
 )
 def test_gloo_is_told_the_interface_where_the_hosts_name_leads_to_itself(
-    monkeypatch, own, towards_rank_0, named
+    monkeypatch, own, rank_0, towards_rank_0, named
 ):
     def resolve(name: str) -> str:
-        if name == towards_rank_0:
+        if name[0].isdigit():
             return name
         if own is None:
             raise socket.gaierror("unknown")
@@ -153,18 +154,20 @@ def test_gloo_is_told_the_interface_where_the_hosts_name_leads_to_itself(
             pass
 
         def connect(self, where):
-            assert where == ("rank-0", 1)
+            self.address = towards_rank_0 if where == (rank_0, 1) else "10.0.0.1"
 
         def getsockname(self):
-            return towards_rank_0, 12345
+            return self.address, 12345
 
     # Set, so that it is put back; then taken away.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    monkeypatch.setenv("MASTER_ADDR", "rank-0")
+    monkeypatch.setenv("MASTER_ADDR", rank_0)
     monkeypatch.setattr(rendezvous.socket, "gethostbyname", resolve)
     monkeypatch.setattr(rendezvous.socket, "socket", lambda type: Towards())
-    monkeypatch.setattr(rendezvous, "_interface_of", {"10.0.0.7": "eth7"}.__getitem__)
+    monkeypatch.setattr(
+        rendezvous, "_interface_of", {"10.0.0.7": "eth7", "10.0.0.1": "eth0"}.__getitem__
+    )
     rendezvous._name_interface()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == named
 
@@ -173,3 +176,15 @@ def test_an_address_has_its_interface():
     assert rendezvous._interface_of("127.0.0.1") == "lo"
     with pytest.raises(OSError, match=r"no interface has 192\.0\.2\.1"):
         rendezvous._interface_of("192.0.2.1")
+
+
+def test_the_interface_is_named_before_the_group_starts(monkeypatch):
+    def named() -> None:
+        raise LookupError("before the group")
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(rendezvous, "_name_interface", named)
+    with pytest.raises(LookupError, match="before the group"):
+        rendezvous.join_process_group(0, 1, backend="gloo", start_timeout_s=30, timeout_s=1)
+    assert not dist.is_initialized()
