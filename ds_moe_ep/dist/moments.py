@@ -7,6 +7,8 @@ from typing import TypeAlias, Union
 
 import torch
 
+from ds_moe_ep.errors import DistributedError
+
 __all__ = ["Moment", "has_passed", "now", "seconds_between", "wait_until", "wait_within"]
 
 # How long a rank asks a GPU again and again, and how long it sleeps from then on between two times.
@@ -39,20 +41,30 @@ def wait_until(moment: Moment) -> None:
         moment.synchronize()
 
 
-def wait_within(moment: Moment, timeout_s: float) -> bool:
-    """Waits until the device has come to a moment, and returns whether it has in time.
+def wait_within(moment: Moment, timeout_s: float, not_done: str) -> None:
+    """Waits until the device has come to a moment for which it waits for other ranks.
 
     Of what a GPU waits for itself, such as the messages of other ranks, the host has no other
     bound: NCCL's watchdog ends the process without a word, and sees no messages of a CUDA graph.
+
+    Args:
+        moment: The moment.
+        timeout_s: How long it may take.
+        not_done: What has not been then, for the message: "a replayed pass was not done".
+
+    Raises:
+        DistributedError: It took longer.
     """
     start_s = time.monotonic()
     while not has_passed(moment):
         waited_s = time.monotonic() - start_s
         if waited_s >= timeout_s:
-            return False
+            raise DistributedError(
+                f"{not_done} within {timeout_s:g} s: another rank is hung, has ended, or is much "
+                "slower than this one."
+            )
         if waited_s >= _SPIN_S:
             time.sleep(_SLEEP_S)
-    return True
 
 
 def seconds_between(begin: Moment, end: Moment) -> float:

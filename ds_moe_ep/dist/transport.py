@@ -19,7 +19,6 @@ from ds_moe_ep.dist.comm_stats import CommStats
 from ds_moe_ep.dist.group_timeout import patience_of
 from ds_moe_ep.dist.moments import now, wait_within
 from ds_moe_ep.dist.shared_memory import SharedMemory
-from ds_moe_ep.errors import DistributedError
 
 __all__ = ["Meanwhile", "Transport"]
 
@@ -200,12 +199,8 @@ class Transport:
             return rows
         copied = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         copied.copy_(rows, non_blocking=True)
-        timeout_s = patience_of(self.group)
-        if not wait_within(now(rows.device), timeout_s):
-            raise DistributedError(
-                f"a message of all ranks was not there within {timeout_s:g} s: another rank is "
-                "hung, has ended, or is much slower than this one."
-            )
+        not_done = "a message of all ranks was not there"
+        wait_within(now(rows.device), patience_of(self.group), not_done)
         return copied
 
     def _run(self, start: Callable[..., dist.Work | None], meanwhile: Meanwhile | None) -> None:
