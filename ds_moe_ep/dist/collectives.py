@@ -20,7 +20,11 @@ __all__ = ["Communicator", "Meanwhile"]
 
 
 class Communicator(Transport):
-    """The collectives of one expert group, each with its backward."""
+    """The collectives of one expert group, each with its backward.
+
+    Without gradients they do without autograd's own steps, which cost like those of a small
+    collective.
+    """
 
     def exchange_rows(
         self,
@@ -44,7 +48,8 @@ class Communicator(Transport):
         local_work = self._local_work(meanwhile, tensors[0])
         if self.size == 1:
             return tuple(tensors)
-        return _ExchangeRows.apply(self, list(send_counts), list(recv_counts), local_work, *tensors)
+        exchange = _ExchangeRows.apply if torch.is_grad_enabled() else _exchange
+        return exchange(self, list(send_counts), list(recv_counts), local_work, *tensors)
 
     def gather_rows(
         self,
@@ -65,7 +70,8 @@ class Communicator(Transport):
         local_work = self._local_work(meanwhile, tensors[0])
         if self.size == 1:
             return tuple(tensors)
-        return _GatherRows.apply(self, list(counts), local_work, *tensors)
+        gather = _GatherRows.apply if torch.is_grad_enabled() else _gather
+        return gather(self, list(counts), local_work, *tensors)
 
     def reduce_rows(self, partial_RC: Tensor, counts: Sequence[int]) -> Tensor:
         """Sums what all ranks have for the rows of this one; gradients go to all ranks.
@@ -79,6 +85,8 @@ class Communicator(Transport):
         """
         if self.size == 1:
             return partial_RC
+        if not torch.is_grad_enabled():
+            return self.reduce(partial_RC, counts)
         return _ReduceRows.apply(self, list(counts), partial_RC)
 
     def sum_over_ranks(self, partial_TC: Tensor, meanwhile: Meanwhile | None = None) -> Tensor:
@@ -90,7 +98,7 @@ class Communicator(Transport):
         local_work = self._local_work(meanwhile, partial_TC)
         if self.size == 1:
             return partial_TC
-        if not torch.is_grad_enabled():  # as autograd's own steps cost like those of a small sum
+        if not torch.is_grad_enabled():
             return self.sum(partial_TC, local_work)
         return _SumOverRanks.apply(self, local_work, partial_TC)
 
@@ -119,15 +127,23 @@ class Communicator(Transport):
         return work
 
 
+def _exchange(comm, send_counts, recv_counts, meanwhile, *tensors):
+    layout = RowLayout(tensors)
+    return layout.unpack(comm.exchange(layout.pack(tensors), send_counts, recv_counts, meanwhile))
+
+
+def _gather(comm, counts, meanwhile, *tensors):
+    layout = RowLayout(tensors)
+    return layout.unpack(comm.gather(layout.pack(tensors), counts, meanwhile))
+
+
 class _ExchangeRows(torch.autograd.Function):
     """The exchange, with a backward that returns the gradients in one message too."""
 
     @staticmethod
     def forward(ctx, comm, send_counts, recv_counts, meanwhile, *tensors):
         ctx.comm, ctx.send_counts, ctx.recv_counts = comm, send_counts, recv_counts
-        layout = RowLayout(tensors)
-        packed = comm.exchange(layout.pack(tensors), send_counts, recv_counts, meanwhile)
-        received = layout.unpack(packed)
+        received = _exchange(comm, send_counts, recv_counts, meanwhile, *tensors)
         ctx.mark_non_differentiable(*(t for t in received if not t.is_floating_point()))
         return received
 
@@ -135,10 +151,9 @@ class _ExchangeRows(torch.autograd.Function):
     def backward(ctx, *grads):
         floating = _floating(grads)
         sent = [grads[i] for i in floating]
-        layout = RowLayout(sent)
-        packed = ctx.comm.exchange(layout.pack(sent), ctx.recv_counts, ctx.send_counts)
+        back = _exchange(ctx.comm, ctx.recv_counts, ctx.send_counts, None, *sent)
         result: list[Tensor | None] = [None] * len(grads)
-        for i, grad in zip(floating, layout.unpack(packed), strict=True):
+        for i, grad in zip(floating, back, strict=True):
             result[i] = grad
         return None, None, None, None, *result
 
@@ -149,8 +164,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, comm, counts, meanwhile, *tensors):
         ctx.comm, ctx.counts = comm, counts
-        layout = RowLayout(tensors)
-        gathered = layout.unpack(comm.gather(layout.pack(tensors), counts, meanwhile))
+        gathered = _gather(comm, counts, meanwhile, *tensors)
         ctx.mark_non_differentiable(*(t for t in gathered if not t.is_floating_point()))
         return gathered
 

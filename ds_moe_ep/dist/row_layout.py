@@ -1,4 +1,4 @@
-"""Packs tensors that belong together row by row into one row of bytes, and unpacks them again."""
+"""Packs tensors that belong together row by row into one tensor, and unpacks them again."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ _ALIGNMENT_BYTES = 16
 
 
 class RowLayout:
-    """Where each tensor lies in a packed row of bytes. One tensor alone is sent as it is."""
+    """Where each tensor lies in a packed row. One tensor alone is sent as it is."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.dtypes = [tensor.dtype for tensor in tensors]
-        self.widths = [tensor.shape[1] * tensor.element_size() for tensor in tensors]
-        self.offsets = [0]
-        for width in self.widths:
-            self.offsets.append(
-                -(-(self.offsets[-1] + width) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-            )
+        self._dtypes = [tensor.dtype for tensor in tensors]
+        widths = [tensor.shape[1] * tensor.element_size() for tensor in tensors]
+        # Words are as wide as they can be: a GPU copies what it joins one by one.
+        self._word = torch.uint8 if any(width % 4 for width in widths) else torch.int32
+        self._widths = [width // self._word.itemsize for width in widths]
+        self._gaps = [-width % _ALIGNMENT_BYTES // self._word.itemsize for width in widths]
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the rows as bytes ``[S, B]``; a tensor alone as it is."""
+        """Returns the rows as words ``[S, C]``; a tensor alone as it is."""
         if len(tensors) == 1:
             return tensors[0].contiguous()
-        rows = tensors[0].new_empty((tensors[0].shape[0], self.offsets[-1]), dtype=torch.uint8)
-        for part, tensor in zip(self._parts(rows), tensors, strict=True):
-            part.copy_(tensor)
-        return rows
+        parts = []
+        for tensor, gap in zip(tensors, self._gaps, strict=True):
+            parts.append(tensor.contiguous().view(self._word))
+            if gap:
+                parts.append(parts[-1].new_zeros((tensor.shape[0], gap)))
+        return torch.cat(parts, dim=1)
 
     def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Returns views of the tensors in packed rows."""
-        return (rows,) if len(self.dtypes) == 1 else tuple(self._parts(rows))
-
-    def _parts(self, rows: Tensor) -> list[Tensor]:
-        return [
-            rows[:, offset : offset + width].view(dtype)
-            for offset, width, dtype in zip(self.offsets, self.widths, self.dtypes, strict=False)
-        ]
+        if len(self._dtypes) == 1:
+            return (rows,)
+        sizes = [size for both in zip(self._widths, self._gaps, strict=True) for size in both]
+        parts = rows.split(sizes, dim=1)[::2]
+        return tuple(part.view(dtype) for part, dtype in zip(parts, self._dtypes, strict=True))

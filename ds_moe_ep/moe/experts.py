@@ -150,13 +150,14 @@ def _run_chosen(
     ids_S = local_ids_RK.flatten()
     chosen_P = (ids_S != NOT_HERE).nonzero().squeeze(1)
     expert_P, order_P = ids_S[chosen_P].sort()
-    offsets_e = _offsets(expert_P, experts.num_experts)
+    rows_e = expert_P.bincount(minlength=experts.num_experts)
+    offsets_e = rows_e.cumsum(0, dtype=torch.int32)
     x_PH = x_RH.index_select(0, chosen_P[order_P] // local_ids_RK.shape[1])
     # No pair, no kernel; the result still hangs on the inputs, so that backward's collectives run
     # on this rank too.
     y_PH = run_grouped(experts, x_PH, expert_P, offsets_e) if expert_P.numel() else x_PH
     sum_RH = _weighted_sums(y_PH, chosen_P, order_P, weights_RK)
-    return sum_RH.to(x_RH.dtype), _counts(offsets_e)
+    return sum_RH.to(x_RH.dtype), rows_e
 
 
 def _weighted_sums(y_PH: Tensor, chosen_P: Tensor, order_P: Tensor, weights_RK: Tensor) -> Tensor:
@@ -244,7 +245,8 @@ def _run_all_slots(
         return nothing_RH, torch.zeros(num_experts, dtype=torch.int64, device=x_RH.device)
     # NOT_HERE, which is -1, becomes one more expert behind the last.
     expert_S, slot_S = (local_ids_RK.flatten() % (num_experts + 1)).sort()
-    offsets_e = _offsets(expert_S, num_experts)
+    experts_e = torch.arange(num_experts, dtype=expert_S.dtype, device=expert_S.device)
+    offsets_e = torch.searchsorted(expert_S, experts_e, right=True, out_int32=True)
     elsewhere_S1 = (expert_S == num_experts)[:, None]
     y_SH = run_grouped(
         experts, x_RH.index_select(0, slot_S // top_k), expert_S, offsets_e, elsewhere_S1
@@ -253,7 +255,9 @@ def _run_all_slots(
     in_order_SH = torch.empty_like(y_SH).index_copy(0, slot_S, y_SH)
     weighted_RKH = in_order_SH.view(num_rows, top_k, -1) * weights_RK[:, :, None]
     sum_RH = weighted_RKH.sum(dim=1, dtype=torch.float32)
-    return sum_RH.to(x_RH.dtype), _counts(offsets_e)
+    rows_e = offsets_e.long()
+    rows_e[1:] -= offsets_e[:-1]
+    return sum_RH.to(x_RH.dtype), rows_e
 
 
 def _run_module(
@@ -268,17 +272,3 @@ def _run_module(
     y_PH = experts(x_PH, expert_P[:, None], weight_P1) if row_P.numel() else x_PH * weight_P1
     sum_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
     return sum_RH.index_add(0, row_P, y_PH.float()).to(x_RH.dtype), rows_e
-
-
-def _offsets(sorted_experts_P: Tensor, num_experts: int) -> Tensor:
-    """Returns where the pairs of each expert end, int32 ``[e]``."""
-    experts_e = torch.arange(
-        num_experts, dtype=sorted_experts_P.dtype, device=sorted_experts_P.device
-    )
-    return torch.searchsorted(sorted_experts_P, experts_e, right=True, out_int32=True)
-
-
-def _counts(offsets_e: Tensor) -> Tensor:
-    counts_e = offsets_e.long()
-    counts_e[1:] -= offsets_e[:-1]
-    return counts_e

@@ -140,7 +140,7 @@ class DispatchedExperts(nn.Module):
         if self.tokens_per_expert.device != rows_e.device:
             with torch.inference_mode(False):  # later passes may be in another mode
                 self.tokens_per_expert = self.tokens_per_expert.to(rows_e.device)
-        self.tokens_per_expert += rows_e  # in place: each replay of a CUDA graph counts its rows
+        self.tokens_per_expert.add_(rows_e)  # each replay of a CUDA graph counts its rows
         return output_TH
 
     def _check_announced(self, num_tokens: int) -> None:
