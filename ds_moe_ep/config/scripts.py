@@ -93,6 +93,7 @@ _RUN_SBATCH = r"""#!/usr/bin/env bash
 #SBATCH --ntasks-per-node=@SLOTS@
 #SBATCH --gpus-per-node=@SLOTS@
 #SBATCH --exclusive
+#SBATCH --mem=0
 # Runs launch/infer.py on @GPUS@ under Slurm without ssh. Written by `ds-moe-ep config`.
 #   @SETTING@sbatch [--partition P --time T] run.sbatch --input IN.jsonl --output OUT.jsonl [...]
 # Submit it from the folder that holds launch/infer.py. MODEL and INFER name another model folder or

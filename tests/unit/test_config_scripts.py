@@ -308,7 +308,7 @@ def test_run_sbatch_asks_slurm_for_what_the_plan_needs(model):
     ]
     assert directives == [
         *["job-name=ds_moe_ep", "nodes=8", "ntasks=64", "ntasks-per-node=8", "gpus-per-node=8"],
-        "exclusive",
+        *["exclusive", "mem=0"],  # whole nodes, with all their memory
     ]
 
 
