@@ -83,7 +83,7 @@ def measure_cost(
     def seconds(prompt_tokens: int, new_tokens: int) -> float:
         prompts = [
             EncodedPrompt(
-                Prompt(str(row), None, None, row),
+                Prompt(str(row), None, None),
                 tuple((row * 31 + place * 7) % vocab_size for place in range(prompt_tokens)),
             )
             for row in range(_ROWS)

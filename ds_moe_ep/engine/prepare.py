@@ -233,6 +233,6 @@ def _made_up(
     longest = min(max(1, context_length - max(1, new_tokens)), _LONGEST_MADE_UP)
     count = _BATCHES_MADE_UP * (options.batch_size or _ROWS_MADE_UP) * world_size
     return [
-        Prompt(str(i), None, tuple((i + j) % spec.vocab_size for j in range(1 + i % longest)), i)
+        Prompt(str(i), None, tuple((i + j) % spec.vocab_size for j in range(1 + i % longest)))
         for i in range(count)
     ]

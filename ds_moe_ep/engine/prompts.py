@@ -20,12 +20,11 @@ _EXAMPLE = '{"id": "a", "prompt": "Once upon a time"}'
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: either `text` or `token_ids` is set; `index` is its place in the input."""
+    """One prompt: either `text` or `token_ids` is set."""
 
     id: str
     text: str | None
     token_ids: tuple[int, ...] | None
-    index: int
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -86,7 +85,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _from_text(line: str, where: str, index: int) -> Prompt:
-    return Prompt(id=str(index), text=line, token_ids=None, index=index)
+    return Prompt(id=str(index), text=line, token_ids=None)
 
 
 def _from_json(line: str, where: str, index: int) -> Prompt:
@@ -109,7 +108,6 @@ def _from_json(line: str, where: str, index: int) -> Prompt:
             if "prompt_token_ids" in record
             else None
         ),
-        index=index,
     )
 
 

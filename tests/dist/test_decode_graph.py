@@ -37,7 +37,7 @@ def _prompts(rank: int) -> list[list[EncodedPrompt]]:
         for place, length in enumerate(lengths):
             ids = tuple(3 + (7 * rank + 11 * number + 5 * place + i) % 50 for i in range(length))
             name = f"{rank} {number} {place}"
-            batch.append(EncodedPrompt(Prompt(name, None, ids, place), ids))
+            batch.append(EncodedPrompt(Prompt(name, None, ids), ids))
         batches.append(batch)
     return batches
 

@@ -148,7 +148,7 @@ def test_generation_from_a_graph_gives_the_tokens_of_hugging_face(tmp_path, devi
         live_rows=live_rows,
         graph=graph,
     )
-    encoded = [EncodedPrompt(Prompt(str(i), None, ids, i), ids) for i, ids in enumerate(prompts)]
+    encoded = [EncodedPrompt(Prompt(str(i), None, ids), ids) for i, ids in enumerate(prompts)]
     how, found = GenerateSettings(max_new_tokens=6, context_length=64), []
     for batch in (encoded[:3], encoded[3:]):  # the second with two rows that have no prompt
         found += generate_batch(engine, batch, how, None, live_rows, graph)

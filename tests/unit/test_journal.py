@@ -16,7 +16,7 @@ from ds_moe_ep.engine.prompts import Prompt
 from ds_moe_ep.errors import InputError, ResourceError
 from tests.helpers.launch import REPO
 
-PROMPTS = [Prompt("a", "Alice", None, 0), Prompt("b", None, (4, 5), 1)]
+PROMPTS = [Prompt("a", "Alice", None), Prompt("b", None, (4, 5))]
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_a_rank_without_prompts_takes_part_with_one_token():
 
 
 def encoded(index, *token_ids):
-    return EncodedPrompt(Prompt(str(index), None, token_ids, index), token_ids)
+    return EncodedPrompt(Prompt(str(index), None, token_ids), token_ids)
 
 
 def test_scores_are_of_each_token_after_those_before_it():

@@ -25,22 +25,22 @@ def test_jsonl_prompts_keep_order_ids_and_text(tmp_path):
         '{"id": 17, "prompt": "no line end"}',
     )
     assert read_prompts(path) == [
-        Prompt("b", "Gr\u00fc\u00dfe, \U0001f600\nand more ", None, 0),
-        Prompt("a", None, (5, 0, 7), 1),
-        Prompt("17", "no line end", None, 2),
+        Prompt("b", "Gr\u00fc\u00dfe, \U0001f600\nand more ", None),
+        Prompt("a", None, (5, 0, 7)),
+        Prompt("17", "no line end", None),
     ]
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.JSON", "in.ndjson"])
 def test_the_ending_says_json(tmp_path, name):
     prompts = read_prompts(_write(tmp_path, '{"prompt": "x"}\n', name))
-    assert prompts == [Prompt("0", "x", None, 0)]
+    assert prompts == [Prompt("0", "x", None)]
 
 
 @pytest.mark.parametrize("name", ["in.txt", "in", "in.md"])
 def test_any_other_ending_is_plain_text(tmp_path, name):
     prompts = read_prompts(_write(tmp_path, ' {"prompt": "x"}\r\n\n \t\nlast \n', name))
-    assert prompts == [Prompt("0", ' {"prompt": "x"}', None, 0), Prompt("1", "last ", None, 1)]
+    assert prompts == [Prompt("0", ' {"prompt": "x"}', None), Prompt("1", "last ", None)]
 
 
 def test_an_absent_id_is_the_index_among_the_prompts(tmp_path):
@@ -151,5 +151,4 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
             prompts = read_prompts(_write(folder, content, name))
         except InputError:
             continue
-        assert [prompt.index for prompt in prompts] == list(range(len(prompts)))
         assert len({prompt.id for prompt in prompts}) == len(prompts) > 0

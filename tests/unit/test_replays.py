@@ -169,7 +169,7 @@ def test_a_draw_waits_for_its_pass_first(monkeypatch):
     model = build_tiny("olmoe")
     layers = _layers_of(model)
     graph = DecodeGraph(model, layers, world_size=1, batch_size=2, cache_len=12)
-    prompts = [EncodedPrompt(Prompt(str(i), None, (3, 4), i), (3, 4)) for i in range(2)]
+    prompts = [EncodedPrompt(Prompt(str(i), None, (3, 4)), (3, 4)) for i in range(2)]
     engine = SimpleNamespace(module=model, generate=model.generate)
     told.clear()
     how = GenerateSettings(max_new_tokens=3, context_length=64, temperature=1.0)

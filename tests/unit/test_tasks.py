@@ -26,8 +26,8 @@ _LONG = tuple(range(3, 3 + _CONTEXT - 2)), 2  # and its room
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 _TOKEN_IDS = {"a": (5, 9, 33, 4, 71), "b": (17,), "c": (3, 88, 12)}
 _BATCH = [
-    EncodedPrompt(Prompt(id=name, text=None, token_ids=ids, index=index), ids)
-    for index, (name, ids) in enumerate(_TOKEN_IDS.items())
+    EncodedPrompt(Prompt(id=name, text=None, token_ids=ids), ids)
+    for name, ids in _TOKEN_IDS.items()
 ]
 
 
@@ -103,7 +103,7 @@ def _beside_long(ids):
     """A prompt that all but fills the context, and one of a few tokens."""
     prompts = {"long": tuple(ids), "short": _TOKEN_IDS["b"]}
     return [
-        EncodedPrompt(Prompt(id=name, text=None, token_ids=each, index=0), each)
+        EncodedPrompt(Prompt(id=name, text=None, token_ids=each), each)
         for name, each in prompts.items()
     ]
 
