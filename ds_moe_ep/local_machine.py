@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 
+from ds_moe_ep.errors import ConfigError
+
 __all__ = [
     "count_local_gpus",
     "free_port",
@@ -30,13 +32,21 @@ def count_local_gpus() -> int:
 def local_gpus() -> tuple[int, ...]:
     """Return the numbers of the GPUs that `count_local_gpus` counts.
 
-    DeepSpeed's launcher does not heed `CUDA_VISIBLE_DEVICES`, but takes numbers. By other names
-    than numbers a GPU cannot be asked for; then they are the first ones.
+    DeepSpeed's launcher does not heed `CUDA_VISIBLE_DEVICES`, but takes numbers.
+
+    Raises:
+        ConfigError: It names GPUs in another way than by number.
     """
-    named, num_gpus = _named_gpus() or [], count_local_gpus()
-    if named and all(entry.isdigit() for entry in named):
-        return tuple(map(int, named[:num_gpus]))
-    return tuple(range(num_gpus))
+    named, num_gpus = _named_gpus(), count_local_gpus()
+    if named is None or num_gpus == 0:
+        return tuple(range(num_gpus))
+    if not all(entry.isdigit() for entry in named):
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={','.join(named)}: DeepSpeed's launcher takes GPUs by number, "
+            f"and would use others than these {num_gpus}. Give their numbers there, as nvidia-smi "
+            "lists them, or say how many to use, from 0 on: --num-gpus N."
+        )
+    return tuple(map(int, named[:num_gpus]))
 
 
 def _named_gpus() -> list[str] | None:

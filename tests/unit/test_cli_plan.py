@@ -338,7 +338,6 @@ def test_by_default_the_gpus_of_this_machine(num_gpus, title, remark, monkeypatc
         ("-1", ()),
         ("3,-1,2", (3,)),
         ("0,1,2,3,4,5", (0, 1, 2, 3)),
-        ("GPU-8932f937,GPU-45c2", (0, 1)),  # which DeepSpeed's launcher does not take
     ],
 )
 def test_visible_devices_narrow_the_gpus(visible, expected, monkeypatch):
@@ -349,6 +348,18 @@ def test_visible_devices_narrow_the_gpus(visible, expected, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert local_machine.local_gpus() == expected
     assert count_local_gpus() == len(expected)
+
+
+def test_gpus_that_deepspeeds_launcher_cannot_be_asked_for_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(os, "listdir", lambda folder: ["nvidia0", "nvidia1", "nvidia2"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937,GPU-45c2")
+    assert count_local_gpus() == 2
+    assert cli.main(["plan", "--model", str(_MODEL)]) == 2
+    assert "CUDA_VISIBLE_DEVICES=GPU-8932f937,GPU-45c2: DeepSpeed's" in capsys.readouterr().err
+    assert cli.main(["plan", "--model", str(_MODEL), "--num-gpus", "2"]) == 0
+    monkeypatch.setattr(os, "listdir", lambda folder: ["null"])  # no GPU to be mistaken for another
+    monkeypatch.setattr(local_machine, "_count_by_nvidia_smi", lambda: 0)
+    assert cli.main(["plan", "--model", str(_MODEL)]) == 0
 
 
 def test_the_gpus_that_are_visible_are_those_of_the_job(monkeypatch, tmp_path):
